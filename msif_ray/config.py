@@ -1,0 +1,256 @@
+"""The run description (DESIGN.md §4): types, defaults and the validation that needs no files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from msif_ray.errors import UserError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Column = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """Immutable; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Strength(Strict):
+    """A damping or an α: an eigenvalue, or a multiple of each map's mean corrected eigenvalue."""
+
+    absolute: Positive | None = None
+    relative: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.absolute is None) == (self.relative is None):
+            raise ValueError("give either `absolute` or `relative`")
+        return self
+
+    def resolve(self, mean_eigenvalue: float) -> float:
+        """The eigenvalue meant, for a map with this mean corrected eigenvalue."""
+        if self.absolute is not None:
+            return self.absolute
+        return float(self.relative or 0.0) * mean_eigenvalue
+
+
+class Documents(Strict):
+    """A corpus: Parquet, JSON lines or a saved `datasets` folder, and its columns.
+
+    Either `text`, or `completion` with an optional `prompt`. Without `id`, a document's id is
+    `file:row`. `append_eos` ends the sequence with the EOS token as a target: by default where
+    there is a completion.
+    """
+
+    path: str | list[str]
+    text: Column | None = None
+    prompt: Column | None = None
+    completion: Column | None = None
+    id: Column | None = None
+    append_eos: bool | None = None
+
+    @model_validator(mode="after")
+    def _columns(self) -> Self:
+        if (self.text is None) == (self.completion is None):
+            raise ValueError("give either `text`, or `completion` with an optional `prompt`")
+        if self.text is not None and self.prompt is not None:
+            raise ValueError("`prompt` goes with `completion`, not with `text`")
+        return self
+
+    @property
+    def ends_with_eos(self) -> bool:
+        return self.completion is not None if self.append_eos is None else self.append_eos
+
+
+class Fit(Strict):
+    """What a stage's factors are estimated from: the corpus's first `documents` (default: all)."""
+
+    documents: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    labels: Literal["sampled", "empirical"] = "sampled"
+
+
+class ProximalResponse(Strict):
+    """α/(λ + α): a later stage that stays near where it began, as in the paper."""
+
+    kind: Literal["proximal"] = "proximal"
+    alpha: Strength = Strength(relative=0.1)
+
+
+class UnrolledResponse(Strict):
+    """A stage trained by `steps` steps at learning rate `rate` without a proximal term (SOURCE)."""
+
+    kind: Literal["unrolled"]
+    rate: Positive
+    steps: Annotated[int, Field(ge=1)]
+
+
+class IdentityResponse(Strict):
+    """Leaves the stage's curvature out."""
+
+    kind: Literal["identity"]
+
+
+class Stage(Strict):
+    """One training stage: the model it ended with, what it was trained on, how it responds."""
+
+    name: Name
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None
+    documents: Documents | None = None
+    fit: Fit = Fit()
+    factors: str | None = None
+    damping: Strength = Strength(relative=0.1)
+    response: Annotated[
+        ProximalResponse | UnrolledResponse | IdentityResponse | None, Field(discriminator="kind")
+    ] = None
+
+
+class Queries(Strict):
+    """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`."""
+
+    path: str | list[str]
+    prompt: Column = "prompt"
+    completion: Column = "completion"
+    id: Column | None = None
+    append_eos: bool | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_truncation(self) -> Self:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("give `rank` or `energy`, not both")
+        return self
+
+    @property
+    def documents(self) -> Documents:
+        """The queries read as a corpus of prompts and completions."""
+        return Documents(
+            path=self.path, prompt=self.prompt, completion=self.completion, id=self.id, append_eos=self.append_eos
+        )
+
+
+class Score(Strict):
+    """A stage whose documents are scored; by default those that it was trained on."""
+
+    stage: Name
+    documents: Documents | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+
+
+class Replicas(Strict):
+    min: Annotated[int, Field(ge=1)] = 1
+    max: Annotated[int, Field(ge=1)] = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is larger than max {self.max}")
+        return self
+
+
+class Cluster(Strict):
+    """The machines: replicas, each of one or more ranks that hold one model.
+
+    `dtype`, `tokens_per_batch` and `documents_per_block` take part in rounding, so they are part
+    of what a run must keep; the rest may change between two runs of the same command.
+    """
+
+    replicas: Replicas = Replicas()
+    ranks_per_replica: Annotated[int, Field(ge=1)] = 1
+    gpus_per_rank: Annotated[float, Field(ge=0)] | None = None
+    cpus_per_rank: Annotated[int, Field(ge=1)] = 1
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
+    documents_per_block: Annotated[int, Field(ge=1)] = 256
+
+
+class Run(Strict):
+    """A whole run: what `run.yaml` says, and the API."""
+
+    run_dir: str
+    seed: int = 0
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    modules: Annotated[list[str], Field(min_length=1)] | None = None
+    queries: Queries
+    score: Annotated[list[Score], Field(min_length=1)]
+    top: Annotated[int, Field(ge=1)] = 20
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        for key, found in (("stages", names), ("score", [score.stage for score in self.score])):
+            repeated = next((name for name in found if found.count(name) > 1), None)
+            if repeated is not None:
+                raise ValueError(f"{key}: the stage {repeated!r} is named twice")
+        if isinstance(self.stages[0].response, ProximalResponse):
+            raise ValueError(f"stages.0.response: {names[0]!r} is the first stage and stays near nothing; "
+                             "a proximal response belongs to a later one")
+        for index, score in enumerate(self.score):
+            if score.stage not in names:
+                raise ValueError(f"score.{index}.stage: there is no stage {score.stage!r}, only {', '.join(names)}")
+            if score.documents is None and self.stages[names.index(score.stage)].documents is None:
+                raise ValueError(f"score.{index}.documents: neither this entry nor its stage names documents")
+        return self
+
+    def stage_index(self, name: str) -> int:
+        return [stage.name for stage in self.stages].index(name)
+
+    def scored_documents(self, score: Score) -> Documents:
+        """The corpus of a `score` entry: its own, or that of its stage."""
+        documents = score.documents or self.stages[self.stage_index(score.stage)].documents
+        if documents is None:
+            raise UserError(f"score: the stage {score.stage!r} has no documents")
+        return documents
+
+
+def parse_run(description: Mapping[str, Any], source: str = "run description") -> Run:
+    """The run that a mapping of YAML's shape describes.
+
+    Raises UserError with one line: the source, the key at fault and what is wrong with it.
+    """
+    try:
+        return Run.model_validate(description)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_fault(error)}") from None
+
+
+def load_run(path: str | Path) -> Run:
+    """The run described by a YAML file. Raises UserError for a file that cannot be read or is not valid."""
+    try:
+        description = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a run description in YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path}: not a run description: a mapping with run_dir, stages, queries and score is needed")
+    return parse_run(description, str(path))
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    # A discriminated union repeats its tag, and a union its member, in the path of an error.
+    parts = [str(part) for part in fault["loc"] if part not in ("proximal", "unrolled", "identity", "str", "list[str]")]
+    key = ".".join(parts)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif fault["type"] == "missing":
+        message = "is missing"
+    elif fault["type"] not in ("value_error", "union_tag_invalid"):
+        message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
+    return f"{key}: {message}" if key else message

@@ -1,0 +1,197 @@
+"""Documents from Parquet, JSON lines or a saved `datasets` folder, in the corpus's own order.
+
+Every reader streams: no file is held in memory. Blocks are cut per file, so that files can be
+read side by side, and a block's documents depend on the corpus and the block size alone.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, load_from_disk
+
+from msif_ray.config import Documents
+from msif_ray.errors import UserError
+
+ROWS_AT_ONCE = 1024
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CorpusFile:
+    """One file of a corpus (or one saved `datasets` folder) and the name its rows' ids begin with."""
+
+    path: str
+    name: str
+    kind: Literal["parquet", "jsonl", "datasets"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there."""
+
+    id: str
+    prompt: Any
+    text: Any
+    has_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """The unit of work and of loss: consecutive documents of one file."""
+
+    id: str
+    documents: tuple[Document, ...]
+
+
+def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
+    """The files that a corpus's paths and globs name, in sorted order per pattern.
+
+    Raises UserError, naming `key`, for a pattern that matches nothing or a file of another kind.
+    """
+    patterns = [documents.path] if isinstance(documents.path, str) else documents.path
+    paths: list[str] = []
+    for pattern in patterns:
+        if "://" in pattern:
+            raise UserError(f"{key}.path: {pattern}: only local paths can be read; use a shared file system")
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise UserError(f"{key}.path: no file matches {pattern}")
+        paths += [os.path.abspath(path) for path in found if os.path.abspath(path) not in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [CorpusFile(path, os.path.relpath(path, root), _kind(path, key)) for path in paths]
+
+
+def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
+    if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, "state.json")):
+            return "datasets"
+        raise UserError(f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob")
+    suffix = Path(path).suffix.lower()
+    if suffix == ".parquet":
+        return "parquet"
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return "jsonl"
+    raise UserError(f"{key}.path: {path}: not .parquet, .jsonl or a saved `datasets` folder")
+
+
+def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
+    """The named columns of every row, in order. A JSON line without a column has None there.
+
+    Raises UserError, naming the file and the row or the `key`, for a column that the file does
+    not have and for what cannot be read.
+    """
+    try:
+        if file.kind == "jsonl":
+            yield from _read_json_lines(file, columns, key)
+        elif file.kind == "parquet":
+            yield from _read_parquet(file, columns, key)
+        else:
+            yield from _read_saved_dataset(file, columns, key)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{key}.path: {file.path} cannot be read: {_one_line(error)}") from None
+
+
+def _read_json_lines(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
+    missing = set(columns)
+    rows = 0
+    with open(file.path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{key}.path: {file.path} line {number}: not JSON ({_one_line(error)})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{key}.path: {file.path} line {number}: not a JSON object")
+            rows += 1
+            missing -= row.keys()
+            yield {column: row.get(column) for column in columns}
+    if rows and missing:
+        raise UserError(_no_column(file, sorted(missing)[0], key, []))
+
+
+def _read_parquet(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
+    with pq.ParquetFile(file.path, memory_map=True) as table:
+        _check_columns(file, columns, table.schema_arrow.names, key)
+        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
+            yield from batch.to_pylist()
+
+
+def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
+    dataset = load_from_disk(file.path)
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"{key}.path: {file.path} holds several splits; name the folder of one")
+    _check_columns(file, columns, dataset.column_names, key)
+    yield from dataset.select_columns(list(columns))
+
+
+def _check_columns(file: CorpusFile, columns: Sequence[str], present: Sequence[str], key: str) -> None:
+    for column in columns:
+        if column not in present:
+            raise UserError(_no_column(file, column, key, present))
+
+
+def _no_column(file: CorpusFile, column: str, key: str, present: Sequence[str]) -> str:
+    has = f"; it has {', '.join(present)}" if present else ""
+    return f"{key}: {file.path} has no column {column!r}{has}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def document_columns(documents: Documents) -> list[str]:
+    """The columns of a corpus that a run reads."""
+    named = (documents.id, documents.prompt, documents.completion, documents.text)
+    return list(dict.fromkeys(column for column in named if column is not None))
+
+
+def row_id(file: CorpusFile, number: int, row: Row, documents: Documents, key: str) -> str:
+    """A row's document id: its `id` column as text, or `file:row` (rows count from 0)."""
+    if documents.id is None:
+        return f"{file.name}:{number}"
+    value = row[documents.id]
+    if value is None or value == "":
+        raise UserError(f"{key}.id: {file.path} row {number} has no {documents.id!r}")
+    return str(value)
+
+
+def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
+    """The file's documents in order. Raises UserError as `read_rows`, and for a row without an id."""
+    content = documents.completion or documents.text or ""
+    for number, row in enumerate(read_rows(file, document_columns(documents), key)):
+        prompt = row[documents.prompt] if documents.prompt is not None else None
+        yield Document(
+            row_id(file, number, row, documents, key), prompt, row[content], documents.prompt is not None
+        )
+
+
+def read_blocks(
+    files: Sequence[CorpusFile], documents: Documents, size: int, key: str, limit: int | None = None
+) -> Iterator[Block]:
+    """Blocks of `size` documents, file by file, up to `limit` documents in all."""
+    left = limit
+    for index, file in enumerate(files):
+        rows = islice(read_documents(file, documents, key), left)
+        number = 0
+        while block := tuple(islice(rows, size)):
+            yield Block(block_id(index, number), block)
+            number += 1
+            left = None if left is None else left - len(block)
+        if left == 0:
+            return
+
+
+def block_id(file: int, number: int) -> str:
+    """The name of the `number`-th block of the corpus's `file`-th file; sorting names sorts blocks."""
+    return f"{file:05d}-{number:07d}"
