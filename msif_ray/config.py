@@ -107,9 +107,9 @@ class Stage(Strict):
     fit: Fit = Fit()
     factors: str | None = None
     damping: Strength = Strength(relative=0.1)
-    response: Annotated[
-        ProximalResponse | UnrolledResponse | IdentityResponse | None, Field(discriminator="kind")
-    ] = None
+    response: Annotated[ProximalResponse | UnrolledResponse | IdentityResponse | None, Field(discriminator="kind")] = (
+        None
+    )
 
 
 class Queries(Strict):
@@ -133,7 +133,11 @@ class Queries(Strict):
     def documents(self) -> Documents:
         """The queries read as a corpus of prompts and completions."""
         return Documents(
-            path=self.path, prompt=self.prompt, completion=self.completion, id=self.id, append_eos=self.append_eos
+            path=self.path,
+            prompt=self.prompt,
+            completion=self.completion,
+            id=self.id,
+            append_eos=self.append_eos,
         )
 
 
@@ -197,8 +201,10 @@ class Run(Strict):
             if repeated is not None:
                 raise ValueError(f"{key}: the stage {repeated!r} is named twice")
         if isinstance(self.stages[0].response, ProximalResponse):
-            raise ValueError(f"stages.0.response: {names[0]!r} is the first stage and stays near nothing; "
-                             "a proximal response belongs to a later one")
+            raise ValueError(
+                f"stages.0.response: {names[0]!r} is the first stage and stays near nothing; "
+                "a proximal response belongs to a later one"
+            )
         for index, score in enumerate(self.score):
             if score.stage not in names:
                 raise ValueError(f"score.{index}.stage: there is no stage {score.stage!r}, only {', '.join(names)}")
@@ -244,7 +250,8 @@ def load_run(path: str | Path) -> Run:
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     # A discriminated union repeats its tag, and a union its member, in the path of an error.
-    parts = [str(part) for part in fault["loc"] if part not in ("proximal", "unrolled", "identity", "str", "list[str]")]
+    members = ("proximal", "unrolled", "identity", "str", "list[str]")
+    parts = [str(part) for part in fault["loc"] if part not in members]
     key = ".".join(parts)
     message = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":

@@ -66,6 +66,8 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
         if not found:
             raise UserError(f"{key}.path: no file matches {pattern}")
         paths += [os.path.abspath(path) for path in found if os.path.abspath(path) not in paths]
+    if not paths:
+        raise UserError(f"{key}.path: names no file")
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return [CorpusFile(path, os.path.relpath(path, root), _kind(path, key)) for path in paths]
 
@@ -74,7 +76,9 @@ def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, "state.json")):
             return "datasets"
-        raise UserError(f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob")
+        raise UserError(
+            f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob"
+        )
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
         return "parquet"
@@ -109,8 +113,9 @@ def _read_json_lines(file: CorpusFile, columns: Sequence[str], key: str) -> Iter
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{key}.path: {file.path} line {number}: not JSON ({_one_line(error)})") from None
+            except (ValueError, RecursionError) as error:
+                fault = f"line {number}: not JSON ({_one_line(error)})"
+                raise UserError(f"{key}.path: {file.path} {fault}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{key}.path: {file.path} line {number}: not a JSON object")
             rows += 1
@@ -124,7 +129,26 @@ def _read_parquet(file: CorpusFile, columns: Sequence[str], key: str) -> Iterato
     with pq.ParquetFile(file.path, memory_map=True) as table:
         _check_columns(file, columns, table.schema_arrow.names, key)
         for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
-            yield from batch.to_pylist()
+            yield from _python_rows(batch)
+
+
+def _python_rows(batch: pa.RecordBatch) -> list[Row]:
+    """The rows as Python values. Writers do not check UTF-8: bytes that are not become lone
+    surrogates, so that one bad document is told apart instead of ending the run."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        columns = {
+            name: _lenient(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _lenient(column: pa.Array) -> list[Any]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.to_pylist()
+    values = column.cast(pa.large_binary()).to_pylist()
+    return [None if value is None else value.decode(errors="surrogateescape") for value in values]
 
 
 def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
@@ -132,7 +156,7 @@ def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> I
     if not isinstance(dataset, Dataset):
         raise UserError(f"{key}.path: {file.path} holds several splits; name the folder of one")
     _check_columns(file, columns, dataset.column_names, key)
-    yield from dataset.select_columns(list(columns))
+    yield from dataset.with_format(None).select_columns(list(columns))
 
 
 def _check_columns(file: CorpusFile, columns: Sequence[str], present: Sequence[str], key: str) -> None:
@@ -163,7 +187,15 @@ def row_id(file: CorpusFile, number: int, row: Row, documents: Documents, key: s
     value = row[documents.id]
     if value is None or value == "":
         raise UserError(f"{key}.id: {file.path} row {number} has no {documents.id!r}")
-    return str(value)
+    name = str(value)
+    if not is_unicode(name):
+        raise UserError(f"{key}.id: {file.path} row {number}: {documents.id!r} is not valid Unicode")
+    return name
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be encoded: JSON's escapes and broken files bring lone surrogates."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
@@ -176,18 +208,31 @@ def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator
         )
 
 
+def read_file_blocks(
+    files: Sequence[CorpusFile],
+    index: int,
+    documents: Documents,
+    size: int,
+    key: str,
+    limit: int | None = None,
+) -> Iterator[Block]:
+    """Blocks of `size` documents of the corpus's `index`-th file, up to `limit` documents."""
+    rows = islice(read_documents(files[index], documents, key), limit)
+    number = 0
+    while block := tuple(islice(rows, size)):
+        yield Block(block_id(index, number), block)
+        number += 1
+
+
 def read_blocks(
     files: Sequence[CorpusFile], documents: Documents, size: int, key: str, limit: int | None = None
 ) -> Iterator[Block]:
     """Blocks of `size` documents, file by file, up to `limit` documents in all."""
     left = limit
-    for index, file in enumerate(files):
-        rows = islice(read_documents(file, documents, key), left)
-        number = 0
-        while block := tuple(islice(rows, size)):
-            yield Block(block_id(index, number), block)
-            number += 1
-            left = None if left is None else left - len(block)
+    for index in range(len(files)):
+        for block in read_file_blocks(files, index, documents, size, key, left):
+            yield block
+            left = None if left is None else left - len(block.documents)
         if left == 0:
             return
 
@@ -195,3 +240,8 @@ def read_blocks(
 def block_id(file: int, number: int) -> str:
     """The name of the `number`-th block of the corpus's `file`-th file; sorting names sorts blocks."""
     return f"{file:05d}-{number:07d}"
+
+
+def file_of_block(block: str) -> int:
+    """The number of the file that a block is of."""
+    return int(block.split("-")[0])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from msif_ray.corpus.reader import Document
+from msif_ray.corpus.reader import Document, is_unicode
 from msif_ray.influence.capture import Batch, WindowKey
 
 
@@ -28,13 +28,15 @@ class Encoded:
 
     def windows(self, max_tokens: int) -> "Iterator[Window]":
         """Windows of at most `max_tokens` tokens that share one token, so that every target is
-        predicted exactly once. A window without a target has no gradient and is left out."""
-        starts = range(0, max(1, len(self.ids) - 1), max_tokens - 1)
-        for number, start in enumerate(starts):
+        predicted exactly once. A window without a target has no gradient and is neither
+        kept nor numbered."""
+        number = 0
+        for start in range(0, len(self.ids) - 1, max_tokens - 1):
             ids = self.ids[start : start + max_tokens]
             targets = (False, *self.targets[start + 1 : start + max_tokens])
             if any(targets):
                 yield Window(WindowKey(self.document_id, number), ids, targets)
+                number += 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def _fault(document: Document) -> str | None:
             return f"{what} is not text but {type(value).__name__}"
         if not value and what != "prompt":
             return f"{what} is empty"
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_unicode(value):
             return f"{what} is not valid Unicode"
     return None
 

@@ -7,12 +7,13 @@ step. Nothing is left on the modules when the capture ends.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from msif_ray.errors import UserError
 from msif_ray.influence.modules import LinearMap
@@ -112,16 +113,16 @@ class Capture:
     _uses: dict[str, list[_Use]] = field(default_factory=dict, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
-    _training: bool = field(default=False, init=False)
+    _training: list[nn.Module] = field(default_factory=list, init=False)
 
     def __enter__(self) -> Self:
-        self._training = self.model.training
+        self._training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         self._required = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self._required:
             weight.requires_grad_(False)
         modules = dict(self.model.named_modules())
-        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        embeddings = cast(PreTrainedModel, self.model).get_input_embeddings()
         self._handles.append(embeddings.register_forward_hook(_start_of_graph))
         for name in self.maps:
             hook = self._hook(name)
@@ -137,7 +138,8 @@ class Capture:
         self._uses.clear()
         for weight in self._required:
             weight.requires_grad_(True)
-        self.model.train(self._training)
+        for module in self._training:
+            module.training = True
 
     def run(self, batch: Batch, choose_labels: LabelChoice | None = None) -> Captured:
         """One forward and backward pass over the batch, which is on the model's device.
@@ -164,14 +166,16 @@ class Capture:
         losses = nats.new_zeros(len(batch.keys)).index_add_(0, rows, nats.detach())
         uses, self._uses = self._uses, {}
         shape = batch.input_ids.shape
-        inputs = {name: _side_by_side(name, [_read_input(name, use) for use in uses[name]], shape) for name in uses}
-        gradients = {
-            name: _side_by_side(name, [_read_gradient(name, use) for use in uses[name]], shape) for name in uses
-        }
+        inputs, gradients = {}, {}
+        for name, seen in uses.items():
+            inputs[name] = _side_by_side(name, [_read_input(name, use) for use in seen], shape)
+            gradients[name] = _side_by_side(name, [_read_gradient(name, use) for use in seen], shape)
         return Captured(batch, losses, self.maps, inputs, gradients)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+        ) -> None:
             seen = args[0] if args else next(iter(kwargs.values()))
             use = _Use(seen.detach(), seen._version)
             if not output.requires_grad:

@@ -42,7 +42,7 @@ class CovarianceSums:
 
 
 def eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (ascending, `[n]`) and eigenvectors (columns, `[n, n]`) of a symmetric matrix, in float64."""
+    """Eigenvalues (ascending, `[n]`) and eigenvectors (columns, `[n, n]`) of a symmetric matrix, float64."""
     matrix = covariance.double()
     return torch.linalg.eigh((matrix + matrix.T) / 2)
 

@@ -19,7 +19,7 @@ def window_uniforms(seed: int, stage: str, document_id: str, window: int, tokens
     """One uniform number in [0, 1) for every position of a window: `[tokens]`, float64."""
     key = json.dumps([seed, stage, document_id, window]).encode()
     digest = hashlib.blake2b(key, digest_size=16).digest()
-    generator = numpy.random.Generator(numpy.random.Philox(int.from_bytes(digest, "little")))
+    generator = numpy.random.Generator(numpy.random.Philox(key=int.from_bytes(digest, "little")))
     return torch.from_numpy(generator.random(tokens))
 
 

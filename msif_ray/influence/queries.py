@@ -12,13 +12,14 @@ from torch import Tensor
 
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.ekfac import Factor
-from msif_ray.influence.response import Response
+from msif_ray.influence.response import Identity, Response
 from msif_ray.influence.scoring import DenseDirections, LowRankDirections
 
 
 @dataclass(frozen=True)
 class QueryTokens:
-    """One query's gradient at one map as its tokens: `activations` `[tokens, columns]`, `gradients` `[tokens, out]`."""
+    """One query's gradient at one map as its tokens: `activations` `[tokens, columns]` and
+    `gradients` `[tokens, out]`."""
 
     activations: Tensor
     gradients: Tensor
@@ -40,15 +41,18 @@ def query_tokens(captured: Captured, row: int) -> dict[str, QueryTokens]:
 
 
 def carry_back(gradients: Tensor, stages: Sequence[tuple[Factor | None, Response]]) -> Tensor:
-    """Query directions `[queries, out, columns]` of one map: its gradients through each stage's response in turn.
+    """Query directions of one map, `[queries, out, columns]`: gradients through each stage's response.
 
     `stages` begins with the last stage and ends with the scored one. With g_q at the last stage's
     model the result D has score(q, z) = ⟨D, ∇ℓ(z)⟩ (DESIGN.md §2; Bao et al. 2025, eq. 10). A
-    factor may be None only where the response is the identity.
+    factor may be None only where the response is the identity; ValueError otherwise, since a stage
+    passed over in silence would be another score.
     """
     for factor, response in stages:
         if factor is not None:
             gradients = factor.apply(response, gradients)
+        elif not isinstance(response, Identity):
+            raise ValueError(f"{response} needs a factor")
     return gradients
 
 

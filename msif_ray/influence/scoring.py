@@ -39,7 +39,8 @@ class DenseDirections:
 
 @dataclass(frozen=True)
 class LowRankDirections:
-    """Carried-back queries of one map as Σ_r u_r v_rᵀ: `left` `[queries, rank, out]`, `right` `[queries, rank, columns]`."""
+    """Carried-back queries of one map as Σ_r u_r v_rᵀ: `left` holds the u_r `[queries, rank, out]`,
+    `right` the v_r `[queries, rank, columns]`."""
 
     left: Tensor
     right: Tensor

@@ -1,0 +1,142 @@
+"""One rank: a model (or its shard) on one device, fed with the documents of a block.
+
+It runs in any process: alone in a test, in a replica's actor, or as one of several actors that
+hold one model together.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from msif_ray.cluster.jobs import Job, Work
+from msif_ray.cluster.sharding import RankGroup, join, load_sharded
+from msif_ray.corpus.reader import Document
+from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.errors import UserError
+from msif_ray.influence.capture import Batch, Capture, LabelChoice, WindowKey
+from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.modules import find_linear_maps
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """A stage's model and how its documents become batches; all that a rank needs to know of a stage."""
+
+    stage: str
+    model: str
+    tokenizer: str
+    modules: tuple[str, ...] | None
+    dtype: Literal["float32", "bfloat16", "float64"]
+    max_tokens: int | None
+    append_eos: bool
+    tokens_per_batch: int
+    seed: int
+    threads: int
+    cuda: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one block: documents' token counts in order, and those skipped with the reason."""
+
+    tokens: dict[str, int]
+    skipped: tuple[Skipped, ...]
+    windows: int
+
+
+class Rank:
+    """A loaded model, its tokenizer and the work under way."""
+
+    def __init__(self, setup: ModelSetup, place: RankGroup | None = None) -> None:
+        transformers_logging.set_verbosity_error()
+        torch.set_num_threads(setup.threads)
+        self.setup, self.place = setup, place or RankGroup(0, 1, "127.0.0.1", 0)
+        self.device = torch.device("cuda" if setup.cuda else "cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(setup.tokenizer, trust_remote_code=False)
+        self.model = self._load()
+        self.maps = find_linear_maps(self.model, setup.modules)
+        self._work: Work | None = None
+        self._sampled = False
+
+    def start(self, job: Job) -> None:
+        """Begins a job; what an earlier one gathered is dropped."""
+        self._sampled = job.sampled_labels
+        self._work = job.start(list(self.maps), self.device)
+
+    def process(self, documents: Sequence[Document]) -> Outcome:
+        """Captures this rank's share of the documents' batches and adds them to the work.
+
+        Batches depend on the documents alone. Ranks take them in turn; one that runs out makes
+        empty steps, since all ranks of a sharded model must take the same number.
+        """
+        encoded, skipped = self._encode(documents)
+        windows = [window for document in encoded for window in self._windows(document)]
+        batches = pack(windows, self.setup.tokens_per_batch)
+        mine = batches[self.place.rank :: self.place.world]
+        steps = -(-len(batches) // self.place.world)
+        self._capture(mine, empty_steps=steps - len(mine))
+        return Outcome({document.document_id: len(document.ids) for document in encoded}, tuple(skipped), len(windows))
+
+    def take(self) -> Any:
+        """What the work has gathered since the last `take`."""
+        return self._started().take()
+
+    def _started(self) -> Work:
+        if self._work is None:
+            raise RuntimeError("start a job before processing documents")
+        return self._work
+
+    def _load(self) -> torch.nn.Module:
+        dtype = getattr(torch, self.setup.dtype)
+        if self.place.world > 1:
+            join(self.place, self.device)
+            return load_sharded(self.setup.model, dtype, self.device)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.setup.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+        return model.to(self.device)
+
+    def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:
+        results = [encode(self.tokenizer, document, self.setup.append_eos) for document in documents]
+        return (
+            [result for result in results if isinstance(result, Encoded)],
+            [result for result in results if isinstance(result, Skipped)],
+        )
+
+    def _windows(self, document: Encoded) -> Iterable[Window]:
+        return document.windows(self.setup.max_tokens or len(document.ids))
+
+    def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> None:
+        work = self._started()
+        labels = self._sample if self._sampled else None
+        with Capture(self.model, self.maps) as capture:
+            for windows in batches:
+                captured = capture.run(to_batch(windows).to(self.device), labels)
+                if not torch.isfinite(captured.losses).all():
+                    raise UserError(f"{self.setup.model}: the loss of {windows[0].key.document_id!r} is not finite")
+                work.add(captured)
+            for _ in range(empty_steps):
+                capture.run(to_batch([_EMPTY]).to(self.device))
+
+    @property
+    def _sample(self) -> LabelChoice:
+        setup = self.setup
+
+        def choose(logits: Tensor, batch: Batch) -> Tensor:
+            mask = batch.predicts.cpu()
+            uniforms = [
+                window_uniforms(setup.seed, setup.stage, key.document_id, key.window, int(length))
+                for key, length in zip(batch.keys, batch.attention_mask.sum(1).tolist(), strict=True)
+            ]
+            padded = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)
+            return sample_labels(logits, padded[mask])
+
+        return choose
+
+
+_EMPTY = Window(WindowKey("", 0), (0, 0), (False, True))

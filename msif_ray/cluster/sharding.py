@@ -1,0 +1,114 @@
+"""One model sharded over the ranks of a replica by DeepSpeed ZeRO-3, with frozen weights.
+
+Every rank keeps 1/world of each large weight and gathers a map's weight when the map is called. The ranks
+see different batches, but the gathers are collective: all ranks must run the same number of forward passes
+and of backward passes, or the group waits until its timeout. A rank without work runs a dummy batch.
+"""
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+# In elements. Smaller weights stay whole on every rank: biases and norms, a few thousandths of a model, whose
+# gathers would cost a round trip each.
+_KEPT_WHOLE = 20_000
+
+# Environment of a rank's process, set before it starts. Without it glibc keeps freed weights for itself: ranks
+# of a 1,023 MiB model over two CPU ranks grew by 2.3 GiB in three steps, with it by 0.8 GiB. Only ranks on
+# CPUs need it. Huge pages make up for the time lost in handing memory back.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """One rank's place in its replica: the group meets at `address:port`, which rank 0 opens."""
+
+    rank: int
+    world: int
+    address: str
+    port: int
+
+
+def join(group: RankGroup, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Enters the replica's process group (gloo on a CPU, nccl on a GPU); returns when all ranks are in.
+
+    Once per process, and before anything else imports DeepSpeed, which reads the environment when imported.
+    `timeout` bounds every later wait for another rank, too.
+    """
+    os.environ |= {
+        "RANK": str(group.rank),
+        "WORLD_SIZE": str(group.world),
+        "MASTER_ADDR": group.address,
+        "MASTER_PORT": str(group.port),
+        # DeepSpeed takes the device's index from here. Ray shows an actor only its own GPUs.
+        "LOCAL_RANK": str(device.index or 0),
+        "DS_ACCELERATOR": device.type,
+    }
+    # DeepSpeed calls torch by a name that torch has begun to replace; nothing that a user could act on.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    distributed.init_process_group(
+        backend,
+        init_method=f"tcp://{group.address}:{group.port}",
+        rank=group.rank,
+        world_size=group.world,
+        timeout=timeout,
+    )
+
+
+def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: bool = False) -> nn.Module:
+    """A causal language model of which each rank holds its shard; call the module as any other.
+
+    Collective: every rank of the group calls it, after `join`.
+    """
+    import deepspeed
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    # Otherwise DeepSpeed compiles its shared-memory collectives (half a minute, and a compiler) where it can.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+    config = _configuration(offload)
+    while_loading = HfDeepSpeedConfig(config)  # from_pretrained shards as long as this object lives
+    # This context takes the place of transformers' own, which knows only 16 and 32 bits (whence the `[]`) and
+    # replaces torch.Tensor's constructor, so that a module first imported inside it can fail.
+    with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    del while_loading
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    engine, *_ = deepspeed.initialize(model=model, config=_configuration(offload, model))
+    model.__dict__["_engine"] = engine  # its end takes the gathering hooks off the model
+    return model
+
+
+def _configuration(offload: bool, model: nn.Module | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings, with the limits in elements that the sharded `model` calls for."""
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": _KEPT_WHOLE,
+        # A gathered weight goes when its map has run. The default keeps what is used again within 1e9.
+        "stage3_max_reuse_distance": 0,
+        # F.linear would keep the gathered weight for the backward pass; DeepSpeed's own gathers it again.
+        "memory_efficient_linear": True,
+    }
+    if model is not None:
+        # Room for the weight in use and the next. The defaults (1e9 live, 5e7 ahead) gather whole models.
+        largest = max(weight.ds_numel for weight in model.parameters())
+        zero |= {"stage3_max_live_parameters": 2 * largest, "stage3_prefetch_bucket_size": largest // 2}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}

@@ -1,0 +1,57 @@
+"""How well a ranking finds the documents that state a fact: mean reciprocal rank and recall at k."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[np.floating]
+Marks = NDArray[np.bool_]
+
+
+class Quality(NamedTuple):
+    """Means over the queries: `mrr` of 1/rank of the first stating document, `recall` of the share of
+    the stating documents that are among the first k.
+    """
+
+    mrr: float
+    recall: float
+
+
+def ranking(scores: Scores, states: Marks) -> NDArray[np.intp]:
+    """Indices of the documents, highest score first.
+
+    Of equal scores, documents that state the fact (`states`) come last, so that a method which cannot tell
+    documents apart gains nothing by their order. Both arguments [documents].
+    """
+    return np.lexsort((states, -scores))
+
+
+def quality(scores: Scores, states: Marks, k: int = 10) -> Quality:
+    """MRR and recall@k of `scores` against `states`, both [queries, documents].
+
+    Raises
+    ------
+    ValueError
+        A query has no document that states its fact.
+    """
+    if not states.any(axis=1).all():
+        raise ValueError("every query needs a document that states its fact")
+    found = np.stack([marks[ranking(row, marks)] for row, marks in zip(scores, states, strict=True)])
+    first = found.argmax(axis=1) + 1
+    recall = found[:, :k].sum(axis=1) / found.sum(axis=1)
+    return Quality(float((1 / first).mean()), float(recall.mean()))
+
+
+def random_quality(states: Marks, k: int = 10) -> Quality:
+    """What a random order of the documents has on average, exactly. `states` [queries, documents]."""
+    documents = states.shape[1]
+    reciprocals = []
+    for stating in states.sum(axis=1):
+        expected, none_before = 0.0, 1.0  # none_before: the probability that no stating document came earlier
+        for rank in range(1, documents - int(stating) + 2):
+            here = stating / (documents - rank + 1)
+            expected += none_before * here / rank
+            none_before *= 1 - here
+        reciprocals.append(expected)
+    return Quality(float(np.mean(reciprocals)), min(k / documents, 1.0))

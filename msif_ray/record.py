@@ -1,0 +1,96 @@
+"""run.json: all that a score depends on, written before the first step and compared on every later one."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from msif_ray import __version__, layout
+from msif_ray.errors import UserError
+from msif_ray.preflight import Resolved
+from msif_ray.store import read_json, write_json
+
+PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
+
+MEANING = {
+    "sign": "score > 0: the document supports the completion (training more on it would have made it likelier)",
+    "unit": "nats of completion log-likelihood per unit of weight on the document's summed loss in its stage's "
+    "mean loss; leaving one of N documents out changes the log-likelihood by about -score / N",
+    "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; for several "
+    "windows the root of the sum of their squares",
+    "n_tokens": "tokens of the document, with its prompt and an appended EOS",
+}
+
+# Keys of the cluster that say where a run is computed and not what.
+_PLACEMENT = ("replicas", "ranks_per_replica", "gpus_per_rank", "cpus_per_rank")
+
+
+def keep_record(resolved: Resolved) -> None:
+    """Writes run.json, or checks it against the one that is there.
+
+    Raises UserError, naming the first key that differs, when the run directory holds another run.
+    """
+    path = layout.run_record(resolved.run.run_dir)
+    identity = _identity(resolved)
+    if path.exists():
+        difference = _first_difference(read_json(path)["identity"], identity)
+        if difference is not None:
+            raise UserError(
+                f"{path}: this directory holds another run: {difference}; name a new run_dir "
+                "(a stage's `factors:` can reuse this one's factors)"
+            )
+        return
+    write_json(path, {"identity": identity, "meaning": MEANING, "versions": versions(), "strengths": {}})
+
+
+def keep_strengths(run_dir: str, strengths: dict[str, Any]) -> None:
+    """Adds the damping and α used, per scored stage, stage and map, to run.json."""
+    path = layout.run_record(run_dir)
+    write_json(path, read_json(path) | {"strengths": strengths})
+
+
+def versions() -> dict[str, str]:
+    return {"msif_ray": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _identity(resolved: Resolved) -> dict[str, Any]:
+    run = resolved.run.model_dump(mode="json", exclude={"run_dir", "top"})
+    for key in _PLACEMENT:
+        run["cluster"].pop(key)
+    return {
+        "run": run,
+        "models": [
+            {"stage": stage.name, "revision": stage.revision, "sha256": stage.model_hash} for stage in resolved.stages
+        ],
+        "corpora": {
+            key: [{"path": file.path, "bytes": _size(Path(file.path))} for file in files]
+            for key, files in resolved.corpora.items()
+        },
+        "documents": resolved.documents,
+        "queries": [[query.id, query.prompt, query.text] for query in resolved.queries],
+        "maps": {name: list(shape) for name, shape in resolved.maps.items()},
+    }
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            where = f"{key}.{name}" if key else name
+            difference = _first_difference(old.get(name), new.get(name), where)
+            if difference is not None:
+                return difference
+        return None
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return next((d for i, (o, n) in pairs if (d := _first_difference(o, n, f"{key}.{i}"))), None)
+    return None if old == new else f"{key.removeprefix('run.')} was {_short(old)} and is {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,113 @@
+"""Score parts: one Parquet file per scored block, all of the block or nothing (DESIGN.md §4).
+
+A part carries its block's skipped documents in its own metadata, so that one rename publishes both.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from msif_ray.errors import UserError
+from msif_ray.store import replacing
+
+SKIPPED = b"skipped"
+
+UNITS = {
+    "unit": "score: nats of the completion's log-likelihood per unit of weight on the document's loss inside "
+    "the mean loss of its stage; leaving it out of N documents changes the log-likelihood by about -score/N",
+    "sign": "positive: training more on the document would have made the completion more likely (supports it)",
+    "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; "
+    "for several windows the root of the sum of their squares",
+    "n_tokens": "tokens of the document, with its prompt and an appended EOS",
+}
+
+SCORES_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("doc_id", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("norm", pa.float32(), nullable=False),
+        pa.field("n_tokens", pa.int32(), nullable=False),
+    ],
+    metadata=UNITS,
+)
+
+SKIPPED_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("doc_id", "reason", "stage")],
+    metadata={"reason": "why the document has no score"},
+)
+
+
+def stage_folder(run_dir: str | Path, stage: str) -> Path:
+    return Path(run_dir) / "scores" / f"stage={stage}"
+
+
+def part_path(run_dir: str | Path, stage: str, block_id: str) -> Path:
+    return stage_folder(run_dir, stage) / f"part-{block_id}.parquet"
+
+
+def part_files(run_dir: str | Path, stage: str) -> list[tuple[str, Path]]:
+    """`(block id, file)` of every finished part of the stage, in the order of block ids."""
+    files = stage_folder(run_dir, stage).glob("part-*.parquet")
+    return sorted((path.stem.removeprefix("part-"), path) for path in files)
+
+
+def done_blocks(run_dir: str | Path, stage: str) -> set[str]:
+    """The ids of the blocks whose part is written."""
+    return {block for block, _ in part_files(run_dir, stage)}
+
+
+def write_part(
+    path: str | Path,
+    query_ids: Sequence[str],
+    doc_ids: Sequence[str],
+    scores: np.ndarray,
+    norms: np.ndarray,
+    n_tokens: Sequence[int],
+    skipped: Iterable[tuple[str, str]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes one block's scores `[documents, queries]` as rows sorted by query, then document order.
+
+    `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
+    added to the file's own. Raises ValueError for arrays of other shapes.
+    """
+    shape = (len(doc_ids), len(query_ids))
+    if scores.shape != shape or len(norms) != shape[0] or len(n_tokens) != shape[0]:
+        raise ValueError(f"scores {scores.shape}, norms {norms.shape}, n_tokens {len(n_tokens)} for {shape}")
+    documents, queries = np.arange(shape[0], dtype=np.int32), np.arange(shape[1], dtype=np.int32)
+    columns = [
+        pa.array(query_ids, pa.string()).take(pa.array(np.repeat(queries, shape[0]))),
+        pa.array(doc_ids, pa.string()).take(pa.array(np.tile(documents, shape[1]))),
+        pa.array(np.ascontiguousarray(scores.T, dtype=np.float32).reshape(-1)),
+        pa.array(np.tile(np.asarray(norms, dtype=np.float32), shape[1])),
+        pa.array(np.tile(np.asarray(n_tokens, dtype=np.int32), shape[1])),
+    ]
+    about = {**UNITS, **metadata, SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
+    with replacing(path) as temporary:
+        pq.write_table(pa.table(columns, schema=SCORES_SCHEMA.with_metadata(about)), temporary)
+
+
+def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
+    """Gathers the skipped documents of all parts of the stages into `skipped.parquet`."""
+    rows = [
+        {"doc_id": document, "reason": reason, "stage": stage}
+        for stage in stages
+        for _, path in part_files(run_dir, stage)
+        for document, reason in skipped_of(path)
+    ]
+    with replacing(Path(run_dir) / "skipped.parquet") as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, SKIPPED_SCHEMA), temporary)
+
+
+def skipped_of(path: Path) -> list[tuple[str, str]]:
+    """`(document id, reason)` from a part's footer. Raises UserError for a file that is not a part."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        return [(document, reason) for document, reason in json.loads(metadata[SKIPPED])]
+    except (pa.ArrowInvalid, KeyError, ValueError):
+        raise UserError(f"{path}: not a part of this run's scores; delete it, and its block is scored again") from None

@@ -1,0 +1,239 @@
+"""A run from description to Parquet: every step in order, none twice (DESIGN.md §4)."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import ray
+
+from msif_ray import layout, stages
+from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried, query_gradients
+from msif_ray.cluster.fit import FitTask, fit, is_fitted, remaining
+from msif_ray.cluster.jobs import ScoreJob
+from msif_ray.cluster.pool import ReplicaPool
+from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.score import ScoreTask, score
+from msif_ray.cluster.top import TopTask, top_rows
+from msif_ray.config import Cluster, Documents, Run, Score
+from msif_ray.corpus.reader import Block, block_id, read_blocks
+from msif_ray.errors import UserError
+from msif_ray.preflight import Resolved, check
+from msif_ray.progress import Reporter
+from msif_ray.record import MEANING, keep_record, keep_strengths
+from msif_ray.results.parts import write_skipped
+from msif_ray.results.top import top_pairs, write_top
+from msif_ray.store import read_json
+
+# A query block is a unit of work too; queries are few and their gradients large.
+QUERIES_PER_BLOCK = 8
+
+
+def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Reporter | None = None) -> None:
+    """Runs what is left of a run: all of it, or up to the factors (`fit`) or the scores (`score`).
+
+    Connects to the Ray cluster that RAY_ADDRESS names, or to one that runs already in this
+    process, or else starts one here and stops it at the end.
+
+    Raises UserError for anything the user can mend, before any replica is started wherever it
+    can be seen by then.
+    """
+    reporter = reporter or Reporter()
+    resolved = check(config)
+    with _ray(resolved.run.cluster) as cluster:
+        resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
+        keep_record(resolved)
+        _Driver(resolved, reporter).run(until)
+
+
+@contextmanager
+def _ray(cluster: Cluster) -> Iterator[Cluster]:
+    """A connection to Ray, and the cluster description with its GPUs decided."""
+    started = not ray.is_initialized()
+    if started:
+        local = "RAY_ADDRESS" not in os.environ
+        # Workers take one thread each unless told otherwise; two cores are quickly oversubscribed.
+        environment = {"env_vars": {"OMP_NUM_THREADS": str(cluster.cpus_per_rank), "TOKENIZERS_PARALLELISM": "false"}}
+        ray.init(
+            runtime_env=environment,
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({"include_dashboard": False} if local else {}),
+        )
+    try:
+        yield _decide_gpus(cluster)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _decide_gpus(cluster: Cluster) -> Cluster:
+    resources = ray.cluster_resources()
+    present = resources.get("GPU", 0)
+    if cluster.gpus_per_rank is None:
+        return cluster.model_copy(update={"gpus_per_rank": 1.0 if present else 0.0})
+    local = "RAY_ADDRESS" not in os.environ
+    if local and cluster.gpus_per_rank > present:
+        raise UserError(
+            f"cluster.gpus_per_rank: {cluster.gpus_per_rank:g} is asked for, this machine has {present:g}; set it to 0"
+        )
+    needed = cluster.cpus_per_rank * cluster.ranks_per_replica
+    if local and needed > resources.get("CPU", 0):
+        raise UserError(
+            f"cluster.cpus_per_rank: a replica needs {needed} cores and this machine has {resources.get('CPU', 0):g}"
+        )
+    return cluster
+
+
+@dataclass
+class _Driver:
+    """The steps of one resolved run."""
+
+    resolved: Resolved
+    reporter: Reporter
+    config: Run = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = self.resolved.run
+
+    def run(self, until: str | None) -> None:
+        with ReplicaPool(self.config.cluster) as pool:
+            for index in stages.stages_with_factors(self.config):
+                self._fit(index, pool)
+            if until == "fit":
+                return
+            self._carry(pool)
+        for entry in self.config.score:
+            self._score(entry)
+        write_skipped(self.config.run_dir, [entry.stage for entry in self.config.score])
+        if until == "score":
+            return
+        self._top()
+
+    def _setup(self, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
+        stage, cluster = self.config.stages[index], self.config.cluster
+        model = self.resolved.stages[index].model_path
+        return ModelSetup(
+            stage=stage.name,
+            model=model,
+            tokenizer=stage.tokenizer or model,
+            modules=None if self.config.modules is None else tuple(self.config.modules),
+            dtype=cluster.dtype,
+            max_tokens=max_tokens,
+            append_eos=documents.ends_with_eos,
+            tokens_per_batch=cluster.tokens_per_batch,
+            seed=self.config.seed,
+            threads=cluster.cpus_per_rank,
+            cuda=bool(cluster.gpus_per_rank),
+        )
+
+    def _factors(self, index: int) -> Path | None:
+        """Where a stage's factors are: here, in the run they are reused from, or nowhere."""
+        if stages.is_identity(self.config, index):
+            return None
+        stage = self.config.stages[index]
+        return layout.factors(stage.factors or self.config.run_dir, stage.name)
+
+    def _fit(self, index: int, pool: ReplicaPool) -> None:
+        stage, folder = self.config.stages[index], self._factors(index)
+        record = {
+            "model_sha256": self.resolved.stages[index].model_hash,
+            "fit": stage.fit.model_dump(mode="json"),
+        }
+        if folder is None or self._check_reused(index, folder):
+            return
+        if is_fitted(folder):
+            self.reporter.say(f"{stage.name}: factors are there")
+            return
+        documents, cluster = stage.documents, self.config.cluster
+        if documents is None:
+            raise UserError(f"stages.{index}.documents: {stage.name!r} needs documents to fit its factors")
+        key = f"stages.{index}.documents"
+        files = self.resolved.corpora[f"stages.{index}"]
+        size, limit = cluster.documents_per_block, stage.fit.documents
+        total = min(self.resolved.documents[f"stages.{index}"], limit or 2**62)
+        task = FitTask(
+            self._setup(index, documents, stage.fit.max_tokens),
+            stage.fit.labels,
+            remaining(lambda: read_blocks(files, documents, size, key, limit)),
+            folder,
+            self.resolved.maps,
+            record | {"stage": stage.name, "seed": self.config.seed, "dtype": cluster.dtype},
+        )
+        fit(task, pool, lambda step: self._counting(f"{stage.name}: {step}", total))
+
+    def _check_reused(self, index: int, folder: Path) -> bool:
+        """Whether the stage's factors come from another run, which must have fitted the same model."""
+        stage = self.config.stages[index]
+        if stage.factors is None:
+            return False
+        if not is_fitted(folder):
+            raise UserError(f"stages.{index}.factors: {folder} holds no finished factors")
+        manifest = read_json(layout.factors_manifest(folder))
+        if manifest["model_sha256"] != self.resolved.stages[index].model_hash:
+            raise UserError(f"stages.{index}.factors: {folder} was fitted to another model than {stage.model}")
+        if {name: tuple(about["shape"]) for name, about in manifest["maps"].items()} != self.resolved.maps:
+            raise UserError(f"stages.{index}.factors: {folder} was fitted over other maps; use the same `modules`")
+        return True
+
+    @contextmanager
+    def _counting(self, name: str, total: int) -> Iterator[Callable[[Outcome], None]]:
+        with self.reporter.step(name, total) as step:
+            yield lambda outcome: step.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
+
+    def _carry(self, pool: ReplicaPool) -> None:
+        scored = [(entry.stage, self.config.stage_index(entry.stage)) for entry in self.config.score]
+        folders = {name: layout.directions(self.config.run_dir, name) for name, _ in scored}
+        queries = self.resolved.queries
+        ids = tuple(query.id for query in queries)
+        if not all(is_carried(folder) for folder in folders.values()):
+            last = len(self.config.stages) - 1
+            chunks = range(0, len(queries), QUERIES_PER_BLOCK)
+            blocks = [
+                Block(block_id(0, n), tuple(queries[start : start + QUERIES_PER_BLOCK]))
+                for n, start in enumerate(chunks)
+            ]
+            setup = self._setup(last, self.config.queries.documents, None)
+            folder = layout.queries(self.config.run_dir)
+            with self._counting("queries: gradients", len(queries)) as progress:
+                gradients = query_gradients(setup, remaining(lambda: blocks), folder, pool, progress)
+            for name, index in scored:
+                factors = {stage: self._factors(stage) for stage in stages.carried_through(self.config, index)}
+                task = CarryTask(self.config, index, factors, ids, folders[name])
+                carry(task, gradients, list(self.resolved.maps))
+                self.reporter.say(f"queries: carried back to {name}")
+        keep_strengths(self.config.run_dir, {name: carried_strengths(folder) for name, folder in folders.items()})
+
+    def _score_task(self, entry: Score) -> ScoreTask:
+        position = self.config.score.index(entry)
+        documents = self.config.scored_documents(entry)
+        index = self.config.stage_index(entry.stage)
+        max_tokens = entry.max_tokens or self.config.stages[index].fit.max_tokens
+        return ScoreTask(
+            run_dir=self.config.run_dir,
+            setup=self._setup(index, documents, max_tokens),
+            job=ScoreJob(layout.directions(self.config.run_dir, entry.stage)),
+            files=tuple(self.resolved.corpora[f"score.{position}"]),
+            documents=documents,
+            key=f"score.{position}.documents",
+            block_size=self.config.cluster.documents_per_block,
+            queries=tuple(query.id for query in self.resolved.queries),
+            metadata=MEANING | {"stage": entry.stage},
+        )
+
+    def _score(self, entry: Score) -> None:
+        total = self.resolved.documents[f"score.{self.config.score.index(entry)}"]
+        with self.reporter.step(f"{entry.stage}: scores", total) as step:
+            score(self._score_task(entry), self.config.cluster, step.add)
+
+    def _top(self) -> None:
+        rows = []
+        with ReplicaPool(self.config.cluster) as pool:
+            for entry in self.config.score:
+                pairs = top_pairs(self.config.run_dir, entry.stage, self.config.top)
+                with self._counting(f"{entry.stage}: top documents", len({pair.doc_id for pair in pairs})) as progress:
+                    rows += top_rows(TopTask(self._score_task(entry), pairs), pool, progress)
+        write_top(self.config.run_dir, rows)
+        self.reporter.say(f"done: {self.config.run_dir}")

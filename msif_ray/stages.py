@@ -1,0 +1,56 @@
+"""A stage as the run uses it: which stages need factors, and the response each one has."""
+
+from msif_ray.config import IdentityResponse, ProximalResponse, Run, UnrolledResponse
+from msif_ray.errors import UserError
+from msif_ray.influence.response import (
+    DampedInverse,
+    Identity,
+    Proximal,
+    Response,
+    UnrolledFilter,
+    UnrolledInverse,
+)
+
+
+def is_identity(run: Run, index: int) -> bool:
+    return isinstance(run.stages[index].response, IdentityResponse)
+
+
+def carried_through(run: Run, scored: int) -> list[int]:
+    """The stages a query passes on its way back to the scored one, last stage first, scored stage last."""
+    return list(range(len(run.stages) - 1, scored - 1, -1))
+
+
+def stages_with_factors(run: Run) -> list[int]:
+    """The stages whose factors some score needs: those passed, unless their response is the identity."""
+    earliest = min(run.stage_index(score.stage) for score in run.score)
+    return [index for index in range(earliest, len(run.stages)) if not is_identity(run, index)]
+
+
+def response_of(
+    run: Run, index: int, scored: int, map_name: str, mean_eigenvalue: float
+) -> tuple[Response, float | None]:
+    """The response of stage `index` at one map when stage `scored` is scored, and the damping or α used.
+
+    A scored stage answers with its damped inverse (DESIGN.md §2), or with the unrolled form where
+    the stage is described so; a later stage with its filter (default: proximal).
+
+    Raises UserError, naming the map, for a relative strength where the mean eigenvalue is zero.
+    """
+    stage = run.stages[index]
+    response = stage.response
+    if isinstance(response, IdentityResponse):
+        return Identity(), None
+    if isinstance(response, UnrolledResponse):
+        time = response.rate * response.steps
+        return (UnrolledInverse(time) if index == scored else UnrolledFilter(time)), None
+    proximal = response or ProximalResponse()
+    strength = stage.damping if index == scored else proximal.alpha
+    value = strength.resolve(mean_eigenvalue)
+    if not value > 0:
+        key = "damping" if index == scored else "response.alpha"
+        raise UserError(
+            f"stages.{index}.{key}: {map_name} has no curvature, so a relative strength is zero; "
+            "give an absolute one or leave the map out"
+        )
+    return (DampedInverse(value) if index == scored else Proximal(value)), value

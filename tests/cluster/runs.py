@@ -1,0 +1,94 @@
+"""Small runs on disk and what they should have said, by the dense reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy
+import pyarrow.parquet as pq
+import reference
+import torch
+
+Pair = tuple[str, str]
+
+BASE = [
+    *models.random_documents(1, 14, (3, 30), prefix="base"),
+    {"id": "short", "text": "the"},
+    {"id": "null", "text": None},
+]
+# Enough targets that no covariance is rank-deficient: an eigenbasis of a null space is anyone's choice.
+TUNING = models.random_documents(2, 24, (3, 14), completions=True, prefix="tune")
+QUERIES = models.random_documents(3, 3, (3, 6), completions=True, prefix="query")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def two_stages(folder: Path, run_dir: str, dtype: str = "float64", **cluster: Any) -> dict[str, Any]:
+    """A run description over a tiny pair, its corpora and queries, all written under `folder`."""
+    if not (folder / "stage1").exists():
+        models.save_pair(folder, "gpt_neox", seed=5, tokenizer=models.build_tokenizer(pad=True))
+    return {
+        "run_dir": str(folder / run_dir),
+        "seed": 3,
+        "stages": [
+            {
+                "name": "pretrain",
+                "model": str(folder / "stage0"),
+                "documents": {"path": write_lines(folder / "base.jsonl", BASE), "text": "text", "id": "id"},
+                "fit": {"max_tokens": 12},
+                "damping": {"relative": 0.001},
+            },
+            {
+                "name": "tune",
+                "model": str(folder / "stage1"),
+                "documents": {
+                    "path": write_lines(folder / "tune.jsonl", TUNING),
+                    "prompt": "prompt",
+                    "completion": "completion",
+                    "id": "id",
+                },
+                "response": {"kind": "proximal", "alpha": {"relative": 0.01}},
+            },
+        ],
+        "queries": {"path": write_lines(folder / "queries.jsonl", QUERIES), "id": "id"},
+        "score": [{"stage": "pretrain"}, {"stage": "tune"}],
+        "top": 4,
+        "cluster": {"dtype": dtype, "gpus_per_rank": 0, "tokens_per_batch": 64, "documents_per_block": 4} | cluster,
+    }
+
+
+def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
+    """The dense reference's (score, norm, tokens) of every pair of the run above."""
+    specs = []
+    usable = [row for row in BASE if row["text"] and row["id"] != "short"]
+    for index, (name, documents, max_tokens) in enumerate([("pretrain", usable, 12), ("tune", TUNING, 64)]):
+        model, tokenizer = models.load(folder / f"stage{index}")
+        specs.append(
+            reference.StageSpec(
+                name, model, tokenizer, documents, max_tokens, seed=3, strength=0.01,
+                damping=0.001 if index == 0 else 0.1,
+            )
+        )
+    with torch.enable_grad():
+        found, _ = reference.scores(specs, QUERIES, specs[scored].documents, scored)
+    return found
+
+
+def read_scores(run_dir: str, stage: str) -> dict[Pair, tuple[float, float, int]]:
+    table = pq.read_table(Path(run_dir) / "scores" / f"stage={stage}", partitioning=None)
+    rows = table.to_pylist()
+    pairs = {(row["query_id"], row["doc_id"]): (row["score"], row["norm"], row["n_tokens"]) for row in rows}
+    assert len(pairs) == len(rows), "a pair is there twice"
+    return pairs
+
+
+def largest_error(found: dict[Pair, tuple[float, float, int]], wanted: dict[Pair, tuple[float, float, int]]) -> float:
+    """The largest difference of a score or a norm, relative to the largest score or norm."""
+    assert found.keys() == wanted.keys()
+    assert all(found[pair][2] == wanted[pair][2] for pair in wanted)
+    columns = [numpy.array([[side[pair][i] for pair in wanted] for side in (found, wanted)]) for i in (0, 1)]
+    return max(float(numpy.abs(got - want).max() / numpy.abs(want).max()) for got, want in columns)

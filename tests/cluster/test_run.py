@@ -1,0 +1,130 @@
+"""Whole runs on a real local Ray cluster against the dense reference."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import ray
+from cluster import runs
+
+from msif_ray.config import parse_run
+from msif_ray.errors import UserError
+from msif_ray.run import run
+from msif_ray.store import read_json
+
+# Scores are written as float32, whatever they were computed in.
+FLOAT32 = 2e-7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_process(folder: Path) -> str:
+    description = runs.two_stages(folder, "one")
+    run(parse_run(description))
+    return str(description["run_dir"])
+
+
+@pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
+def test_scores_equal_the_dense_reference(folder: Path, one_process: str, stage: str, scored: int) -> None:
+    found = runs.read_scores(one_process, stage)
+    assert runs.largest_error(found, runs.expected(folder, scored)) < FLOAT32
+
+
+def test_bad_documents_are_skipped_with_a_reason(one_process: str) -> None:
+    skipped = {row["doc_id"]: row["reason"] for row in pq.read_table(f"{one_process}/skipped.parquet").to_pylist()}
+    assert skipped == {"short": "fewer than two tokens", "null": "text is null"}
+
+
+def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str) -> None:
+    rows = pq.read_table(f"{one_process}/top.parquet").to_pylist()
+    scores = runs.read_scores(one_process, "pretrain")
+    assert len(rows) == 2 * 3 * 2 * 4  # stages, queries, sides, k
+    for row in rows:
+        assert len(row["tokens"]) == len(row["token_scores"]) == row["n_tokens"]
+        assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
+    first = [row for row in rows if row["stage"] == "pretrain" and row["query_id"] == "query0" and row["rank"] == 1]
+    by_side = {row["side"]: row["score"] for row in first}
+    of_query = [score for (query, _), (score, _, _) in scores.items() if query == "query0"]
+    assert by_side == {"highest": max(of_query), "lowest": min(of_query)}
+
+
+def test_run_json_says_what_changes_a_score(one_process: str) -> None:
+    record = read_json(Path(one_process) / "run.json")
+    assert record["identity"]["run"]["stages"][0]["damping"] == {"absolute": None, "relative": 0.001}
+    assert len(record["identity"]["models"][0]["sha256"]) == 64
+    strengths = record["strengths"]["pretrain"]
+    assert set(strengths) == {"pretrain.damping", "tune.alpha"}
+    assert all(value > 0 for value in strengths["pretrain.damping"].values())
+
+
+def test_two_replicas_give_the_same_scores(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "replicas", replicas=2)
+    run(parse_run(description))
+    for stage in ("pretrain", "tune"):
+        found = runs.read_scores(description["run_dir"], stage)
+        assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+
+
+def test_two_ranks_of_a_sharded_replica_give_the_same_scores(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "ranks", ranks_per_replica=2)
+    run(parse_run(description))
+    for stage in ("pretrain", "tune"):
+        found = runs.read_scores(description["run_dir"], stage)
+        assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+
+
+def test_a_finished_run_is_not_run_again(one_process: str, folder: Path) -> None:
+    def written() -> dict[str, int]:
+        files = [path for kind in ("*.safetensors", "part-*.parquet") for path in Path(one_process).rglob(kind)]
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    before = written()
+    run(parse_run(runs.two_stages(folder, "one")))
+    assert written() == before and before
+
+
+def test_a_lost_part_is_scored_again_and_only_that(one_process: str, folder: Path) -> None:
+    before = runs.read_scores(one_process, "pretrain")
+    parts = sorted((Path(one_process) / "scores" / "stage=pretrain").glob("part-*"))
+    times = {part: part.stat().st_mtime_ns for part in parts[1:]}
+    parts[0].unlink()
+    run(parse_run(runs.two_stages(folder, "one")), until="score")
+    assert runs.read_scores(one_process, "pretrain") == before
+    assert {part: part.stat().st_mtime_ns for part in parts[1:]} == times
+
+
+def test_another_run_in_the_same_directory_is_refused(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "one")
+    description["stages"][0]["damping"] = {"relative": 0.5}
+    with pytest.raises(UserError, match=r"stages\.0\.damping\.relative was 0\.001 and is 0\.5"):
+        run(parse_run(description))
+
+
+def test_factors_are_reused_under_another_alpha(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "reused")
+    description["score"] = [{"stage": "pretrain"}]
+    for stage in description["stages"]:
+        stage["factors"] = one_process
+    description["stages"][1]["response"] = {"kind": "proximal", "alpha": {"relative": 1e12}}
+    run(parse_run(description), until="score")
+    single = runs.two_stages(folder, "single")
+    single["score"] = [{"stage": "pretrain"}]
+    single["stages"][0]["factors"] = one_process
+    single["stages"][1]["response"] = {"kind": "identity"}
+    run(parse_run(single), until="score")
+    infinite = runs.read_scores(description["run_dir"], "pretrain")
+    assert runs.largest_error(infinite, runs.read_scores(single["run_dir"], "pretrain")) < FLOAT32
+    assert runs.largest_error(infinite, runs.read_scores(one_process, "pretrain")) > 0.01
+    assert not (folder / "reused" / "factors").exists()

@@ -1,0 +1,84 @@
+"""A part is all of a block or nothing, and readable by anything that reads Parquet."""
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from msif_ray.errors import UserError
+from msif_ray.results import parts
+
+
+def write(run_dir: Path, block: str, documents: list[str], skipped: list[tuple[str, str]], stage: str = "one") -> Path:
+    path = parts.part_path(run_dir, stage, block)
+    scores = np.arange(2.0 * len(documents)).reshape(len(documents), 2)
+    norms = np.arange(len(documents)) + 0.5
+    tokens = list(range(3, 3 + len(documents)))
+    parts.write_part(path, ["q1", "q0"], documents, scores, norms, tokens, skipped, {"damping": "0.1"})
+    return path
+
+
+def test_rows_are_sorted_by_query_then_document_as_given(tmp_path: Path) -> None:
+    path = write(tmp_path, "00000-0000000", ["b", "a"], [])
+    assert path == tmp_path / "scores" / "stage=one" / "part-00000-0000000.parquet"
+    table = pq.ParquetFile(path).read()
+    assert table.schema.equals(parts.SCORES_SCHEMA)
+    assert table.to_pydict() == {
+        "query_id": ["q1", "q1", "q0", "q0"],
+        "doc_id": ["b", "a", "b", "a"],
+        "score": [0.0, 2.0, 1.0, 3.0],
+        "norm": [0.5, 1.5, 0.5, 1.5],
+        "n_tokens": [3, 4, 3, 4],
+    }
+
+
+def test_metadata_says_what_the_numbers_are(tmp_path: Path) -> None:
+    metadata = pq.read_schema(write(tmp_path, "b", ["d"], [])).metadata
+    assert {b"unit", b"sign", b"norm", b"n_tokens", b"damping", b"skipped"} <= metadata.keys()
+
+
+def test_duckdb_reads_all_parts_and_no_temporary_file(tmp_path: Path) -> None:
+    path = write(tmp_path, "00000-0000000", ["a"], [])
+    write(tmp_path, "00000-0000001", ["b", "c"], [])
+    (path.parent / ".part-00000-0000002.parquet.0.tmp").write_bytes(b"half")
+    query = f"select count(*), count(distinct (query_id, doc_id)), min(stage) from '{tmp_path}/scores/*/*.parquet'"
+    assert duckdb.sql(query).fetchall() == [(6, 6, "one")]
+    assert parts.done_blocks(tmp_path, "one") == {"00000-0000000", "00000-0000001"}
+    assert parts.done_blocks(tmp_path, "other") == set()
+
+
+def test_skipped_documents_of_all_stages_are_gathered(tmp_path: Path) -> None:
+    write(tmp_path, "00000-0000001", [], [("c", "text is null")])
+    write(tmp_path, "00000-0000000", ["a"], [("b", "fewer than two tokens")])
+    write(tmp_path, "00000-0000000", ["x"], [("ä", "text is empty")], stage="two")
+    parts.write_skipped(tmp_path, ["one", "two"])
+    assert pq.read_table(tmp_path / "skipped.parquet").to_pylist() == [
+        {"doc_id": "b", "reason": "fewer than two tokens", "stage": "one"},
+        {"doc_id": "c", "reason": "text is null", "stage": "one"},
+        {"doc_id": "ä", "reason": "text is empty", "stage": "two"},
+    ]
+
+
+def test_no_skipped_document_is_an_empty_table_of_the_same_columns(tmp_path: Path) -> None:
+    parts.write_skipped(tmp_path, ["one"])
+    assert pq.read_schema(tmp_path / "skipped.parquet").equals(parts.SKIPPED_SCHEMA)
+
+
+@pytest.mark.parametrize("content", [b"not parquet", None])
+def test_a_file_that_is_no_part_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = write(tmp_path, "b", ["a"], [])
+    if content is None:
+        pq.write_table(pa.table({"a": [1]}), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-b.parquet: not a part of this run's scores"):
+        parts.write_skipped(tmp_path, ["one"])
+
+
+def test_arrays_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scores"):
+        parts.write_part(tmp_path / "p", ["q"], ["a", "b"], np.zeros((1, 2)), np.zeros(2), [1, 1], [], {})
+    assert not list(tmp_path.iterdir())

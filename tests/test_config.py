@@ -1,0 +1,129 @@
+"""A run description is validated to one line that names the source and the key."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from msif_ray.config import Strength, load_run, parse_run
+from msif_ray.errors import UserError
+
+DESCRIPTION: dict[str, Any] = {
+    "run_dir": "out",
+    "stages": [
+        {"name": "pre", "model": "a", "documents": {"path": "a.jsonl", "text": "text"}},
+        {"name": "tune", "model": "b", "documents": {"path": "b.jsonl", "prompt": "p", "completion": "c"}},
+    ],
+    "queries": {"path": "q.jsonl"},
+    "score": [{"stage": "pre"}],
+}
+
+
+def changed(key: str, value: Any) -> dict[str, Any]:
+    """The description with the value at a dotted key replaced, or removed when it is `...`."""
+    description: Any = copy.deepcopy(DESCRIPTION)
+    *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
+    target = description
+    for parent in parents:
+        target = target.setdefault(parent, {}) if isinstance(target, dict) else target[parent]
+    if value is ...:
+        del target[last]
+    else:
+        target[last] = value
+    return description
+
+
+def test_defaults() -> None:
+    run = parse_run(DESCRIPTION)
+    pre, tune = run.stages
+    assert pre.damping == Strength(relative=0.1) and pre.fit.labels == "sampled" and pre.fit.max_tokens is None
+    assert pre.documents is not None and not pre.documents.ends_with_eos
+    assert tune.documents is not None and tune.documents.ends_with_eos
+    assert run.queries.documents.ends_with_eos
+    assert run.scored_documents(run.score[0]) == pre.documents
+    assert (run.cluster.replicas.min, run.cluster.replicas.max) == (1, 1)
+
+
+def test_a_number_of_replicas_fixes_it() -> None:
+    replicas = parse_run(changed("cluster.replicas", 3)).cluster.replicas
+    assert (replicas.min, replicas.max) == (3, 3)
+
+
+@pytest.mark.parametrize(("strength", "resolved"), [(Strength(absolute=2.0), 2.0), (Strength(relative=0.1), 0.1 * 30)])
+def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: Strength, resolved: float) -> None:
+    assert strength.resolve(30.0) == pytest.approx(resolved, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run_dirs", "x", "run_dirs: unknown key"),
+        ("stages.1.documents.completions", "x", "stages.1.documents.completions: unknown key"),
+        ("run_dir", ..., "run_dir: is missing"),
+        ("stages.0.model", ..., "stages.0.model: is missing"),
+        ("seed", "x", "seed: input should be a valid integer"),
+        ("stages", [], "stages: list should have at least 1 item"),
+        ("stages.0.name", "a/b", "stages.0.name: string should match"),
+        ("stages.1.name", "pre", "stages: the stage 'pre' is named twice"),
+        ("stages.0.documents.text", ..., "stages.0.documents: give either `text`, or `completion`"),
+        ("stages.0.documents.prompt", "p", "stages.0.documents: `prompt` goes with `completion`"),
+        ("stages.0.response", {"kind": "proximal"}, "stages.0.response: 'pre' is the first stage"),
+        ("stages.1.response", {"kind": "proxmal"}, "stages.1.response: "),
+        ("stages.1.response", {"kind": "proximal", "alfa": 1}, "stages.1.response.alfa: unknown key"),
+        ("stages.1.response", {"kind": "unrolled", "rate": 0.1}, "stages.1.response.steps: is missing"),
+        ("stages.1.response", {"kind": "unrolled", "rate": -1, "steps": 3}, "stages.1.response.rate: "),
+        ("stages.0.damping", {}, "stages.0.damping: give either `absolute` or `relative`"),
+        ("stages.0.damping", {"absolute": 1, "relative": 1}, "stages.0.damping: give either"),
+        ("stages.0.damping", {"relative": 0}, "stages.0.damping.relative: input should be greater than 0"),
+        ("stages.0.damping", {"absolute": float("inf")}, "stages.0.damping.absolute: "),
+        ("stages.0.fit", {"max_tokens": 1}, "stages.0.fit.max_tokens: "),
+        ("stages.0.fit", {"labels": "true"}, "stages.0.fit.labels: "),
+        ("queries.rank", 0, "queries.rank: "),
+        ("queries.energy", 1.5, "queries.energy: "),
+        ("score", [], "score: list should have at least 1 item"),
+        ("score.0.stage", "other", "score.0.stage: there is no stage 'other', only pre, tune"),
+        ("score", [{"stage": "pre"}, {"stage": "pre"}], "score: the stage 'pre' is named twice"),
+        ("stages.0.documents", ..., "score.0.documents: neither this entry nor its stage names documents"),
+        ("top", 0, "top: "),
+        ("cluster.dtype", "float16", "cluster.dtype: "),
+        ("cluster.replicas", {"min": 3, "max": 2}, "cluster.replicas: min 3 is larger than max 2"),
+    ],
+)
+def test_a_fault_is_one_line_with_its_key(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_run(changed(key, value), "run.yaml")
+    line = str(error.value)
+    assert line.startswith(f"run.yaml: {message}") and "\n" not in line
+
+
+def test_rank_and_energy_exclude_each_other() -> None:
+    with pytest.raises(UserError, match="queries: give `rank` or `energy`, not both"):
+        parse_run(changed("queries", {"path": "q", "rank": 2, "energy": 0.9}))
+
+
+def test_a_file_is_the_same_run_as_its_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(DESCRIPTION))
+    assert load_run(path) == parse_run(DESCRIPTION)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read (No such file or directory)"),
+        (b"a: [", "not valid YAML"),
+        (b"\xff\xfe\xfa", "not valid YAML"),
+        (b"- a", "not a run description"),
+        (b"", "not a run description"),
+        (b"!!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_file_that_holds_no_run_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_run(path)
+    assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
