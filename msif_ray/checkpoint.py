@@ -72,9 +72,14 @@ def folder_revision(folder: Path) -> str | None:
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     """A stage's tokenizer. Raises UserError, naming the key, when it does not load."""
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}: no tokenizer loads from {name}: {' '.join(str(error).split())[:200]}") from None
+    # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
+    vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if os.path.isdir(name) and not any((Path(name) / file).exists() for file in vocabularies):
+        raise UserError(f"{key}: {name} has no tokenizer.json; save the tokenizer there or name one with `tokenizer`")
+    return tokenizer
 
 
 def _describe(folder: Path, modules: list[str] | None, key: str) -> tuple[int | None, dict[str, tuple[int, int]]]:

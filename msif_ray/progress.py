@@ -36,11 +36,11 @@ class Step:
         self.bar.update(self._task, completed=self.documents + self.skipped, rate=f"{self._rate():,.0f} tokens/s")
         if not self.console.is_terminal and monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = monotonic()
-            self.console.print(self._line())
+            self.console.print(self._line(), highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self.bar.remove_task(self._task)
-        self.console.print(self._line(), highlight=False)
+        self.console.print(self._line(), highlight=False, soft_wrap=True)
 
     def _rate(self) -> float:
         return self.tokens / max(monotonic() - self.started, 1e-9)
@@ -64,7 +64,7 @@ class Reporter:
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Step]:

@@ -54,14 +54,10 @@ def _ray(cluster: Cluster) -> Iterator[Cluster]:
     started = not ray.is_initialized()
     if started:
         local = "RAY_ADDRESS" not in os.environ
-        # Workers take one thread each unless told otherwise; two cores are quickly oversubscribed.
-        environment = {"env_vars": {"OMP_NUM_THREADS": str(cluster.cpus_per_rank), "TOKENIZERS_PARALLELISM": "false"}}
-        ray.init(
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({"include_dashboard": False} if local else {}),
-        )
+        if local:
+            # The core's own log lines are for Ray's developers; what fails here is raised.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(log_to_driver=False, logging_level="ERROR", **({"include_dashboard": False} if local else {}))
     try:
         yield _decide_gpus(cluster)
     finally:

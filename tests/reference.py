@@ -88,7 +88,7 @@ def windows(
     tokenizer: Any, document: Document, max_tokens: int | None = None, append_eos: bool | None = None
 ) -> list[tuple[Ids, Flags]]:
     """tokens[0:M], tokens[M-1:2M-1], ...: neighbours share a token, a target only in the earlier of the two.
-    Windows without a target are dropped and not counted in a window's index. M None: one window."""
+    Windows without a target come first in a prompted document and are left out. M None: one window."""
     ids, targets = tokenise(tokenizer, document, append_eos)
     max_tokens = max(len(ids), 2) if max_tokens is None else max_tokens
     cut = []
@@ -186,7 +186,10 @@ def labelled_windows(stage: StageSpec) -> list[list[tuple[Ids, Flags, list[int]]
         labels = [data_labels(*window) for window in cut]
         if stage.labels == "sampled":
             key = (stage.seed, stage.name, document["id"])
-            labels = [sample_labels(stage.model, *window, *key, i) for i, window in enumerate(cut)]
+            # A window's number counts those of the prompt before it, too.
+            first = [*tokenise(stage.tokenizer, document, stage.append_eos)[1], True].index(True)
+            left_out = (first - 1) // (stage.max_tokens - 1) if stage.max_tokens else 0
+            labels = [sample_labels(stage.model, *window, *key, i + left_out) for i, window in enumerate(cut)]
         fitted.append([(*window, own) for window, own in zip(cut, labels, strict=True)])
     return [document for document in fitted if document]
 

@@ -4,6 +4,7 @@ It runs in any process: alone in a test, in a replica's actor, or as one of seve
 hold one model together.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,7 +55,9 @@ class Rank:
 
     def __init__(self, setup: ModelSetup, place: RankGroup | None = None) -> None:
         transformers_logging.set_verbosity_error()
+        # Two cores are quickly oversubscribed: torch and the tokenizers each take all there are.
         torch.set_num_threads(setup.threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.setup, self.place = setup, place or RankGroup(0, 1, "127.0.0.1", 0)
         self.device = torch.device("cuda" if setup.cuda else "cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(setup.tokenizer, trust_remote_code=False)
@@ -114,14 +117,18 @@ class Rank:
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> None:
         work = self._started()
         labels = self._sample if self._sampled else None
+        fault: str | None = None
         with Capture(self.model, self.maps) as capture:
             for windows in batches:
                 captured = capture.run(to_batch(windows).to(self.device), labels)
                 if not torch.isfinite(captured.losses).all():
-                    raise UserError(f"{self.setup.model}: the loss of {windows[0].key.document_id!r} is not finite")
+                    fault = fault or windows[0].key.document_id
                 work.add(captured)
             for _ in range(empty_steps):
                 capture.run(to_batch([_EMPTY]).to(self.device))
+        # Only now: ranks that hold one model wait for each other's steps.
+        if fault is not None:
+            raise UserError(f"{self.setup.model}: a loss is not finite, at or near document {fault!r}")
 
     @property
     def _sample(self) -> LabelChoice:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from msif_ray.cluster import partials
 from msif_ray.cluster.jobs import Job, PartialSums
 from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
-from msif_ray.cluster.sharding import RankGroup
+from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup
 from msif_ray.config import Cluster
 from msif_ray.corpus.reader import Block
 
@@ -113,7 +113,12 @@ class Replica:
 
         def options(index: int) -> dict[str, Any]:
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-            return {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "scheduling_strategy": strategy}
+            return {
+                "num_cpus": resources.cpus,
+                "num_gpus": resources.gpus,
+                "scheduling_strategy": strategy,
+                "runtime_env": {"env_vars": ENVIRONMENT},
+            }
 
         address, port = ray.get(ray.remote(meeting_point).options(**options(0)).remote())
         actor = ray.remote(Rank)

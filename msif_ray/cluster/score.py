@@ -68,7 +68,7 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

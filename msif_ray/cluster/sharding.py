@@ -5,7 +5,6 @@ see different batches, but the gathers are collective: all ranks must run the sa
 and of backward passes, or the group waits until its timeout. A rank without work runs a dummy batch.
 """
 
-import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from torch import distributed, nn
 # gathers would cost a round trip each.
 _KEPT_WHOLE = 20_000
 
-# Environment of a rank's process, set before it starts. Without it glibc keeps freed weights for itself: ranks
-# of a 1,023 MiB model over two CPU ranks grew by 2.3 GiB in three steps, with it by 0.8 GiB. Only ranks on
-# CPUs need it. Huge pages make up for the time lost in handing memory back.
+# Environment of a CPU rank's process, set before it starts. Without it glibc keeps freed weights for
+# itself: each of two ranks of a 1,023 MiB model grew by over 2.2 GiB in three steps, with it by 0.8 GiB.
+# Huge pages win back some of the time that handing memory back costs.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
@@ -68,7 +67,11 @@ def join(group: RankGroup, device: torch.device, timeout: timedelta = timedelta(
 def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: bool = False) -> nn.Module:
     """A causal language model of which each rank holds its shard; call the module as any other.
 
-    Collective: every rank of the group calls it, after `join`.
+    Collective: every rank of the group calls it, after `join`. Values agree with the whole model's up to
+    rounding, not always to the last bit: DeepSpeed multiplies first and adds the bias after.
+    Rank 0 reads the checkpoint through a memory map, whose pages count in its resident size while it loads,
+    though the system can drop them. DeepSpeed never lets go of a model: another one wants a new process.
+    `offload` keeps a GPU rank's shard in pinned memory of its host.
     """
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -107,7 +110,8 @@ def _configuration(offload: bool, model: nn.Module | None = None) -> dict[str, A
     }
     if model is not None:
         # Room for the weight in use and the next. The defaults (1e9 live, 5e7 ahead) gather whole models.
-        largest = max(weight.ds_numel for weight in model.parameters())
+        weights: list[Any] = list(model.parameters())  # DeepSpeed's attributes are unknown to torch
+        largest = max(weight.ds_numel for weight in weights)
         zero |= {"stage3_max_live_parameters": 2 * largest, "stage3_prefetch_bucket_size": largest // 2}
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}

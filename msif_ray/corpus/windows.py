@@ -28,15 +28,13 @@ class Encoded:
 
     def windows(self, max_tokens: int) -> "Iterator[Window]":
         """Windows of at most `max_tokens` tokens that share one token, so that every target is
-        predicted exactly once. A window without a target has no gradient and is neither
-        kept nor numbered."""
-        number = 0
-        for start in range(0, len(self.ids) - 1, max_tokens - 1):
+        predicted exactly once. A window without a target has no gradient and is left out; window n
+        begins at token n·(max_tokens − 1) all the same."""
+        for number, start in enumerate(range(0, len(self.ids) - 1, max_tokens - 1)):
             ids = self.ids[start : start + max_tokens]
             targets = (False, *self.targets[start + 1 : start + max_tokens])
             if any(targets):
                 yield Window(WindowKey(self.document_id, number), ids, targets)
-                number += 1
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,10 @@ from msif_ray.errors import UserError
 from msif_ray.run import run
 
 MODELS = Path(__file__).parent / "models"
-QUERIES_PER_RELATION = 15
-QUERY_SEED = 0
+QUERIES_PER_RELATION = 10
+SEED = 0
+FITTED_DOCUMENTS = 2500  # of the shuffled corpus: the whole demo has three minutes on two cores
+TOKENS_PER_BATCH = 1024  # larger batches of this small model do not stay in a core's cache
 SHOWN = 5  # supporting documents printed per query
 RECALL_AT = 10
 
@@ -61,13 +63,14 @@ def run_demo(folder: Path) -> None:
     console = Console(highlight=False)
     folder = folder.resolve()
     documents, queries = build_corpus(), choose_queries()
+    random.Random(SEED).shuffle(documents)  # the first documents are then a sample to fit from
     write_inputs(folder, documents, queries)
     attributions = {}
     for name, description in run_descriptions(folder).items():
         console.rule(name)
         path = folder / f"{slug(name)}.yaml"
         path.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
-        run(load_run(path))
+        run(load_run(path), until=None if name == TWO_STAGES else "score")
         attributions[name] = read_attribution(Path(description["run_dir"]), documents, queries)
     states = stating(documents, queries)
     print_supporting(console, documents, queries, attributions[TWO_STAGES].scores, states)
@@ -89,7 +92,7 @@ def slug(name: str) -> str:
 def choose_queries() -> list[Question]:
     """Held-out questions that the fine-tuned model answers correctly: a seeded sample of each relation's."""
     held_out = held_out_questions()
-    random.Random(QUERY_SEED).shuffle(held_out)
+    random.Random(SEED).shuffle(held_out)
     path = MODELS / "finetuned"
     model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
     correct = answers_correctly(model, AutoTokenizer.from_pretrained(path), held_out)
@@ -137,6 +140,7 @@ def _description(
                 "name": "pretrain",
                 "model": str(MODELS / "pretrained"),
                 "documents": {"path": str(folder / "documents.parquet"), "text": "text", "id": "id"},
+                "fit": {"documents": FITTED_DOCUMENTS},
                 **pretrain,
             },
             {
@@ -153,7 +157,13 @@ def _description(
         ],
         "queries": {"path": str(folder / "queries.jsonl"), "id": "id"},
         "score": [{"stage": "pretrain"}],
-        "cluster": {"replicas": 2, "gpus_per_rank": 0, "dtype": "float32"},
+        "top": SHOWN,
+        "cluster": {
+            "replicas": 2,
+            "gpus_per_rank": 0,
+            "dtype": "float32",
+            "tokens_per_batch": TOKENS_PER_BATCH,
+        },
     }
 
 

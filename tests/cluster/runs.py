@@ -51,6 +51,7 @@ def two_stages(folder: Path, run_dir: str, dtype: str = "float64", **cluster: An
                     "completion": "completion",
                     "id": "id",
                 },
+                "fit": {"max_tokens": 8},
                 "response": {"kind": "proximal", "alpha": {"relative": 0.01}},
             },
         ],
@@ -65,7 +66,7 @@ def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
     """The dense reference's (score, norm, tokens) of every pair of the run above."""
     specs = []
     usable = [row for row in BASE if row["text"] and row["id"] != "short"]
-    for index, (name, documents, max_tokens) in enumerate([("pretrain", usable, 12), ("tune", TUNING, 64)]):
+    for index, (name, documents, max_tokens) in enumerate([("pretrain", usable, 12), ("tune", TUNING, 8)]):
         model, tokenizer = models.load(folder / f"stage{index}")
         specs.append(
             reference.StageSpec(

@@ -54,9 +54,9 @@ def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str)
     for row in rows:
         assert len(row["tokens"]) == len(row["token_scores"]) == row["n_tokens"]
         assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
-    first = [row for row in rows if row["stage"] == "pretrain" and row["query_id"] == "query0" and row["rank"] == 1]
+    first = [row for row in rows if row["stage"] == "pretrain" and row["query_id"] == "query-0" and row["rank"] == 1]
     by_side = {row["side"]: row["score"] for row in first}
-    of_query = [score for (query, _), (score, _, _) in scores.items() if query == "query0"]
+    of_query = [score for (query, _), (score, _, _) in scores.items() if query == "query-0"]
     assert by_side == {"highest": max(of_query), "lowest": min(of_query)}
 
 

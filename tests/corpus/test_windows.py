@@ -1,0 +1,93 @@
+"""Encoding, windows and batches: every target once, nothing lost in silence."""
+
+import random
+from itertools import pairwise
+
+import models
+import pytest
+
+from msif_ray.corpus.reader import Document
+from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.influence.capture import WindowKey
+
+TOKENIZER = models.build_tokenizer()
+
+
+def tokens(text):
+    return TOKENIZER(text)["input_ids"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_target_is_in_exactly_one_window(seed):
+    rng = random.Random(seed)
+    for _ in range(50):
+        length, limit = rng.randint(2, 30), rng.randint(2, 12)
+        first = rng.randint(1, length - 1)
+        ids = tuple(rng.randrange(1000) for _ in range(length))
+        document = Encoded("d", ids, tuple(t >= first for t in range(length)))
+        windows = list(document.windows(limit))
+        predicted = [i for window in windows for i, target in zip(window.ids, window.targets, strict=True) if target]
+        assert tuple(predicted) == ids[first:]
+        assert all(window.ids[0] == ids[window.key.window * (limit - 1)] for window in windows)
+        assert all(2 <= len(window.ids) <= limit and any(window.targets) for window in windows)
+        assert not any(window.targets[0] for window in windows)
+        for one, two in pairwise(windows):
+            assert one.ids[-1] == two.ids[0]
+
+
+def test_prompts_are_masked_and_eos_is_a_target():
+    eos = TOKENIZER.eos_token_id
+    found = encode(TOKENIZER, Document("d", "the king", " is old", has_prompt=True), append_eos=True)
+    assert found.ids == (*tokens("the king"), *tokens(" is old"), eos)
+    assert found.targets == (False, False, True, True, True)
+    found = encode(TOKENIZER, Document("d", None, "the king is old"), append_eos=False)
+    assert found.ids == tuple(tokens("the king is old")) and found.targets == (False, True, True, True)
+    assert encode(TOKENIZER, Document("d", "", "the", has_prompt=True), append_eos=True).targets == (False, True)
+    bos = models.build_tokenizer(bos=True)
+    found = encode(bos, Document("d", "the", "the", has_prompt=True), append_eos=False)
+    assert found.ids == (bos.bos_token_id, *tokens("the"), *tokens("the"))  # once, before the prompt
+    assert found.targets == (False, False, True)
+
+
+SKIPPED = {
+    "text is empty": Document("d", None, ""),
+    "fewer than two tokens": Document("d", None, "the"),
+    "text is null": Document("d", None, None),
+    "text is not text but int": Document("d", None, 3),
+    "text is not valid Unicode": Document("d", None, "a \ud800 b"),
+    "prompt is null": Document("d", None, "the", has_prompt=True),
+    "completion is empty": Document("d", "the", "", has_prompt=True),
+}
+
+
+@pytest.mark.parametrize("reason", SKIPPED)
+def test_a_document_that_cannot_be_scored_says_why(reason):
+    assert encode(TOKENIZER, SKIPPED[reason], append_eos=False) == Skipped("d", reason)
+
+
+def window(number, length):
+    return Window(WindowKey(f"d{number}", 0), tuple(range(1, length + 1)), (False, *(True,) * (length - 1)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batches_hold_every_window_within_the_budget(seed):
+    rng = random.Random(seed)
+    equal = [window(i, 6) for i in range(9)]
+    ragged = [window(i, rng.randint(2, 20)) for i in range(40)]
+    for windows in (equal, ragged, []):
+        for budget in (1, 6, 12, 50, 10**6):
+            batches = pack(windows, budget)
+            assert sorted(w.key.document_id for batch in batches for w in batch) == sorted(
+                w.key.document_id for w in windows
+            )
+            assert all(len(b) == 1 or len(b) * max(len(w.ids) for w in b) <= budget for b in batches)
+            assert batches == pack(windows, budget)
+    assert [len(batch) for batch in pack(equal, 18)] == [3, 3, 3]
+
+
+def test_a_batch_is_padded_on_the_right():
+    batch = to_batch([window(0, 4), window(1, 2)])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
+    assert batch.attention_mask.sum(1).tolist() == [4, 2]
+    assert batch.targets.tolist() == [[False, True, True, True], [False, True, False, False]]
+    assert batch.predicts.tolist() == [[True, True, True, False], [True, False, False, False]]

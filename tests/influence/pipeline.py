@@ -1,0 +1,170 @@
+"""msif_ray's functions composed for one process: documents -> factors -> directions -> scores.
+
+Stages are described by `reference.StageSpec`, so that the package and the reference are given the same.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from reference import StageSpec
+from torch import Tensor
+
+from msif_ray.corpus.reader import Document
+from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.influence.capture import Batch, Capture, Captured
+from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
+from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.modules import find_linear_maps
+from msif_ray.influence.queries import carry_back, query_tokens, truncate
+from msif_ray.influence.response import (
+    DampedInverse,
+    Identity,
+    Proximal,
+    Response,
+    UnrolledFilter,
+    UnrolledInverse,
+)
+from msif_ray.influence.scoring import Directions, Scorer
+
+TOGETHER = 10**9  # tokens per batch: all windows in one padded batch
+ALONE = 1  # every window a batch of its own
+
+Factors = dict[str, Factor]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A stage's factors and what they were made of; `covariances` are means."""
+
+    covariances: dict[str, Tensor]
+    factors: Factors
+
+
+def in_dtype(stage: StageSpec, dtype: torch.dtype) -> StageSpec:
+    return replace(stage, model=copy.deepcopy(stage.model).to(dtype))
+
+
+def encode_rows(stage: StageSpec, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Encoded], list[Skipped]]:
+    found: list[Encoded | Skipped] = []
+    for row in rows:
+        completion = "completion" in row
+        text = row["completion" if completion else "text"]
+        eos = completion if stage.append_eos is None else stage.append_eos
+        document = Document(row["id"], row.get("prompt"), text, has_prompt="prompt" in row)
+        found.append(encode(stage.tokenizer, document, eos))
+    return [e for e in found if isinstance(e, Encoded)], [e for e in found if isinstance(e, Skipped)]
+
+
+def batches(stage: StageSpec, documents: Sequence[Encoded], tokens_per_batch: int) -> list[list[Window]]:
+    windows = [w for document in documents for w in document.windows(stage.max_tokens or len(document.ids))]
+    return pack(windows, tokens_per_batch)
+
+
+def sampled(stage: StageSpec) -> Callable[[Tensor, Batch], Tensor]:
+    def choose(logits: Tensor, batch: Batch) -> Tensor:
+        lengths = batch.attention_mask.sum(1).tolist()
+        uniforms = [
+            window_uniforms(stage.seed, stage.name, key.document_id, key.window, length)
+            for key, length in zip(batch.keys, lengths, strict=True)
+        ]
+        return sample_labels(logits, torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)[batch.predicts])
+
+    return choose
+
+
+def fit(stage: StageSpec, tokens_per_batch: int = 150) -> Fitted:
+    """Covariances, bases and corrected eigenvalues of every map; two passes over the stage's documents."""
+    maps = find_linear_maps(stage.model)
+    encoded, _ = encode_rows(stage, stage.documents)
+    batched = [to_batch(windows) for windows in batches(stage, encoded, tokens_per_batch)]
+    labels = sampled(stage) if stage.labels == "sampled" else None
+    covariances = CovarianceSums()
+    with Capture(stage.model, maps) as capture:
+        for batch in batched:
+            covariances.add(capture.run(batch, labels))
+        means = {key: total / covariances.counts[key] for key, total in covariances.sums.items()}
+        bases = {
+            name: Basis(*(eigenbasis(means[f"{side}/{name}"])[1].to(means[f"A/{name}"].dtype) for side in "AS"))
+            for name in maps
+        }
+        corrections = CorrectionSums(bases)
+        for batch in batched:
+            corrections.add(capture.run(batch, labels))
+    factors = {name: Factor(bases[name], corrections.sums[f"E/{name}"] / len(encoded)) for name in maps}
+    return Fitted(means, factors)
+
+
+def response(stage: StageSpec, mean: float, scored: bool) -> Response:
+    kind = stage.response
+    if scored:
+        kind = stage.scored_response or {"unrolled": "scored_unrolled"}.get(kind, "damped")
+    time = stage.rate * stage.steps
+    if kind in ("unrolled", "scored_unrolled"):
+        return UnrolledInverse(time) if kind == "scored_unrolled" else UnrolledFilter(time)
+    if kind == "identity":
+        return Identity()
+    if kind == "damped":
+        return DampedInverse(stage.damping * (mean if stage.damping_relative else 1.0))
+    return Proximal(stage.strength * (mean if stage.relative else 1.0))
+
+
+def carry(
+    stages: Sequence[StageSpec], factors: Sequence[Factors], queries: Sequence[Mapping[str, Any]], scored: int = 0
+) -> dict[str, Tensor]:
+    """Carried-back directions of every map, `[queries, out, columns]`; all queries in one padded batch."""
+    last = replace(stages[-1], max_tokens=None, append_eos=None)
+    encoded, _ = encode_rows(last, queries)
+    windows = [next(query.windows(len(query.ids))) for query in encoded]
+    with Capture(last.model, find_linear_maps(last.model)) as capture:
+        captured = capture.run(to_batch(windows))
+    tokens = [query_tokens(captured, row) for row in range(len(windows))]
+    carried = {}
+    for name in captured.maps:
+        passed = [
+            (factors[k][name], response(stages[k], factors[k][name].mean_eigenvalue, k == scored))
+            for k in range(len(stages) - 1, scored - 1, -1)
+        ]
+        carried[name] = carry_back(torch.stack([query[name].gradient for query in tokens]), passed)
+    return carried
+
+
+def captures(
+    stage: StageSpec, rows: Sequence[Mapping[str, Any]], tokens_per_batch: int = 150
+) -> list[Captured]:
+    """One capture per batch of the documents, with the data's own labels."""
+    encoded, _ = encode_rows(stage, rows)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        return [capture.run(to_batch(windows)) for windows in batches(stage, encoded, tokens_per_batch)]
+
+
+def score(
+    directions: Mapping[str, Directions],
+    stage: StageSpec,
+    queries: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    tokens_per_batch: int = 150,
+) -> tuple[dict[tuple[str, str], tuple[float, float, int]], dict[str, str]]:
+    """({(query id, document id): (score, norm, n_tokens)}, {skipped document id: reason})."""
+    encoded, skipped = encode_rows(stage, rows)
+    scores = {document.document_id: torch.zeros(len(queries), dtype=torch.float64) for document in encoded}
+    squares = dict.fromkeys(scores, 0.0)
+    scorer = Scorer(directions)
+    for captured in captures(stage, rows, tokens_per_batch):
+        for key, row, square in zip(captured.batch.keys, *scorer.score(captured), strict=True):
+            scores[key.document_id] += row
+            squares[key.document_id] += float(square)
+    lengths = {document.document_id: len(document.ids) for document in encoded}
+    found = {
+        (query["id"], name): (float(scores[name][q]), math.sqrt(squares[name]), lengths[name])
+        for q, query in enumerate(queries)
+        for name in scores
+    }
+    return found, {entry.document_id: entry.reason for entry in skipped}
+
+
+def dense(carried: Mapping[str, Tensor]) -> dict[str, Directions]:
+    return {name: truncate(directions)[0] for name, directions in carried.items()}

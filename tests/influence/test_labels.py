@@ -1,0 +1,56 @@
+"""Sampled labels: the model's distribution, reproducible, the same whatever the batch."""
+
+import models
+import pipeline
+import pytest
+import reference
+import torch
+
+from msif_ray.corpus.windows import to_batch
+from msif_ray.influence.capture import Capture
+from msif_ray.influence.labels import POSITIONS_AT_ONCE, sample_labels, window_uniforms
+
+
+def test_labels_follow_the_models_distribution():
+    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).expand(20_000, 5)
+    labels = sample_labels(logits, window_uniforms(0, "s", "d", 0, 20_000))
+    shares = torch.bincount(labels, minlength=5) / 20_000
+    assert (shares - logits[0].softmax(-1)).abs().max() < 0.015  # five standard errors are 0.018
+
+
+def test_edges_of_the_distribution():
+    impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    labels = sample_labels(impossible.expand(4, 5), torch.tensor([0.0, 0.499, 0.501, 1 - 1e-16]).double())
+    assert labels.tolist() == [1, 1, 3, 4]  # the last number rounds to 1: clamped to the vocabulary
+    count = POSITIONS_AT_ONCE * 2 + 3
+    logits = torch.randn(count, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    uniforms = window_uniforms(1, "s", "d", 0, count)
+    singly = torch.cat([sample_labels(logits[t : t + 1], uniforms[t : t + 1]) for t in range(count)])
+    assert torch.equal(sample_labels(logits, uniforms), singly)
+
+
+def test_uniforms_depend_on_seed_stage_document_and_window_alone():
+    base = window_uniforms(0, "stage", "doc", 0, 9)
+    assert torch.equal(base, window_uniforms(0, "stage", "doc", 0, 9))
+    assert torch.equal(base[:5], window_uniforms(0, "stage", "doc", 0, 5))
+    for other in ((1, "stage", "doc", 0), (0, "egats", "doc", 0), (0, "stage", "doc2", 0), (0, "stage", "doc", 1)):
+        assert not (base == window_uniforms(*other, 9)).any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_padded_batch_draws_the_labels_of_batch_size_one(seed):
+    rows = models.random_documents(seed, 8, words=(2, 14), completions=True)
+    model = models.build_model("gpt_neox", seed)
+    stage = reference.StageSpec("s", model, models.build_tokenizer(), rows, max_tokens=9, seed=seed)
+    encoded, _ = pipeline.encode_rows(stage, rows)
+    (windows,) = pipeline.batches(stage, encoded, pipeline.TOGETHER)
+    drawn = []
+    choose = pipeline.sampled(stage)
+    with Capture(model, {}) as capture:
+        batch = to_batch(windows)
+        capture.run(batch, lambda logits, batch: drawn.append(choose(logits, batch)) or drawn[-1])
+    positions = batch.predicts.nonzero()[:, 0]
+    for row, window in enumerate(windows):
+        key = (stage.seed, stage.name, window.key.document_id, window.key.window)
+        expected = reference.sample_labels(model, list(window.ids), list(window.targets), *key)
+        assert drawn[0][positions == row].tolist() == [label for label in expected if label != reference.MASKED]
