@@ -34,35 +34,39 @@ QUERIES_PER_BLOCK = 8
 def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Reporter | None = None) -> None:
     """Runs what is left of a run: all of it, or up to the factors (`fit`) or the scores (`score`).
 
-    Connects to the Ray cluster that RAY_ADDRESS names, or to one that runs already in this
-    process, or else starts one here and stops it at the end.
+    Runs on the Ray cluster of `connected`.
 
     Raises UserError for anything the user can mend, before any replica is started wherever it
     can be seen by then.
     """
     reporter = reporter or Reporter()
     resolved = check(config)
-    with _ray(resolved.run.cluster) as cluster:
+    with connected():
+        cluster = _decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
         keep_record(resolved)
         _Driver(resolved, reporter).run(until)
 
 
 @contextmanager
-def _ray(cluster: Cluster) -> Iterator[Cluster]:
-    """A connection to Ray, and the cluster description with its GPUs decided."""
-    started = not ray.is_initialized()
-    if started:
-        local = "RAY_ADDRESS" not in os.environ
-        if local:
-            # The core's own log lines are for Ray's developers; what fails here is raised.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(log_to_driver=False, logging_level="ERROR", **({"include_dashboard": False} if local else {}))
+def connected() -> Iterator[None]:
+    """A connection to the Ray cluster that RAY_ADDRESS names, else to a local one that ends with the context.
+
+    Where this process is connected already, nothing is done.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    else:
+        # The core's own log lines are for Ray's developers; what fails here is raised.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
-        yield _decide_gpus(cluster)
+        yield
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _decide_gpus(cluster: Cluster) -> Cluster:

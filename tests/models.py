@@ -193,9 +193,7 @@ def save_pair(
     return folders
 
 
-def load(
-    folder: str | Path, dtype: torch.dtype = torch.float64
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def load(folder: str | Path, dtype: torch.dtype = torch.float64) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """What `save` wrote, in `dtype`, eval mode, sdpa attention."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     return model.eval(), AutoTokenizer.from_pretrained(folder)

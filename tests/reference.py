@@ -173,9 +173,7 @@ def token_vectors(model: nn.Module, names: Maps, ids: Ids, labels: list[int]) ->
     for handle in handles:
         handle.remove()
     gradients = torch.autograd.grad(loss, [seen[module][1] for module in modules])
-    return {
-        name: [seen[m][0], g.flatten(0, -2)] for name, m, g in zip(names, modules, gradients, strict=True)
-    }
+    return {name: [seen[m][0], g.flatten(0, -2)] for name, m, g in zip(names, modules, gradients, strict=True)}
 
 
 def labelled_windows(stage: StageSpec) -> list[list[tuple[Ids, Flags, list[int]]]]:

@@ -85,9 +85,7 @@ def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: b
     # This context takes the place of transformers' own, which knows only 16 and 32 bits (whence the `[]`) and
     # replaces torch.Tensor's constructor, so that a module first imported inside it can fail.
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     del while_loading
     model.eval().requires_grad_(False)
     for module in model.modules():

@@ -76,9 +76,7 @@ def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
     if os.path.isdir(path):
         if os.path.exists(os.path.join(path, "state.json")):
             return "datasets"
-        raise UserError(
-            f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob"
-        )
+        raise UserError(f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob")
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":
         return "parquet"
@@ -138,9 +136,7 @@ def _python_rows(batch: pa.RecordBatch) -> list[Row]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError:
-        columns = {
-            name: _lenient(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)
-        }
+        columns = {name: _lenient(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -203,9 +199,7 @@ def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator
     content = documents.completion or documents.text or ""
     for number, row in enumerate(read_rows(file, document_columns(documents), key)):
         prompt = row[documents.prompt] if documents.prompt is not None else None
-        yield Document(
-            row_id(file, number, row, documents, key), prompt, row[content], documents.prompt is not None
-        )
+        yield Document(row_id(file, number, row, documents, key), prompt, row[content], documents.prompt is not None)
 
 
 def read_file_blocks(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from msif_ray.config import load_run
 from msif_ray.demo.answering import answers_correctly
@@ -29,7 +30,7 @@ from msif_ray.demo.factbook import RELATIONS, Document, build_corpus, stating_do
 from msif_ray.demo.metrics import Marks, Quality, Scores, quality, random_quality
 from msif_ray.demo.questions import Question, finetuning_questions, held_out_questions
 from msif_ray.errors import UserError
-from msif_ray.run import run
+from msif_ray.run import connected, run
 
 MODELS = Path(__file__).parent / "models"
 QUERIES_PER_RELATION = 10
@@ -66,12 +67,13 @@ def run_demo(folder: Path) -> None:
     random.Random(SEED).shuffle(documents)  # the first documents are then a sample to fit from
     write_inputs(folder, documents, queries)
     attributions = {}
-    for name, description in run_descriptions(folder).items():
-        console.rule(name)
-        path = folder / f"{slug(name)}.yaml"
-        path.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
-        run(load_run(path), until=None if name == TWO_STAGES else "score")
-        attributions[name] = read_attribution(Path(description["run_dir"]), documents, queries)
+    with connected():
+        for name, description in run_descriptions(folder).items():
+            console.rule(name)
+            path = folder / f"{slug(name)}.yaml"
+            path.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
+            run(load_run(path), until=None if name == TWO_STAGES else "score")
+            attributions[name] = read_attribution(Path(description["run_dir"]), documents, queries)
     states = stating(documents, queries)
     print_supporting(console, documents, queries, attributions[TWO_STAGES].scores, states)
     print_table(console, compare(attributions, documents, queries, states))
@@ -94,6 +96,7 @@ def choose_queries() -> list[Question]:
     held_out = held_out_questions()
     random.Random(SEED).shuffle(held_out)
     path = MODELS / "finetuned"
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
     correct = answers_correctly(model, AutoTokenizer.from_pretrained(path), held_out)
     answered = [question for question, right in zip(held_out, correct, strict=True) if right]
@@ -130,9 +133,7 @@ def run_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _description(
-    folder: Path, name: str, pretrain: Mapping[str, Any], finetune: Mapping[str, Any]
-) -> dict[str, Any]:
+def _description(folder: Path, name: str, pretrain: Mapping[str, Any], finetune: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "run_dir": str(folder / slug(name)),
         "stages": [

@@ -42,9 +42,7 @@ class Batch:
     keys: tuple[WindowKey, ...]
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), self.keys
-        )
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), self.keys)
 
     @property
     def predicts(self) -> Tensor:
@@ -151,9 +149,7 @@ class Capture:
         gradient (not called, an input without a row per token, changed in place).
         """
         self._uses = {name: [] for name in self.maps}
-        output = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False
-        )
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
         mask = batch.predicts
         logits = _accumulating(output.logits[mask])
         if choose_labels is None:
@@ -173,9 +169,7 @@ class Capture:
         return Captured(batch, losses, self.maps, inputs, gradients)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-        ) -> None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
             seen = args[0] if args else next(iter(kwargs.values()))
             use = _Use(seen.detach(), seen._version)
             if not output.requires_grad:

@@ -49,9 +49,7 @@ def find_linear_maps(model: nn.Module, patterns: Sequence[str] | None = None) ->
     Raises UserError for a pattern that matches nothing, and for two maps that share one weight.
     """
     head = _output_head(model)
-    candidates = {
-        name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-    }
+    candidates = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     if patterns is None:
         chosen = [
             name

@@ -123,9 +123,7 @@ class Scorer:
         rows, tokens = captured.batch.input_ids.shape
         total = torch.zeros(rows, tokens, dtype=torch.float64, device=captured.losses.device)
         for name, directions in self.directions.items():
-            scores = _one_query(directions, query).token_scores(
-                captured.activations(name), captured.gradients(name)
-            )[0]
+            scores = _one_query(directions, query).token_scores(captured.activations(name), captured.gradients(name))[0]
             total += scores.double().reshape(rows, -1, tokens).sum(1)
         return total
 

@@ -70,7 +70,13 @@ def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
         model, tokenizer = models.load(folder / f"stage{index}")
         specs.append(
             reference.StageSpec(
-                name, model, tokenizer, documents, max_tokens, seed=3, strength=0.01,
+                name,
+                model,
+                tokenizer,
+                documents,
+                max_tokens,
+                seed=3,
+                strength=0.01,
                 damping=0.001 if index == 0 else 0.1,
             )
         )

@@ -30,9 +30,7 @@ def test_a_document_without_a_score_comes_last():
 def test_random_is_the_mean_over_all_orders():
     states = np.array([[True, False, True, False, False], [False, False, False, True, False]])
     every_order = np.array(list(permutations(range(5))), dtype=float)
-    means = np.mean(
-        [quality(np.tile(order, (2, 1)), states, k=2) for order in every_order], axis=0
-    )
+    means = np.mean([quality(np.tile(order, (2, 1)), states, k=2) for order in every_order], axis=0)
     assert random_quality(states, k=2) == pytest.approx(tuple(means))
 
 

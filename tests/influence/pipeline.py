@@ -132,9 +132,7 @@ def carry(
     return carried
 
 
-def captures(
-    stage: StageSpec, rows: Sequence[Mapping[str, Any]], tokens_per_batch: int = 150
-) -> list[Captured]:
+def captures(stage: StageSpec, rows: Sequence[Mapping[str, Any]], tokens_per_batch: int = 150) -> list[Captured]:
     """One capture per batch of the documents, with the data's own labels."""
     encoded, _ = encode_rows(stage, rows)
     with Capture(stage.model, find_linear_maps(stage.model)) as capture:
