@@ -96,6 +96,9 @@ class IdentityResponse(Strict):
     kind: Literal["identity"]
 
 
+Response = Annotated[ProximalResponse | UnrolledResponse | IdentityResponse, Field(discriminator="kind")]
+
+
 class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds."""
 
@@ -107,9 +110,7 @@ class Stage(Strict):
     fit: Fit = Fit()
     factors: str | None = None
     damping: Strength = Strength(relative=0.1)
-    response: Annotated[ProximalResponse | UnrolledResponse | IdentityResponse | None, Field(discriminator="kind")] = (
-        None
-    )
+    response: Response | None = None
 
 
 class Queries(Strict):
@@ -142,11 +143,23 @@ class Queries(Strict):
 
 
 class Score(Strict):
-    """A stage whose documents are scored; by default those that it was trained on."""
+    """A stage whose documents are scored; by default those that it was trained on.
+
+    `responses` answers for the named stages instead of their own, for an ablation or another α: entries
+    that differ in nothing else share one pass over the documents. Each needs a `name` of its own, which
+    is the stage's unless given.
+    """
 
     stage: Name
+    name: Name | None = None
     documents: Documents | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
+    responses: dict[str, Response] = {}
+
+    @property
+    def label(self) -> str:
+        """What the scores are called: `scores/stage=<label>`."""
+        return self.name or self.stage
 
 
 class Replicas(Strict):
@@ -196,21 +209,35 @@ class Run(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [stage.name for stage in self.stages]
-        for key, found in (("stages", names), ("score", [score.stage for score in self.score])):
+        for key, found in (("stages", names), ("score", [score.label for score in self.score])):
             repeated = next((name for name in found if found.count(name) > 1), None)
             if repeated is not None:
-                raise ValueError(f"{key}: the stage {repeated!r} is named twice")
-        if isinstance(self.stages[0].response, ProximalResponse):
-            raise ValueError(
-                f"stages.0.response: {names[0]!r} is the first stage and stays near nothing; "
-                "a proximal response belongs to a later one"
-            )
+                raise ValueError(f"{key}: the name {repeated!r} is there twice")
+        of_first = {"stages.0.response": self.stages[0].response}
+        of_first |= {f"score.{i}.responses": score.responses.get(names[0]) for i, score in enumerate(self.score)}
+        for key, response in of_first.items():
+            if isinstance(response, ProximalResponse):
+                raise ValueError(
+                    f"{key}: {names[0]!r} is the first stage and stays near nothing; "
+                    "a proximal response belongs to a later one"
+                )
         for index, score in enumerate(self.score):
+            unknown = next((name for name in score.responses if name not in names), None)
+            if unknown is not None:
+                raise ValueError(f"score.{index}.responses: there is no stage {unknown!r}, only {', '.join(names)}")
             if score.stage not in names:
                 raise ValueError(f"score.{index}.stage: there is no stage {score.stage!r}, only {', '.join(names)}")
             if score.documents is None and self.stages[names.index(score.stage)].documents is None:
                 raise ValueError(f"score.{index}.documents: neither this entry nor its stage names documents")
         return self
+
+    def answering(self, score: Score) -> "Run":
+        """The run with the responses of one `score` entry in place of the stages' own."""
+        stages = [
+            stage.model_copy(update={"response": score.responses.get(stage.name, stage.response)})
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": stages})
 
     def stage_index(self, name: str) -> int:
         return [stage.name for stage in self.stages].index(name)

@@ -1,7 +1,7 @@
 """A run from description to Parquet: every step in order, none twice (DESIGN.md §4)."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,9 +105,10 @@ class _Driver:
             if until == "fit":
                 return
             self._carry(pool)
-        for entry in self.config.score:
-            self._score(entry)
-        write_skipped(self.config.run_dir, [entry.stage for entry in self.config.score])
+        passes = self._passes()
+        for entries in passes:
+            self._score(entries)
+        write_skipped(self.config.run_dir, [entries[0].label for entries in passes])
         if until == "score":
             return
         self._top()
@@ -129,10 +130,8 @@ class _Driver:
             cuda=bool(cluster.gpus_per_rank),
         )
 
-    def _factors(self, index: int) -> Path | None:
-        """Where a stage's factors are: here, in the run they are reused from, or nowhere."""
-        if stages.is_identity(self.config, index):
-            return None
+    def _factors(self, index: int) -> Path:
+        """Where a stage's factors are: here, or in the run they are reused from."""
         stage = self.config.stages[index]
         return layout.factors(stage.factors or self.config.run_dir, stage.name)
 
@@ -142,7 +141,7 @@ class _Driver:
             "model_sha256": self.resolved.stages[index].model_hash,
             "fit": stage.fit.model_dump(mode="json"),
         }
-        if folder is None or self._check_reused(index, folder):
+        if self._check_reused(index, folder):
             return
         if is_fitted(folder):
             self.reporter.say(f"{stage.name}: factors are there")
@@ -184,8 +183,7 @@ class _Driver:
             yield lambda outcome: step.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
 
     def _carry(self, pool: ReplicaPool) -> None:
-        scored = [(entry.stage, self.config.stage_index(entry.stage)) for entry in self.config.score]
-        folders = {name: layout.directions(self.config.run_dir, name) for name, _ in scored}
+        folders = {entry.label: self._directions(entry) for entry in self.config.score}
         queries = self.resolved.queries
         ids = tuple(query.id for query in queries)
         if not all(is_carried(folder) for folder in folders.values()):
@@ -199,14 +197,31 @@ class _Driver:
             folder = layout.queries(self.config.run_dir)
             with self._counting("queries: gradients", len(queries)) as progress:
                 gradients = query_gradients(setup, remaining(lambda: blocks), folder, pool, progress)
-            for name, index in scored:
-                factors = {stage: self._factors(stage) for stage in stages.carried_through(self.config, index)}
-                task = CarryTask(self.config, index, factors, ids, folders[name])
+            for entry in self.config.score:
+                variant, index = self.config.answering(entry), self.config.stage_index(entry.stage)
+                factors = {
+                    stage: None if stages.is_identity(variant, stage) else self._factors(stage)
+                    for stage in stages.carried_through(variant, index)
+                }
+                task = CarryTask(variant, index, factors, ids, folders[entry.label])
                 carry(task, gradients, list(self.resolved.maps))
-                self.reporter.say(f"queries: carried back to {name}")
+                self.reporter.say(f"queries: carried back to {entry.label}")
         keep_strengths(self.config.run_dir, {name: carried_strengths(folder) for name, folder in folders.items()})
 
-    def _score_task(self, entry: Score) -> ScoreTask:
+    def _directions(self, entry: Score) -> Path:
+        return layout.directions(self.config.run_dir, entry.label)
+
+    def _passes(self) -> list[list[Score]]:
+        """The `score` entries that share a pass over the same windows of the same documents."""
+        passes: dict[str, list[Score]] = {}
+        for entry in self.config.score:
+            documents = self.config.scored_documents(entry).model_dump_json()
+            passes.setdefault(f"{entry.stage} {entry.max_tokens} {documents}", []).append(entry)
+        return list(passes.values())
+
+    def _score_task(self, entries: Sequence[Score]) -> ScoreTask:
+        """The pass of entries that differ in their responses alone."""
+        entry = entries[0]
         position = self.config.score.index(entry)
         documents = self.config.scored_documents(entry)
         index = self.config.stage_index(entry.stage)
@@ -214,26 +229,27 @@ class _Driver:
         return ScoreTask(
             run_dir=self.config.run_dir,
             setup=self._setup(index, documents, max_tokens),
-            job=ScoreJob(layout.directions(self.config.run_dir, entry.stage)),
+            job=ScoreJob(tuple(self._directions(entry) for entry in entries)),
             files=tuple(self.resolved.corpora[f"score.{position}"]),
             documents=documents,
             key=f"score.{position}.documents",
             block_size=self.config.cluster.documents_per_block,
             queries=tuple(query.id for query in self.resolved.queries),
-            metadata=MEANING | {"stage": entry.stage},
+            labels=tuple(entry.label for entry in entries),
+            metadata=MEANING,
         )
 
-    def _score(self, entry: Score) -> None:
-        total = self.resolved.documents[f"score.{self.config.score.index(entry)}"]
-        with self.reporter.step(f"{entry.stage}: scores", total) as step:
-            score(self._score_task(entry), self.config.cluster, step.add)
+    def _score(self, entries: Sequence[Score]) -> None:
+        total = self.resolved.documents[f"score.{self.config.score.index(entries[0])}"]
+        with self.reporter.step(f"{', '.join(entry.label for entry in entries)}: scores", total) as step:
+            score(self._score_task(entries), self.config.cluster, step.add)
 
     def _top(self) -> None:
         rows = []
         with ReplicaPool(self.config.cluster) as pool:
             for entry in self.config.score:
-                pairs = top_pairs(self.config.run_dir, entry.stage, self.config.top)
-                with self._counting(f"{entry.stage}: top documents", len({pair.doc_id for pair in pairs})) as progress:
-                    rows += top_rows(TopTask(self._score_task(entry), pairs), pool, progress)
+                pairs = top_pairs(self.config.run_dir, entry.label, self.config.top)
+                with self._counting(f"{entry.label}: top documents", len({pair.doc_id for pair in pairs})) as progress:
+                    rows += top_rows(TopTask(self._score_task([entry]), pairs), pool, progress)
         write_top(self.config.run_dir, rows)
         self.reporter.say(f"done: {self.config.run_dir}")

@@ -23,8 +23,13 @@ def carried_through(run: Run, scored: int) -> list[int]:
 
 def stages_with_factors(run: Run) -> list[int]:
     """The stages whose factors some score needs: those passed, unless their response is the identity."""
-    earliest = min(run.stage_index(score.stage) for score in run.score)
-    return [index for index in range(earliest, len(run.stages)) if not is_identity(run, index)]
+    needed = {
+        index
+        for score in run.score
+        for index in carried_through(run, run.stage_index(score.stage))
+        if not is_identity(run.answering(score), index)
+    }
+    return sorted(needed)
 
 
 def response_of(

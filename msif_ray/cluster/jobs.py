@@ -16,7 +16,7 @@ from msif_ray import layout
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
 from msif_ray.influence.queries import query_tokens
-from msif_ray.influence.scoring import DenseDirections, Directions, LowRankDirections, Scorer
+from msif_ray.influence.scoring import DenseDirections, Directions, LowRankDirections, Scorer, join
 from msif_ray.store import load_tensors
 
 
@@ -139,7 +139,9 @@ class WindowScores:
 
 @dataclass(frozen=True)
 class ScoreJob:
-    directions: Path
+    """Scores against the queries of every folder of directions, one folder's after the other's."""
+
+    directions: tuple[Path, ...]
     sampled_labels: bool = False
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
@@ -163,12 +165,12 @@ class _ScoreWork:
 
 @dataclass(frozen=True)
 class TokenJob:
-    """Per-token scores of chosen pairs: `queries_of` names, for each document, positions in the query list.
+    """Per-token scores of chosen pairs; `queries_of` names, for each document, positions in the query list.
 
     `stride` is the number of tokens from one window's start to the next's.
     """
 
-    directions: Path
+    directions: tuple[Path, ...]
     queries_of: Mapping[str, tuple[int, ...]]
     stride: int
     sampled_labels: bool = False
@@ -214,12 +216,13 @@ def load_basis(factors: Path, map_name: str, device: torch.device) -> Basis:
     return Basis(tensors["activation_basis"].to(device), tensors["gradient_basis"].to(device))
 
 
-def load_scorer(folder: Path, maps: Sequence[str], device: torch.device) -> Scorer:
-    directions: dict[str, Directions] = {}
-    for name in maps:
-        tensors = load_tensors(layout.direction_file(folder, name))
-        if "matrix" in tensors:
-            directions[name] = DenseDirections(tensors["matrix"].to(device))
-        else:
-            directions[name] = LowRankDirections(tensors["left"].to(device), tensors["right"].to(device))
-    return Scorer(directions)
+def load_scorer(folders: Sequence[Path], maps: Sequence[str], device: torch.device) -> Scorer:
+    """The directions of several folders as one list of queries, folder after folder."""
+    return Scorer({name: join([_load_directions(folder, name, device) for folder in folders]) for name in maps})
+
+
+def _load_directions(folder: Path, map_name: str, device: torch.device) -> Directions:
+    tensors = load_tensors(layout.direction_file(folder, map_name))
+    if "matrix" in tensors:
+        return DenseDirections(tensors["matrix"].to(device))
+    return LowRankDirections(tensors["left"].to(device), tensors["right"].to(device))

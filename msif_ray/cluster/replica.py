@@ -94,6 +94,10 @@ class Replica:
             self._remote = self._spawn(setup)
         self._setup = setup
 
+    def close(self) -> None:
+        """Gives back the ranks and their resources before the replica ends."""
+        self._unload()
+
     def _unload(self) -> None:
         """Frees the model; sharded ranks end, since a process joins one DeepSpeed group in its life."""
         self._local = None

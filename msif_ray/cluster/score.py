@@ -25,7 +25,7 @@ Columns = dict[str, numpy.ndarray]
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One stage's corpus to be scored against carried-back queries."""
+    """One stage's corpus to be scored against carried-back queries: those of each label, in one pass."""
 
     run_dir: str
     setup: ModelSetup
@@ -35,17 +35,23 @@ class ScoreTask:
     key: str
     block_size: int
     queries: tuple[str, ...]
+    labels: tuple[str, ...]
     metadata: dict[str, str]
 
 
 def score(task: ScoreTask, cluster: Cluster, progress: Callable[[int, int, int], None]) -> None:
     """Scores every block that has no part yet. `progress` is told documents, tokens and skips of each block."""
-    done = done_blocks(task.run_dir, task.setup.stage)
+    done = set.intersection(*(done_blocks(task.run_dir, label) for label in task.labels))
     resources = RankResources.of(cluster)
     _quiet_ray_data()
     files = [{"file": index} for index in range(len(task.files))]
     blocks = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
-        BlockReader(task, frozenset(done)), batch_size=1, num_cpus=0
+        # One byte of memory tells the reader's resources from a replica's: were they the same, Ray Data would
+        # fuse both into one task per file, and a corpus of one file would occupy one replica.
+        BlockReader(task, frozenset(done)),
+        batch_size=1,
+        num_cpus=0,
+        memory=1,
     )
     scored = blocks.map_batches(
         ScoreReplica,
@@ -108,20 +114,23 @@ class ScoreReplica:
 
 
 def write_scores(task: ScoreTask, block: Block, outcome: Outcome, windows: Sequence[WindowScores]) -> None:
-    """Writes a block's part: windows summed into documents, in the corpus's order."""
-    scores: dict[str, numpy.ndarray] = defaultdict(lambda: numpy.zeros(len(task.queries)))
+    """Writes a block's part of each label: windows summed into documents, in the corpus's order."""
+    scores: dict[str, numpy.ndarray] = defaultdict(lambda: numpy.zeros(len(task.labels) * len(task.queries)))
     squares: dict[str, float] = defaultdict(float)
     for window in sorted(windows, key=lambda window: (window.document_id, window.window)):
         scores[window.document_id] += window.scores.numpy()
         squares[window.document_id] += window.squared_norm
     ids = list(outcome.tokens)
-    write_part(
-        part_path(task.run_dir, task.setup.stage, block.id),
-        list(task.queries),
-        ids,
-        numpy.array([scores[document] for document in ids]).reshape(len(ids), len(task.queries)),
-        numpy.sqrt([squares[document] for document in ids]),
-        list(outcome.tokens.values()),
-        [(skip.document_id, skip.reason) for skip in outcome.skipped],
-        task.metadata,
-    )
+    shape = (len(ids), len(task.labels), len(task.queries))
+    table = numpy.array([scores[document] for document in ids]).reshape(shape)
+    for index, label in enumerate(task.labels):
+        write_part(
+            part_path(task.run_dir, label, block.id),
+            list(task.queries),
+            ids,
+            table[:, index],
+            numpy.sqrt([squares[document] for document in ids]),
+            list(outcome.tokens.values()),
+            [(skip.document_id, skip.reason) for skip in outcome.skipped],
+            task.metadata | {"stage": task.setup.stage, "name": label},
+        )

@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class TopTask:
-    """The pairs to show of one scored corpus."""
+    """The pairs to show of one label's scores; `score` has that label alone."""
 
     score: ScoreTask
     pairs: Sequence[TopPair]
@@ -49,7 +49,7 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Callable[[Outcome], Non
         progress(outcome)
     return [
         {
-            "stage": task.score.setup.stage,
+            "stage": task.score.labels[0],
             "query_id": pair.query_id,
             "side": pair.side,
             "rank": pair.rank,

@@ -1,6 +1,6 @@
 """`msif demo`: attribute answers of the shipped fine-tuned model to the documents it was pre-trained on.
 
-Nothing is trained. Three runs score every document for every query, and a table says how well each ranking
+Nothing is trained. One run scores every document for every query in three ways, and a table says how well each ranking
 finds the documents that state the fact asked for.
 """
 
@@ -30,7 +30,7 @@ from msif_ray.demo.factbook import RELATIONS, Document, build_corpus, stating_do
 from msif_ray.demo.metrics import Marks, Quality, Scores, quality, random_quality
 from msif_ray.demo.questions import Question, finetuning_questions, held_out_questions
 from msif_ray.errors import UserError
-from msif_ray.run import connected, run
+from msif_ray.run import run
 
 MODELS = Path(__file__).parent / "models"
 QUERIES_PER_RELATION = 10
@@ -43,6 +43,12 @@ RECALL_AT = 10
 TWO_STAGES = "two stages"
 SINGLE_STAGE = "single stage"
 DOT_PRODUCT = "gradient dot product"
+LEFT_OUT = {"kind": "identity"}
+RESPONSES: dict[str, dict[str, Any]] = {
+    TWO_STAGES: {},
+    SINGLE_STAGE: {"finetune": LEFT_OUT},
+    DOT_PRODUCT: {"pretrain": LEFT_OUT, "finetune": LEFT_OUT},
+}
 
 
 class Attribution(NamedTuple):
@@ -66,14 +72,10 @@ def run_demo(folder: Path) -> None:
     documents, queries = build_corpus(), choose_queries()
     random.Random(SEED).shuffle(documents)  # the first documents are then a sample to fit from
     write_inputs(folder, documents, queries)
-    attributions = {}
-    with connected():
-        for name, description in run_descriptions(folder).items():
-            console.rule(name)
-            path = folder / f"{slug(name)}.yaml"
-            path.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
-            run(load_run(path), until=None if name == TWO_STAGES else "score")
-            attributions[name] = read_attribution(Path(description["run_dir"]), documents, queries)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_description(folder), sort_keys=False), encoding="utf-8")
+    run(load_run(path))
+    attributions = {name: read_attribution(folder / "run", slug(name), documents, queries) for name in RESPONSES}
     states = stating(documents, queries)
     print_supporting(console, documents, queries, attributions[TWO_STAGES].scores, states)
     print_table(console, compare(attributions, documents, queries, states))
@@ -122,27 +124,16 @@ def write_inputs(folder: Path, documents: list[Document], queries: list[Question
         raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --folder") from None
 
 
-def run_descriptions(folder: Path) -> dict[str, dict[str, Any]]:
-    """The three runs by name, as YAML has them; the first also fits the factors that the second uses."""
-    main_dir = str(folder / slug(TWO_STAGES))
-    left_out = {"response": {"kind": "identity"}}
+def run_description(folder: Path) -> dict[str, Any]:
+    """The demo's run as YAML has it: three ways to answer, scored in one pass over the documents."""
     return {
-        TWO_STAGES: _description(folder, TWO_STAGES, {}, {"response": {"kind": "proximal"}}),
-        SINGLE_STAGE: _description(folder, SINGLE_STAGE, {"factors": main_dir}, left_out),
-        DOT_PRODUCT: _description(folder, DOT_PRODUCT, left_out, left_out),
-    }
-
-
-def _description(folder: Path, name: str, pretrain: Mapping[str, Any], finetune: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "run_dir": str(folder / slug(name)),
+        "run_dir": str(folder / "run"),
         "stages": [
             {
                 "name": "pretrain",
                 "model": str(MODELS / "pretrained"),
                 "documents": {"path": str(folder / "documents.parquet"), "text": "text", "id": "id"},
                 "fit": {"documents": FITTED_DOCUMENTS},
-                **pretrain,
             },
             {
                 "name": "finetune",
@@ -153,11 +144,12 @@ def _description(folder: Path, name: str, pretrain: Mapping[str, Any], finetune:
                     "completion": "completion",
                     "id": "id",
                 },
-                **finetune,
             },
         ],
         "queries": {"path": str(folder / "queries.jsonl"), "id": "id"},
-        "score": [{"stage": "pretrain"}],
+        "score": [
+            {"stage": "pretrain", "name": slug(name), "responses": responses} for name, responses in RESPONSES.items()
+        ],
         "top": SHOWN,
         "cluster": {
             "replicas": 2,
@@ -168,10 +160,10 @@ def _description(folder: Path, name: str, pretrain: Mapping[str, Any], finetune:
     }
 
 
-def read_attribution(run_dir: Path, documents: list[Document], queries: list[Question]) -> Attribution:
-    """The scores and norms that a run left in its `run_dir`."""
+def read_attribution(run_dir: Path, name: str, documents: list[Document], queries: list[Question]) -> Attribution:
+    """The scores and norms of that name that a run left in its `run_dir`."""
     columns = ["query_id", "doc_id", "score", "norm"]
-    table = pq.read_table(run_dir / "scores" / "stage=pretrain", columns=columns)
+    table = pq.read_table(run_dir / "scores" / f"stage={name}", columns=columns)
     query_ids, doc_ids = ([item["id"] for item in items] for items in (queries, documents))
     rows = pc.index_in(table["query_id"], value_set=pa.array(query_ids)).to_numpy()
     places = pc.index_in(table["doc_id"], value_set=pa.array(doc_ids)).to_numpy()

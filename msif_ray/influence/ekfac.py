@@ -104,10 +104,15 @@ class CorrectionSums:
 
 
 def window_gradients(activations: Tensor, gradients: Tensor) -> Iterator[Tensor]:
-    """G = Σ_t g_t a_tᵀ of each row, `[some rows, out, columns]` at a time so that memory is bounded."""
-    rows = max(1, GRADIENT_ENTRIES[activations.device.type] // (activations.shape[-1] * gradients.shape[-1]))
-    for a, g in zip(activations.split(rows), gradients.split(rows), strict=True):
-        yield g.transpose(1, 2) @ a
+    """G = Σ_t g_t a_tᵀ of each row, `[some rows, out, columns]` at a time so that memory is bounded.
+
+    What is yielded is overwritten by the next: fresh memory for each would cost more than the product.
+    """
+    rows, columns, out = len(activations), activations.shape[-1], gradients.shape[-1]
+    at_once = min(rows, max(1, GRADIENT_ENTRIES[activations.device.type] // (columns * out)))
+    space = activations.new_empty(at_once, out, columns)
+    for a, g in zip(activations.split(at_once), gradients.split(at_once), strict=True):
+        yield torch.bmm(g.transpose(1, 2), a, out=space[: len(a)])
 
 
 @dataclass(frozen=True)

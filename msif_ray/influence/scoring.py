@@ -5,12 +5,13 @@ product with all queries. *Token by token*: (g·U)(a·V) per query and rank, nev
 cheaper is chosen per map and batch by counting multiplications.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.ekfac import window_gradients
@@ -61,6 +62,20 @@ class LowRankDirections:
 
 
 Directions = DenseDirections | LowRankDirections
+
+
+def join(parts: Sequence[Directions]) -> Directions:
+    """The queries of all parts, in order; of low rank where all parts are, with zeros up to the largest rank."""
+    if len(parts) == 1:
+        return parts[0]
+    low_rank = [part for part in parts if isinstance(part, LowRankDirections)]
+    if len(low_rank) < len(parts):
+        return DenseDirections(torch.cat([part.dense for part in parts]))
+    rank = max(part.left.shape[1] for part in low_rank)
+    return LowRankDirections(
+        torch.cat([functional.pad(part.left, (0, 0, 0, rank - part.left.shape[1])) for part in low_rank]),
+        torch.cat([functional.pad(part.right, (0, 0, 0, rank - part.right.shape[1])) for part in low_rank]),
+    )
 
 
 def materialised_cost(tokens: int, out: int, columns: int, queries: int) -> int:
@@ -146,7 +161,7 @@ class Scorer:
             return scores, squared_norms(activations, gradients)
         flat_directions = directions.dense.flatten(1).T
         parts = [
-            (flat @ flat_directions, flat.square().sum(1))
+            (flat @ flat_directions, torch.linalg.vector_norm(flat, dim=1).square())
             for flat in (g.flatten(1) for g in window_gradients(activations, gradients))
         ]
         return torch.cat([scores for scores, _ in parts]), torch.cat([norms for _, norms in parts])

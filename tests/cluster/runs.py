@@ -62,6 +62,18 @@ def two_stages(folder: Path, run_dir: str, dtype: str = "float64", **cluster: An
     }
 
 
+def save_wide_pair(folder: Path) -> None:
+    """A pair whose weights are over the size below which a sharded model keeps them whole on every rank."""
+    models.save_pair(
+        folder, "gpt_neox", seed=5, tokenizer=models.build_tokenizer(pad=True), hidden=160, intermediate=160, std=0.05
+    )
+
+
+def many(stage: dict[str, Any]) -> list[dict[str, Any]]:
+    """Documents of a stage's kind with more targets than a wide model's maps have dimensions."""
+    return models.random_documents(7, 64, (8, 30), completions="completion" in stage["documents"])
+
+
 def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
     """The dense reference's (score, norm, tokens) of every pair of the run above."""
     specs = []

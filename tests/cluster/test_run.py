@@ -77,12 +77,20 @@ def test_two_replicas_give_the_same_scores(folder: Path, one_process: str) -> No
         assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
 
 
-def test_two_ranks_of_a_sharded_replica_give_the_same_scores(folder: Path, one_process: str) -> None:
-    description = runs.two_stages(folder, "ranks", ranks_per_replica=2)
-    run(parse_run(description))
-    for stage in ("pretrain", "tune"):
-        found = runs.read_scores(description["run_dir"], stage)
-        assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+def test_two_ranks_of_a_sharded_replica_give_the_same_scores(tmp_path: Path) -> None:
+    # Wide enough that DeepSpeed does shard its weights, and with positions enough for such covariances.
+    runs.save_wide_pair(tmp_path)
+    found = []
+    for run_dir, ranks in (("one", 1), ("ranks", 2)):
+        description = runs.two_stages(tmp_path, run_dir, ranks_per_replica=ranks)
+        description["modules"] = ["*.attention.dense", "*.mlp.*"]
+        for stage in description["stages"]:
+            stage["fit"] = {"labels": "empirical"}
+            stage["documents"]["path"] = runs.write_lines(tmp_path / f"{stage['name']}-many.jsonl", runs.many(stage))
+        run(parse_run(description), until="score")
+        found.append([runs.read_scores(description["run_dir"], stage) for stage in ("pretrain", "tune")])
+    for one, two in zip(*found, strict=True):
+        assert runs.largest_error(two, one) < 1e-5
 
 
 def test_a_finished_run_is_not_run_again(one_process: str, folder: Path) -> None:
@@ -112,19 +120,20 @@ def test_another_run_in_the_same_directory_is_refused(folder: Path, one_process:
         run(parse_run(description))
 
 
-def test_factors_are_reused_under_another_alpha(folder: Path, one_process: str) -> None:
+def test_factors_are_reused_and_responses_compared_in_one_pass(folder: Path, one_process: str) -> None:
     description = runs.two_stages(folder, "reused")
-    description["score"] = [{"stage": "pretrain"}]
+    own = {"kind": "proximal", "alpha": {"relative": 0.01}}
+    description["score"] = [
+        {"stage": "pretrain"},
+        {"stage": "pretrain", "name": "own", "responses": {"tune": own}},
+        {"stage": "pretrain", "name": "single", "responses": {"tune": {"kind": "identity"}}},
+    ]
     for stage in description["stages"]:
         stage["factors"] = one_process
     description["stages"][1]["response"] = {"kind": "proximal", "alpha": {"relative": 1e12}}
     run(parse_run(description), until="score")
-    single = runs.two_stages(folder, "single")
-    single["score"] = [{"stage": "pretrain"}]
-    single["stages"][0]["factors"] = one_process
-    single["stages"][1]["response"] = {"kind": "identity"}
-    run(parse_run(single), until="score")
-    infinite = runs.read_scores(description["run_dir"], "pretrain")
-    assert runs.largest_error(infinite, runs.read_scores(single["run_dir"], "pretrain")) < FLOAT32
-    assert runs.largest_error(infinite, runs.read_scores(one_process, "pretrain")) > 0.01
+    infinite, own, single = (runs.read_scores(description["run_dir"], name) for name in ("pretrain", "own", "single"))
+    assert runs.largest_error(infinite, single) < FLOAT32
+    assert own == runs.read_scores(one_process, "pretrain")
+    assert runs.largest_error(infinite, own) > 0.01
     assert not (folder / "reused" / "factors").exists()
