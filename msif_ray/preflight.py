@@ -165,7 +165,8 @@ def _fill_in(run: Run, checkpoints: list[Checkpoint]) -> Run:
     for index, (stage, checkpoint) in enumerate(zip(run.stages, checkpoints, strict=True)):
         key = f"stages.{index}.fit.max_tokens"
         fit = stage.fit.model_copy(update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key)})
-        filled.append(stage.model_copy(update={"fit": fit}))
+        paths = {"tokenizer": _absolute(stage.tokenizer), "factors": _absolute(stage.factors)}
+        filled.append(stage.model_copy(update={"fit": fit, **paths}))
     scores = []
     for index, score in enumerate(run.score):
         at = run.stage_index(score.stage)
@@ -173,6 +174,11 @@ def _fill_in(run: Run, checkpoints: list[Checkpoint]) -> Run:
         max_tokens = _max_tokens(asked, checkpoints[at], f"score.{index}.max_tokens")
         scores.append(score.model_copy(update={"max_tokens": max_tokens}))
     return run.model_copy(update={"stages": filled, "score": scores})
+
+
+def _absolute(name: str | None) -> str | None:
+    """A path that is there, made absolute for processes with another working directory; names stay."""
+    return os.path.abspath(name) if name is not None and os.path.exists(name) else name
 
 
 def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str) -> int:

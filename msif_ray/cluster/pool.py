@@ -13,15 +13,13 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from msif_ray.cluster import partials
 from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.replica import RankResources, Replica
+from msif_ray.cluster.replica import RankResources, Replica, free_ranks
 from msif_ray.config import Cluster
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
 
 # A replica that dies loses at most the work of this long.
 COMMIT_SECONDS = 120.0
-# How long a pool's end waits for its replicas to give back what they hold.
-CLOSE_SECONDS = 10.0
 # Deaths in one pool's life after which something is wrong with the job rather than with a machine.
 MOST_DEATHS = 16
 
@@ -50,12 +48,9 @@ class ReplicaPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A replica that is killed leaves its ranks' placement group behind for a while, and whoever comes
-        # next waits for those resources.
-        closing = [worker.actor.close.remote() for worker in self._workers]
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
         for worker in self._workers:
             ray.kill(worker.actor)
+        free_ranks()
 
     def accumulate(
         self, setup: ModelSetup, job: Job, blocks: Blocks, folder: Path, progress: Callable[[Outcome], None]

@@ -1,6 +1,7 @@
 """A replica: one copy of a stage's model, in this process or sharded over several rank actors."""
 
 import socket
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -10,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from msif_ray.cluster import partials
@@ -94,10 +101,6 @@ class Replica:
             self._remote = self._spawn(setup)
         self._setup = setup
 
-    def close(self) -> None:
-        """Gives back the ranks and their resources before the replica ends."""
-        self._unload()
-
     def _unload(self) -> None:
         """Frees the model; sharded ranks end, since a process joins one DeepSpeed group in its life."""
         self._local = None
@@ -112,7 +115,9 @@ class Replica:
     def _spawn(self, setup: ModelSetup) -> list[Any]:
         resources = self._resources
         bundle = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
-        self._group = placement_group([bundle] * resources.ranks, strategy="PACK")
+        self._group = placement_group(
+            [bundle] * resources.ranks, strategy="PACK", name=f"{_group_prefix()}{uuid.uuid4().hex}"
+        )
         ray.get(self._group.ready())
 
         def options(index: int) -> dict[str, Any]:
@@ -132,6 +137,20 @@ class Replica:
         ]
         ray.get([rank.__ray_ready__.remote() for rank in ranks])
         return ranks
+
+
+def _group_prefix() -> str:
+    return f"msif-replica-{ray.get_runtime_context().get_job_id()}-"
+
+
+def free_ranks() -> None:
+    """Gives back what the ranks of this job's replicas held, when those have ended.
+
+    A placement group outlives the actor that made it, and whoever comes next would wait for it.
+    """
+    for group in placement_group_table().values():
+        if group["name"].startswith(_group_prefix()) and group["state"] != "REMOVED":
+            remove_placement_group(get_placement_group(group["name"]))
 
 
 def meeting_point() -> tuple[str, int]:

@@ -14,7 +14,7 @@ import ray
 
 from msif_ray.cluster.jobs import ScoreJob, WindowScores
 from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.replica import RankResources, Replica
+from msif_ray.cluster.replica import RankResources, Replica, free_ranks
 from msif_ray.config import Cluster, Documents
 from msif_ray.corpus.reader import Block, CorpusFile, read_file_blocks
 from msif_ray.errors import UserError
@@ -67,6 +67,8 @@ def score(task: ScoreTask, cluster: Cluster, progress: Callable[[int, int, int],
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+    finally:
+        free_ranks()
 
 
 def _quiet_ray_data() -> None:
