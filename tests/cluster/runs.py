@@ -69,11 +69,6 @@ def save_wide_pair(folder: Path) -> None:
     )
 
 
-def many(stage: dict[str, Any]) -> list[dict[str, Any]]:
-    """Documents of a stage's kind with more targets than a wide model's maps have dimensions."""
-    return models.random_documents(7, 64, (8, 30), completions="completion" in stage["documents"])
-
-
 def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
     """The dense reference's (score, norm, tokens) of every pair of the run above."""
     specs = []

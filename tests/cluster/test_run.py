@@ -77,20 +77,27 @@ def test_two_replicas_give_the_same_scores(folder: Path, one_process: str) -> No
         assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
 
 
-def test_two_ranks_of_a_sharded_replica_give_the_same_scores(tmp_path: Path) -> None:
-    # Wide enough that DeepSpeed does shard its weights, and with positions enough for such covariances.
+def test_two_ranks_of_a_replica_give_the_same_scores(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "ranks", ranks_per_replica=2)
+    description["score"] = [{"stage": "pretrain"}]
+    run(parse_run(description), until="score")
+    found = runs.read_scores(description["run_dir"], "pretrain")
+    assert runs.largest_error(found, runs.read_scores(one_process, "pretrain")) < 1e-5
+
+
+def test_sharded_weights_give_the_same_gradients(tmp_path: Path) -> None:
+    # Wide enough that DeepSpeed does shard the weights. So few words span only part of so many dimensions, and an
+    # eigenbasis of the rest is anyone's choice: gradients are compared, not factors.
     runs.save_wide_pair(tmp_path)
     found = []
     for run_dir, ranks in (("one", 1), ("ranks", 2)):
         description = runs.two_stages(tmp_path, run_dir, ranks_per_replica=ranks)
-        description["modules"] = ["*.attention.dense", "*.mlp.*"]
+        description["score"] = [{"stage": "pretrain"}]
         for stage in description["stages"]:
-            stage["fit"] = {"labels": "empirical"}
-            stage["documents"]["path"] = runs.write_lines(tmp_path / f"{stage['name']}-many.jsonl", runs.many(stage))
+            stage["response"] = {"kind": "identity"}
         run(parse_run(description), until="score")
-        found.append([runs.read_scores(description["run_dir"], stage) for stage in ("pretrain", "tune")])
-    for one, two in zip(*found, strict=True):
-        assert runs.largest_error(two, one) < 1e-5
+        found.append(runs.read_scores(description["run_dir"], "pretrain"))
+    assert runs.largest_error(found[1], found[0]) < 1e-5
 
 
 def test_a_finished_run_is_not_run_again(one_process: str, folder: Path) -> None:
