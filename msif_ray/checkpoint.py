@@ -6,24 +6,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
+from msif_ray.fetch import MODEL_FILES, fetched, hub_folder, hub_source, local_tokenizer
 from msif_ray.influence.modules import find_linear_maps
+from msif_ray.paths import is_remote
 
 HASH_BYTES = 2**22
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model: its local folder, what it is, and the shapes of its tracked maps `(out, columns)`."""
+    """A checked model: its local folder, what it is, and the shapes of its tracked maps `(out, columns)`.
+
+    `source` is what another node gives to `fetch.local_model` for the same files.
+    """
 
     name: str
     model_path: str
+    source: str
     model_hash: str
     revision: str | None
     context: int | None
@@ -45,23 +49,29 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str) -> Check
     context, maps = _describe(folder, modules, key)
     for file in files:
         _check_finite(file, key)
-    return Checkpoint(stage.name, str(folder), _sha256(files), stage.revision or folder_revision(folder), context, maps)
+    revision = stage.revision or folder_revision(folder)
+    return Checkpoint(stage.name, str(folder), source_of(stage, folder), _sha256(files), revision, context, maps)
 
 
 def locate(stage: Stage, key: str) -> Path:
-    """The model's local folder, downloaded from the hub when it is the name of a model there."""
+    """The model's local folder, fetched when it is on object storage or the name of a model on the hub."""
     if os.path.isdir(stage.model):
         return Path(stage.model).resolve()
-    if stage.model.startswith((".", "/", "~")) or stage.model.count("/") > 1:
+    remote = is_remote(stage.model)
+    if not remote and (stage.model.startswith((".", "/", "~")) or stage.model.count("/") > 1):
         raise UserError(f"{key}.model: {stage.model}: no such folder")
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        return Path(snapshot_download(stage.model, revision=stage.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{key}.model: {stage.model} is no local folder, and the hub does not give it: {reason}"
-        ) from None
+        return fetched(stage.model, MODEL_FILES) if remote else hub_folder(stage.model, stage.revision)
+    except UserError as error:
+        raise UserError(f"{key}.model: {error}") from None
+
+
+def source_of(stage: Stage, folder: Path) -> str:
+    """What other nodes fetch: a URL as it is given, a hub model's commit that was found; a folder is theirs too."""
+    if is_remote(stage.model):
+        return stage.model
+    revision = folder_revision(folder)
+    return hub_source(stage.model, revision) if revision and not os.path.isdir(stage.model) else str(folder)
 
 
 def folder_revision(folder: Path) -> str | None:
@@ -71,6 +81,10 @@ def folder_revision(folder: Path) -> str | None:
 
 def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
     """A stage's tokenizer. Raises UserError, naming the key, when it does not load."""
+    try:
+        name = local_tokenizer(name)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

@@ -1,5 +1,6 @@
 """The command line: one command per step, all of them the same code as `msif run`."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -44,9 +45,26 @@ def score_command(description: Description) -> None:
     run(load_run(description), until="score")
 
 
+@app.command("plan")
+def plan_command(
+    description: Description,
+    measure: Annotated[bool, typer.Option(help="Time each stage's model on a few real batches.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object (bytes, FLOPs, hours).")] = False,
+) -> None:
+    """Say what the run will cost: documents, tokens, FLOPs, hours, memory and storage. Nothing is run."""
+    from msif_ray.plan.make import make_plan
+    from msif_ray.plan.report import print_plan
+
+    plan = make_plan(load_run(description), measure)
+    if as_json:
+        print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
+    else:
+        print_plan(plan, Console(highlight=False))
+
+
 @app.command("demo")
 def demo_command(
-    folder: Annotated[Path, typer.Option(help="Where the demo's runs go.")] = Path("runs/demo"),
+    folder: Annotated[str, typer.Option(help="Where the demo's runs go.")] = "runs/demo",
 ) -> None:
     """Attribute a small model's answers to the World Factbook documents that it was trained on."""
     from msif_ray.demo.run import run_demo

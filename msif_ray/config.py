@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from msif_ray.errors import UserError
+from msif_ray.paths import check_location, path_of
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Column = Annotated[str, Field(min_length=1)]
+Location = Annotated[str, AfterValidator(check_location)]
+Locations = Annotated[str | list[str], AfterValidator(check_location)]
 
 
 class Strict(BaseModel):
@@ -47,7 +50,7 @@ class Documents(Strict):
     there is a completion.
     """
 
-    path: str | list[str]
+    path: Locations
     text: Column | None = None
     prompt: Column | None = None
     completion: Column | None = None
@@ -103,12 +106,12 @@ class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds."""
 
     name: Name
-    model: str
+    model: Location
     revision: str | None = None
-    tokenizer: str | None = None
+    tokenizer: Location | None = None
     documents: Documents | None = None
     fit: Fit = Fit()
-    factors: str | None = None
+    factors: Location | None = None
     damping: Strength = Strength(relative=0.1)
     response: Response | None = None
 
@@ -116,7 +119,7 @@ class Stage(Strict):
 class Queries(Strict):
     """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`."""
 
-    path: str | list[str]
+    path: Locations
     prompt: Column = "prompt"
     completion: Column = "completion"
     id: Column | None = None
@@ -181,6 +184,10 @@ class Replicas(Strict):
 class Cluster(Strict):
     """The machines: replicas, each of one or more ranks that hold one model.
 
+    `factor_memory` (bytes, or a text such as 8GiB) is what a rank may use for the factors that it fits; what
+    does not fit at once takes several passes. By default it is a share of what is free once the model is loaded.
+    `offload` keeps the shards of a replica of several GPU ranks in the memory of their hosts.
+
     `dtype`, `tokens_per_batch` and `documents_per_block` take part in rounding, so they are part
     of what a run must keep; the rest may change between two runs of the same command.
     """
@@ -189,6 +196,8 @@ class Cluster(Strict):
     ranks_per_replica: Annotated[int, Field(ge=1)] = 1
     gpus_per_rank: Annotated[float, Field(ge=0)] | None = None
     cpus_per_rank: Annotated[int, Field(ge=1)] = 1
+    offload: bool = False
+    factor_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
     documents_per_block: Annotated[int, Field(ge=1)] = 256
@@ -197,7 +206,7 @@ class Cluster(Strict):
 class Run(Strict):
     """A whole run: what `run.yaml` says, and the API."""
 
-    run_dir: str
+    run_dir: Location
     seed: int = 0
     stages: Annotated[list[Stage], Field(min_length=1)]
     modules: Annotated[list[str], Field(min_length=1)] | None = None
@@ -217,10 +226,7 @@ class Run(Strict):
         of_first |= {f"score.{i}.responses": score.responses.get(names[0]) for i, score in enumerate(self.score)}
         for key, response in of_first.items():
             if isinstance(response, ProximalResponse):
-                raise ValueError(
-                    f"{key}: {names[0]!r} is the first stage and stays near nothing; "
-                    "a proximal response belongs to a later one"
-                )
+                raise ValueError(f"{key}: {names[0]!r} is the first stage; a proximal response belongs to a later one")
         for index, score in enumerate(self.score):
             unknown = next((name for name in score.responses if name not in names), None)
             if unknown is not None:
@@ -229,6 +235,8 @@ class Run(Strict):
                 raise ValueError(f"score.{index}.stage: there is no stage {score.stage!r}, only {', '.join(names)}")
             if score.documents is None and self.stages[names.index(score.stage)].documents is None:
                 raise ValueError(f"score.{index}.documents: neither this entry nor its stage names documents")
+        if self.cluster.offload and self.cluster.ranks_per_replica == 1:
+            raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
         return self
 
     def answering(self, score: Score) -> "Run":
@@ -264,7 +272,7 @@ def parse_run(description: Mapping[str, Any], source: str = "run description") -
 def load_run(path: str | Path) -> Run:
     """The run described by a YAML file. Raises UserError for a file that cannot be read or is not valid."""
     try:
-        description = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        description = yaml.safe_load(path_of(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a run description in YAML") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

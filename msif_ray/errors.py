@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class DamagedError(UserError):
+    """A file that this project wrote is missing or not as it was written: what to delete depends on whose it is."""

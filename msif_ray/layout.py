@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+from msif_ray.paths import path_of
+
 
 def run_record(run_dir: str) -> Path:
-    return Path(run_dir) / "run.json"
+    return path_of(run_dir) / "run.json"
 
 
 def factors(run_dir: str, stage: str) -> Path:
-    return Path(run_dir) / "factors" / stage
+    return path_of(run_dir) / "factors" / stage
 
 
 def factors_manifest(folder: Path) -> Path:
@@ -25,13 +27,33 @@ def eigenvalues_file(folder: Path, map_name: str) -> Path:
     return folder / "eigenvalues" / f"{map_name}.safetensors"
 
 
-def partials(folder: Path, step: str) -> Path:
-    """Partial sums of one step; each file says which blocks it covers."""
-    return folder / "partials" / step
+def partials(folder: Path, group: int, step: str) -> Path:
+    """Partial sums of one step over one group of maps: a folder per partial."""
+    return folder / "partials" / f"{group:04d}" / step
+
+
+def part_file(partial: Path, part: str, rank: int) -> Path:
+    """What one rank added to a partial's part: a map, or a heading such as the log-likelihoods."""
+    return partial / f"{part}.rank{rank}.safetensors"
+
+
+def groups(folder: Path) -> Path:
+    """How a stage's maps are grouped into passes; kept, since the memory that decided it may change."""
+    return folder / "groups.json"
+
+
+def group_record(folder: Path, group: int) -> Path:
+    """What came of a finished group of maps."""
+    return folder / "groups" / f"{group:04d}.json"
 
 
 def queries(run_dir: str) -> Path:
-    return Path(run_dir) / "queries"
+    return path_of(run_dir) / "queries"
+
+
+def query_partials(run_dir: str) -> Path:
+    """The queries' gradients as the replicas wrote them."""
+    return queries(run_dir) / "partials"
 
 
 def directions(run_dir: str, scored: str) -> Path:

@@ -1,17 +1,18 @@
 """Everything that can be wrong with a run, before any replica is asked for: one line each."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from msif_ray import stages
+from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Run, Stage
 from msif_ray.corpus.reader import CorpusFile, Document, corpus_files, read_documents, read_rows, row_id
 from msif_ray.corpus.windows import Skipped, encode
 from msif_ray.errors import UserError
-from msif_ray.store import write_atomic
+from msif_ray.paths import exists, is_remote, path_of
+from msif_ray.store import delete, read_json, write_atomic
 
 # Windows are this long unless the run says otherwise, or the model's context is shorter.
 DEFAULT_MAX_TOKENS = 512
@@ -21,16 +22,21 @@ DEFAULT_MAX_TOKENS = 512
 class Resolved:
     """A run that has been checked against the files it names.
 
-    `run` has absolute paths and every `max_tokens` filled in; `corpora` and `documents` (counts)
-    have a key `stages.<i>` for each stage to be fitted and `score.<i>` for each scored corpus.
+    `run` has absolute paths and every `max_tokens` filled in; `corpora` and `rows` (documents of each
+    file) have a key `stages.<i>` for each stage to be fitted and `score.<i>` for each scored corpus.
     """
 
     run: Run
     stages: list[Checkpoint]
     corpora: dict[str, list[CorpusFile]]
-    documents: dict[str, int]
+    rows: dict[str, tuple[int, ...]]
     queries: list[Document]
     maps: dict[str, tuple[int, int]]
+
+    @property
+    def documents(self) -> dict[str, int]:
+        """The number of documents of each corpus."""
+        return {key: sum(rows) for key, rows in self.rows.items()}
 
 
 def check(run: Run) -> Resolved:
@@ -46,23 +52,23 @@ def check(run: Run) -> Resolved:
     checkpoints = [check_checkpoint(stage, run.modules, f"stages.{i}") for i, stage in enumerate(run.stages)]
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
+    _check_reused_factors(run, checkpoints)
     _check_tokenizers(run, checkpoints, wanted)
     _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(run, checkpoints, corpora, counts, queries, checkpoints[0].maps)
 
 
 def _writable(run_dir: str) -> str:
-    if "://" in run_dir:
-        raise UserError(f"run_dir: {run_dir}: only a path on a (shared) file system can be written")
-    folder = Path(run_dir).expanduser().absolute()
+    """The run directory as an absolute path, in which a file has been written and deleted."""
+    folder = path_of(run_dir)
+    if not is_remote(folder):
+        folder = folder.expanduser().absolute()
+    probe = folder / f".writable-{uuid.uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
         write_atomic(probe, b"")
-        probe.unlink()
-    except (OSError, UserError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it cannot be written to"
-        raise UserError(f"run_dir: {run_dir}: {reason}") from None
+        delete(probe)
+    except UserError as error:
+        raise UserError(f"run_dir: {str(error).replace(str(probe), str(folder))}") from None
     return str(folder)
 
 
@@ -83,18 +89,19 @@ def _wanted_corpora(run: Run) -> dict[str, Documents]:
     return wanted
 
 
-def _check_ids(files: list[CorpusFile], documents: Documents, key: str) -> int:
-    """The number of documents of a corpus whose ids are all there and all different, and whose columns exist.
+def _check_ids(files: list[CorpusFile], documents: Documents, key: str) -> tuple[int, ...]:
+    """The number of documents of each file of a corpus with all its columns, whose ids are there and differ.
 
     One pass over the id column, or over the first row's columns and a count where there is none.
     """
     seen: dict[str, tuple[int, int]] = {}
-    count = 0
+    counts = []
     for index, file in enumerate(files):
         columns = [documents.id] if documents.id is not None else _one_column(documents)
         _check_content_columns(file, documents, key)
+        counts.append(0)
         for number, row in enumerate(read_rows(file, columns, key)):
-            count += 1
+            counts[-1] += 1
             if documents.id is None:
                 continue
             document = row_id(file, number, row, documents, key)
@@ -104,9 +111,9 @@ def _check_ids(files: list[CorpusFile], documents: Documents, key: str) -> int:
                     f"{key}.id: {file.path} row {number} has the id {document!r} "
                     f"of {files[first[0]].path} row {first[1]}; ids must differ"
                 )
-    if count == 0:
+    if sum(counts) == 0:
         raise UserError(f"{key}.path: {documents.path}: there is no document in it")
-    return count
+    return tuple(counts)
 
 
 def _one_column(documents: Documents) -> list[str]:
@@ -153,6 +160,22 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
                     f"stages.{index}.model: {name} is {_shape(shapes[0])} in {first.name!r} and {_shape(shapes[1])} in "
                     f"{other.name!r}; all stages need the same tracked maps"
                 )
+
+
+def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> None:
+    """Factors of another run are finished, and fitted to this model over these maps."""
+    for index in stages.stages_with_factors(run):
+        stage, checkpoint = run.stages[index], checkpoints[index]
+        if stage.factors is None:
+            continue
+        key, folder = f"stages.{index}.factors", layout.factors(stage.factors, stage.name)
+        if not exists(layout.factors_manifest(folder)):
+            raise UserError(f"{key}: {folder} holds no finished factors")
+        manifest = read_json(layout.factors_manifest(folder))
+        if manifest["model_sha256"] != checkpoint.model_hash:
+            raise UserError(f"{key}: {folder} was fitted to another model than {stage.model}")
+        if {name: tuple(about["shape"]) for name, about in manifest["maps"].items()} != checkpoint.maps:
+            raise UserError(f"{key}: {folder} was fitted over other maps; use the same `modules`")
 
 
 def _shape(shape: tuple[int, int] | None) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 60.0
+SECONDS_BETWEEN_WAITS = 20.0
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Step:
     documents: int = 0
     tokens: int = 0
     skipped: int = 0
+    resumed: int = 0
     started: float = field(default_factory=monotonic)
     _said: float = field(default_factory=monotonic)
 
@@ -38,6 +40,20 @@ class Step:
             self._said = monotonic()
             self.console.print(self._line(), highlight=False, soft_wrap=True)
 
+    def resume(self, documents: int, skipped: int = 0) -> None:
+        """Counts what an earlier run of the same command had done."""
+        self.resumed = documents + skipped
+        self.skipped += skipped
+        self.add(documents, 0)
+        if self.resumed:
+            self.console.print(f"{self.name}: {self.resumed:,} documents were done before", highlight=False)
+
+    def wait(self, reason: str) -> None:
+        """Says why nothing is being done, now and then."""
+        if monotonic() - self._said > SECONDS_BETWEEN_WAITS:
+            self._said = monotonic()
+            self.console.print(f"{self.name}: waiting: {reason}", highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         self.bar.remove_task(self._task)
         self.console.print(self._line(), highlight=False, soft_wrap=True)
@@ -53,7 +69,7 @@ class Step:
         if self.skipped:
             parts.append(f"{self.skipped:,} skipped")
         if self.total and 0 < done < self.total:
-            parts.append(f"{seconds * (self.total - done) / done:.0f} s left")
+            parts.append(f"{seconds * (self.total - done) / max(done - self.resumed, 1):.0f} s left")
         return ", ".join(parts)
 
 

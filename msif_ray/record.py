@@ -2,11 +2,11 @@
 
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
 from msif_ray.errors import UserError
+from msif_ray.paths import exists, path_of, size_of
 from msif_ray.preflight import Resolved
 from msif_ray.store import read_json, write_json
 
@@ -22,7 +22,7 @@ MEANING = {
 }
 
 # Keys of the cluster that say where a run is computed and not what.
-_PLACEMENT = ("replicas", "ranks_per_replica", "gpus_per_rank", "cpus_per_rank")
+_PLACEMENT = ("replicas", "ranks_per_replica", "gpus_per_rank", "cpus_per_rank", "offload", "factor_memory")
 
 
 def keep_record(resolved: Resolved) -> None:
@@ -32,7 +32,7 @@ def keep_record(resolved: Resolved) -> None:
     """
     path = layout.run_record(resolved.run.run_dir)
     identity = _identity(resolved)
-    if path.exists():
+    if exists(path):
         difference = _first_difference(read_json(path)["identity"], identity)
         if difference is not None:
             raise UserError(
@@ -63,18 +63,13 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
             {"stage": stage.name, "revision": stage.revision, "sha256": stage.model_hash} for stage in resolved.stages
         ],
         "corpora": {
-            key: [{"path": file.path, "bytes": _size(Path(file.path))} for file in files]
+            key: [{"path": file.path, "bytes": size_of(path_of(file.path))} for file in files]
             for key, files in resolved.corpora.items()
         },
         "documents": resolved.documents,
         "queries": [[query.id, query.prompt, query.text] for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:

@@ -1,7 +1,7 @@
 """A run from description to Parquet: every step in order, none twice (DESIGN.md §4)."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +11,23 @@ import ray
 
 from msif_ray import layout, stages
 from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried, query_gradients
-from msif_ray.cluster.fit import FitTask, fit, is_fitted, remaining
+from msif_ray.cluster.fit import FitTask, fit, is_fitted
 from msif_ray.cluster.jobs import ScoreJob
 from msif_ray.cluster.pool import ReplicaPool
-from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.score import ScoreTask, score
 from msif_ray.cluster.top import TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score
-from msif_ray.corpus.reader import Block, block_id, read_blocks
+from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
+from msif_ray.corpus.reader import Block, block_id
 from msif_ray.errors import UserError
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_record, keep_strengths
 from msif_ray.results.parts import write_skipped
 from msif_ray.results.top import top_pairs, write_top
-from msif_ray.store import read_json
+from msif_ray.setup import model_setup
+from msif_ray.store import sweep
 
 # A query block is a unit of work too; queries are few and their gradients large.
 QUERIES_PER_BLOCK = 8
@@ -45,6 +47,7 @@ def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Rep
         cluster = _decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
         keep_record(resolved)
+        sweep(resolved.run.run_dir)
         _Driver(resolved, reporter).run(until)
 
 
@@ -62,6 +65,8 @@ def connected() -> Iterator[None]:
     else:
         # The core's own log lines are for Ray's developers; what fails here is raised.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Ray ends processes that have been idle for a second; each new one imports torch for some.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
         yield
@@ -114,21 +119,7 @@ class _Driver:
         self._top()
 
     def _setup(self, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
-        stage, cluster = self.config.stages[index], self.config.cluster
-        model = self.resolved.stages[index].model_path
-        return ModelSetup(
-            stage=stage.name,
-            model=model,
-            tokenizer=stage.tokenizer or model,
-            modules=None if self.config.modules is None else tuple(self.config.modules),
-            dtype=cluster.dtype,
-            max_tokens=max_tokens,
-            append_eos=documents.ends_with_eos,
-            tokens_per_batch=cluster.tokens_per_batch,
-            seed=self.config.seed,
-            threads=cluster.cpus_per_rank,
-            cuda=bool(cluster.gpus_per_rank),
-        )
+        return model_setup(self.resolved, index, documents, max_tokens)
 
     def _factors(self, index: int) -> Path:
         """Where a stage's factors are: here, or in the run they are reused from."""
@@ -137,50 +128,42 @@ class _Driver:
 
     def _fit(self, index: int, pool: ReplicaPool) -> None:
         stage, folder = self.config.stages[index], self._factors(index)
-        record = {
-            "model_sha256": self.resolved.stages[index].model_hash,
-            "fit": stage.fit.model_dump(mode="json"),
-        }
-        if self._check_reused(index, folder):
-            return
+        if stage.factors is not None:
+            return  # of another run, and checked before this one began
         if is_fitted(folder):
             self.reporter.say(f"{stage.name}: factors are there")
             return
         documents, cluster = stage.documents, self.config.cluster
         if documents is None:
             raise UserError(f"stages.{index}.documents: {stage.name!r} needs documents to fit its factors")
-        key = f"stages.{index}.documents"
-        files = self.resolved.corpora[f"stages.{index}"]
-        size, limit = cluster.documents_per_block, stage.fit.documents
-        total = min(self.resolved.documents[f"stages.{index}"], limit or 2**62)
+        blocks = self._blocks(f"stages.{index}", documents, stage.fit.documents)
         task = FitTask(
             self._setup(index, documents, stage.fit.max_tokens),
             stage.fit.labels,
-            remaining(lambda: read_blocks(files, documents, size, key, limit)),
+            blocks,
             folder,
             self.resolved.maps,
-            record | {"stage": stage.name, "seed": self.config.seed, "dtype": cluster.dtype},
+            cluster.factor_memory,
+            {
+                "model_sha256": self.resolved.stages[index].model_hash,
+                "fit": stage.fit.model_dump(mode="json"),
+                "stage": stage.name,
+                "seed": self.config.seed,
+                "dtype": cluster.dtype,
+            },
         )
-        fit(task, pool, lambda step: self._counting(f"{stage.name}: {step}", total))
+        fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count))
 
-    def _check_reused(self, index: int, folder: Path) -> bool:
-        """Whether the stage's factors come from another run, which must have fitted the same model."""
-        stage = self.config.stages[index]
-        if stage.factors is None:
-            return False
-        if not is_fitted(folder):
-            raise UserError(f"stages.{index}.factors: {folder} holds no finished factors")
-        manifest = read_json(layout.factors_manifest(folder))
-        if manifest["model_sha256"] != self.resolved.stages[index].model_hash:
-            raise UserError(f"stages.{index}.factors: {folder} was fitted to another model than {stage.model}")
-        if {name: tuple(about["shape"]) for name, about in manifest["maps"].items()} != self.resolved.maps:
-            raise UserError(f"stages.{index}.factors: {folder} was fitted over other maps; use the same `modules`")
-        return True
-
-    @contextmanager
-    def _counting(self, name: str, total: int) -> Iterator[Callable[[Outcome], None]]:
-        with self.reporter.step(name, total) as step:
-            yield lambda outcome: step.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
+    def _blocks(self, corpus: str, documents: Documents, limit: int | None = None) -> CorpusBlocks:
+        resolved = self.resolved
+        return CorpusBlocks(
+            tuple(resolved.corpora[corpus]),
+            resolved.rows[corpus],
+            documents,
+            self.config.cluster.documents_per_block,
+            f"{corpus}.documents",
+            limit,
+        )
 
     def _carry(self, pool: ReplicaPool) -> None:
         folders = {entry.label: self._directions(entry) for entry in self.config.score}
@@ -194,9 +177,9 @@ class _Driver:
                 for n, start in enumerate(chunks)
             ]
             setup = self._setup(last, self.config.queries.documents, None)
-            folder = layout.queries(self.config.run_dir)
-            with self._counting("queries: gradients", len(queries)) as progress:
-                gradients = query_gradients(setup, remaining(lambda: blocks), folder, pool, progress)
+            step = layout.query_partials(self.config.run_dir)
+            with self.reporter.step("queries: gradients", len(queries)) as progress:
+                gradients = query_gradients(setup, ListedBlocks(blocks), step, pool, progress)
             for entry in self.config.score:
                 variant, index = self.config.answering(entry), self.config.stage_index(entry.stage)
                 factors = {
@@ -212,12 +195,7 @@ class _Driver:
         return layout.directions(self.config.run_dir, entry.label)
 
     def _passes(self) -> list[list[Score]]:
-        """The `score` entries that share a pass over the same windows of the same documents."""
-        passes: dict[str, list[Score]] = {}
-        for entry in self.config.score:
-            documents = self.config.scored_documents(entry).model_dump_json()
-            passes.setdefault(f"{entry.stage} {entry.max_tokens} {documents}", []).append(entry)
-        return list(passes.values())
+        return stages.passes(self.config)
 
     def _score_task(self, entries: Sequence[Score]) -> ScoreTask:
         """The pass of entries that differ in their responses alone."""
@@ -230,10 +208,7 @@ class _Driver:
             run_dir=self.config.run_dir,
             setup=self._setup(index, documents, max_tokens),
             job=ScoreJob(tuple(self._directions(entry) for entry in entries)),
-            files=tuple(self.resolved.corpora[f"score.{position}"]),
-            documents=documents,
-            key=f"score.{position}.documents",
-            block_size=self.config.cluster.documents_per_block,
+            blocks=self._blocks(f"score.{position}", documents),
             queries=tuple(query.id for query in self.resolved.queries),
             labels=tuple(entry.label for entry in entries),
             metadata=MEANING,
@@ -242,14 +217,15 @@ class _Driver:
     def _score(self, entries: Sequence[Score]) -> None:
         total = self.resolved.documents[f"score.{self.config.score.index(entries[0])}"]
         with self.reporter.step(f"{', '.join(entry.label for entry in entries)}: scores", total) as step:
-            score(self._score_task(entries), self.config.cluster, step.add)
+            score(self._score_task(entries), self.config.cluster, step)
 
     def _top(self) -> None:
         rows = []
         with ReplicaPool(self.config.cluster) as pool:
             for entry in self.config.score:
                 pairs = top_pairs(self.config.run_dir, entry.label, self.config.top)
-                with self._counting(f"{entry.label}: top documents", len({pair.doc_id for pair in pairs})) as progress:
+                documents = len({pair.doc_id for pair in pairs})
+                with self.reporter.step(f"{entry.label}: top documents", documents) as progress:
                     rows += top_rows(TopTask(self._score_task([entry]), pairs), pool, progress)
         write_top(self.config.run_dir, rows)
         self.reporter.say(f"done: {self.config.run_dir}")

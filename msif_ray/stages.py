@@ -1,6 +1,6 @@
 """A stage as the run uses it: which stages need factors, and the response each one has."""
 
-from msif_ray.config import IdentityResponse, ProximalResponse, Run, UnrolledResponse
+from msif_ray.config import IdentityResponse, ProximalResponse, Run, Score, UnrolledResponse
 from msif_ray.errors import UserError
 from msif_ray.influence.response import (
     DampedInverse,
@@ -30,6 +30,15 @@ def stages_with_factors(run: Run) -> list[int]:
         if not is_identity(run.answering(score), index)
     }
     return sorted(needed)
+
+
+def passes(run: Run) -> list[list[Score]]:
+    """The `score` entries that share a pass over the same windows of the same documents."""
+    shared: dict[str, list[Score]] = {}
+    for entry in run.score:
+        documents = run.scored_documents(entry).model_dump_json()
+        shared.setdefault(f"{entry.stage} {entry.max_tokens} {documents}", []).append(entry)
+    return list(shared.values())
 
 
 def response_of(

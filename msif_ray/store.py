@@ -1,7 +1,15 @@
-"""Files that are whole or absent: a temporary name in the same folder, then a rename."""
+"""Files that are whole or absent, on local disk and on object storage, and that say when they are damaged.
+
+On disk: a temporary name in the same folder, then a rename. On object storage: a local temporary file, then one
+put, which is atomic there.
+"""
 
 import json
 import os
+import re
+import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,22 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from msif_ray.errors import UserError
+from msif_ray.errors import DamagedError, UserError
+from msif_ray.paths import filesystem, is_remote, path_of, storage
+from msif_ray.tensorfile import TensorFile, with_checksums
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+LEFTOVER_SECONDS = 3600.0
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path to write, which becomes `path` when the block ends without an exception.
+    """A local temporary path to write, which becomes `path` when the block ends without an exception.
 
     The temporary name begins with a dot and ends in `.tmp`, so no reader's glob takes it for a result.
     Raises UserError when the folder or the file cannot be written.
     """
-    path = Path(path)
+    path = path_of(path)
+    with (_upload if is_remote(path) else _rename)(path) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _rename(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-    try:
+    with storage(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -32,8 +51,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def _upload(path: Path) -> Iterator[Path]:
+    with _local_folder(path) as folder:
+        temporary = folder / f".{path.name}.tmp"
+        with storage(f"{path} (its temporary file in {folder.parent}; TMPDIR names another folder)", "written"):
+            yield temporary
+        files, name = filesystem(path)
+        with storage(path, "written"):
+            files.put_file(str(temporary), name)
+
+
+@contextmanager
+def _local_folder(path: Path) -> Iterator[Path]:
+    with storage(f"{path}: a temporary folder in {tempfile.gettempdir()}", "made"):
+        folder = tempfile.TemporaryDirectory(prefix="msif-ray-")
+    with folder as name:
+        yield Path(name)
 
 
 def _flush(path: Path) -> None:
@@ -51,6 +87,19 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
+def delete_folder(folder: Path, first: str | None = None) -> None:
+    """Deletes a folder and all in it, where it is there; the file named `first` before any other."""
+    if first is not None:
+        delete(folder / first)
+    with storage(folder, "deleted"):
+        if is_remote(folder):
+            files, name = filesystem(folder)
+            if files.exists(name):
+                files.rm(name, recursive=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=not folder.exists())
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented JSON. Raises ValueError for a number that JSON cannot hold (NaN, infinity)."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -58,19 +107,38 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """What `write_json` wrote. Raises UserError for a file that is not whole JSON."""
+    """What `write_json` wrote. Raises UserError for a file that cannot be read or is not whole JSON."""
+    with storage(path, "read"):
+        data = path_of(path).read_bytes()
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(data)
     except ValueError as error:
-        raise UserError(f"{path}: not whole JSON: {' '.join(str(error).split())}") from None
+        fault = " ".join(str(error).split())
+        raise UserError(f"{path}: not whole JSON: {fault}; delete it, and run the same command again") from None
+
+
+def delete(path: str | Path) -> None:
+    """Deletes a file that may be gone already. Raises UserError when the storage does not let it."""
+    with storage(path, "deleted"):
+        path_of(path).unlink(missing_ok=True)
 
 
 def save_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors, of any device and layout, as safetensors with the given metadata."""
+    """Writes tensors, of any device and layout, as safetensors with the given metadata and their checksums."""
+    separate = _separate(tensors)
     with replacing(path) as temporary:
-        save_file(_separate(tensors), str(temporary), dict(metadata or {}))
+        try:
+            save_file(separate, str(temporary), with_checksums(separate, metadata or {}))
+        except SafetensorError as error:  # which is what a full disk raises there
+            raise OSError(_system_message(error)) from None
+
+
+def _system_message(error: SafetensorError) -> str:
+    """`No space left on device` out of safetensors' rendering of the system's error."""
+    message = re.search(r"I/O error: (.+) \(os error", str(error))
+    return message[1] if message else str(error)
 
 
 def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -86,12 +154,33 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return separate
 
 
-def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, on the CPU."""
-    return load_file(str(path))
+def load_tensors(path: str | Path, part_of: Path | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a file of `save_tensors`, on the CPU.
+
+    Raises UserError for a file that cannot be read, is not whole or does not fit its checksums. Then what is to
+    be deleted is the file, or the folder that is worthless without it.
+    """
+    try:
+        file = TensorFile(path_of(path))
+        return {name: file.tensor(name) for name in file.names}
+    except DamagedError as error:
+        what = "it" if part_of is None else f"the folder {part_of}"
+        raise UserError(f"{error}; delete {what}, and run the same command again") from None
 
 
-def load_metadata(path: str | Path) -> dict[str, str]:
-    """A safetensors file's metadata, without reading its tensors."""
-    with safe_open(str(path), framework="pt") as file:
-        return dict(file.metadata() or {})
+def sweep(folder: str | Path) -> None:
+    """Removes what killed processes left half-written under a local folder an hour ago or earlier.
+
+    Object storage has no such files: what was not put whole was not put.
+    """
+    folder = path_of(folder)
+    if is_remote(folder):
+        return
+    latest = time.time() - LEFTOVER_SECONDS
+    with storage(folder, "swept of half-written files"):
+        for path in folder.rglob(".*.tmp"):
+            try:
+                if _LEFTOVER.fullmatch(path.name) and path.stat().st_mtime < latest:
+                    path.unlink()
+            except FileNotFoundError:  # another process sweeps too, or finished its file
+                continue

@@ -1,14 +1,50 @@
-"""Settings that all tests share: one thread each, no network, quiet libraries."""
+"""Settings that all tests share: one thread each, no network, quiet libraries; object storage for those that ask."""
 
 import os
 import sys
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "RAY_DEDUP_LOGS": "0",
+    # Ray ends processes that have been idle for a second; each new one imports torch for six.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kill-seeds", type=int, default=2, help="seeds of the test that kills at random (default: 2)")
+
+
+@pytest.fixture(scope="session")
+def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an S3 server on loopback."""
+    import object_storage
+
+    with object_storage.serving_s3(tmp_path_factory.mktemp("s3") / "server.log") as port:
+        yield port
+
+
+@pytest.fixture
+def bucket(s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A new bucket's name, with the environment of a client of its server and a cache of the test's own."""
+    import boto3
+    import object_storage
+    import s3fs
+
+    for name, value in object_storage.environment(s3_port).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MSIF_CACHE", str(tmp_path / "cache"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    name = f"test-{uuid.uuid4().hex}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=name)
+    yield name
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -88,6 +88,8 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("stages.0.documents", ..., "score.0.documents: neither this entry nor its stage names documents"),
         ("top", 0, "top: "),
         ("cluster.dtype", "float16", "cluster.dtype: "),
+        ("cluster.offload", True, "cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica`"),
+        ("cluster", {"offload": True, "ranks_per_replica": 0}, "cluster.ranks_per_replica: "),
         ("cluster.replicas", {"min": 3, "max": 2}, "cluster.replicas: min 3 is larger than max 2"),
     ],
 )
@@ -96,6 +98,10 @@ def test_a_fault_is_one_line_with_its_key(key: str, value: Any, message: str) ->
         parse_run(changed(key, value), "run.yaml")
     line = str(error.value)
     assert line.startswith(f"run.yaml: {message}") and "\n" not in line
+
+
+def test_shards_may_be_offloaded() -> None:
+    assert parse_run(changed("cluster", {"ranks_per_replica": 2, "offload": True})).cluster.offload
 
 
 def test_rank_and_energy_exclude_each_other() -> None:

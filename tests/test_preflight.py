@@ -220,7 +220,7 @@ def set_in(description: Description, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("run_dir", "s3://bucket/run", r"run_dir: s3://bucket/run"),
+        ("run_dir", "ftp://host/run", r"ftp://host/run: only local paths, s3:// and gs://"),
         ("run_dir", "{folder}/base.jsonl/run", r"run_dir: .*base\.jsonl/run: "),
         ("stages.1.documents", None, r"stages\.1\.documents: 'tune' needs documents .*`factors:`"),
         ("stages.0.documents.text", "body", r"stages\.0\.documents: .*base\.jsonl has no column 'body'"),
@@ -239,3 +239,31 @@ def test_a_fault_in_the_description_is_one_line(folder: Path, key: str, value: A
     with pytest.raises(UserError, match=f"^{message}") as error:
         resolve(description)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"model_sha256": "another"}, r"was fitted to another model than"),
+        ({"maps": {}}, r"was fitted over other maps; use the same `modules`"),
+        (None, r"holds no finished factors"),
+    ],
+)
+def test_factors_of_another_run_are_checked(folder: Path, change: dict[str, Any] | None, message: str | None) -> None:
+    resolved = resolve(describe(folder))
+    other = folder / "other" / "factors" / "pre"
+    if change is not None:
+        manifest = {
+            "model_sha256": resolved.stages[0].model_hash,
+            "maps": {name: {"shape": list(shape)} for name, shape in resolved.maps.items()},
+        }
+        other.mkdir(parents=True)
+        (other / "manifest.json").write_text(json.dumps(manifest | change))
+    description = describe(folder)
+    description["stages"][0]["factors"] = str(folder / "other")
+    if message is None:
+        assert "stages.0" not in resolve(description).corpora
+    else:
+        with pytest.raises(UserError, match=rf"^stages\.0\.factors: {other} {message}"):
+            resolve(description)

@@ -1,13 +1,22 @@
 """Files are whole or absent, whatever happens while they are written."""
 
+import errno
 import math
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from msif_ray import store
 from msif_ray.errors import UserError
+from msif_ray.tensorfile import TensorFile
 
 
 def test_bytes_and_json_come_back_and_leave_nothing_else(tmp_path: Path) -> None:
@@ -49,7 +58,7 @@ def test_tensors_in_any_layout_and_their_metadata_come_back(tmp_path: Path) -> N
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
-    assert store.load_metadata(tmp_path / "t.safetensors") == {"about": "test"}
+    assert TensorFile(tmp_path / "t.safetensors").metadata == {"about": "test"}
 
 
 def test_faults_of_the_storage_are_one_line(tmp_path: Path) -> None:
@@ -58,3 +67,106 @@ def test_faults_of_the_storage_are_one_line(tmp_path: Path) -> None:
         store.read_json(tmp_path / "file")
     with pytest.raises(UserError, match=r"inside: cannot be written: (Not a directory|File exists)"):
         store.write_atomic(tmp_path / "file" / "inside", b"")
+
+
+@pytest.fixture
+def tensors_file(tmp_path: Path) -> Path:
+    path = tmp_path / "t.safetensors"
+    store.save_tensors(path, {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor([[3, 4]])}, {"about": "[1, 2]"})
+    return path
+
+
+def test_other_readers_read_the_same_file(tensors_file: Path) -> None:
+    assert load_file(tensors_file)["a"].tolist() == [1.5, -2.0]
+    assert len({value.data_ptr() for value in store.load_tensors(tensors_file).values()}) == 2
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tensors_file: Path) -> None:
+    whole = tensors_file.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        tensors_file.write_bytes(flipped)
+        with pytest.raises(UserError, match=r"t\.safetensors is .*; delete it, and run the same command again"):
+            store.load_tensors(tensors_file)
+
+
+SPOILT: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda whole: b"",
+    "cut in the tensors": lambda whole: whole[:-1],
+    "cut in the header": lambda whole: whole[:40],
+    "longer": lambda whole: whole + b"x",
+    "garbage": lambda whole: b"garbage" * 100,
+    "an endless header": lambda whole: b"\xff" * 8 + whole[8:],
+    "a deep header": lambda whole: (2**20).to_bytes(8, "little") + b"[" * 2**20,
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_file_that_is_not_whole_is_named(tensors_file: Path, fault: str) -> None:
+    tensors_file.write_bytes(SPOILT[fault](tensors_file.read_bytes()))
+    with pytest.raises(UserError, match=r"t\.safetensors is not whole .*; delete it") as error:
+        store.load_tensors(tensors_file)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_of_another_program_has_no_checksums(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match="not whole safetensors with checksums"):
+        store.load_tensors(tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match=r"none\.safetensors is not there"):
+        store.load_tensors(tmp_path / "none.safetensors")
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_nothing_is_left(full_disk: Path) -> None:
+    def table() -> None:
+        with store.replacing(full_disk / "x") as temporary:
+            pq.write_table(pa.table({"a": list(range(100_000))}), temporary)
+
+    for write in (
+        table,
+        lambda: store.write_atomic(full_disk / "x", b"0" * 100_000),
+        lambda: store.save_tensors(full_disk / "x", {"a": torch.ones(100_000)}),
+    ):
+        with pytest.raises(UserError, match=r"disk/x: cannot be written: .*No space left on device") as error:
+            write()
+        assert "\n" not in str(error.value) and not list(full_disk.iterdir())
+
+
+def test_a_full_disk_while_a_write_is_finished_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"file: cannot be written: No space left on device"):
+        store.write_atomic(tmp_path / "file", b"1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_old_files_of_killed_writers_are_swept(tmp_path: Path) -> None:
+    with store.replacing(tmp_path / "deep" / "a.json") as temporary:
+        temporary.write_bytes(b"1")
+        name = temporary.name
+    old = time.time() - 2 * store.LEFTOVER_SECONDS
+    kept = {"new": name.replace("a.json", "b.json"), "foreign": ".a.json.tmp", "result": "c.json"}
+    for file in (name, *kept.values()):
+        (tmp_path / "deep" / file).write_bytes(b"half")
+        if file != kept["new"]:
+            os.utime(tmp_path / "deep" / file, (old, old))
+    store.sweep(tmp_path)
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"a.json", *kept.values()}
+    store.sweep(tmp_path / "none")

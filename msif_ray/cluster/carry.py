@@ -6,32 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from msif_ray import layout, stages
-from msif_ray.cluster import partials
-from msif_ray.cluster.fit import Progress, for_each_map, mean_eigenvalues
-from msif_ray.cluster.jobs import QueryJob, load_basis, log_likelihood_key, query_keys
-from msif_ray.cluster.pool import Blocks, ReplicaPool
+from msif_ray.cluster.fit import for_each_map, mean_eigenvalues
+from msif_ray.cluster.jobs import LOG_LIKELIHOODS, QueryJob, load_basis
+from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.config import Run
+from msif_ray.corpus.blocks import Blocks
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.queries import QueryTokens, carry_back, truncate
 from msif_ray.influence.response import Response
 from msif_ray.influence.scoring import DenseDirections
+from msif_ray.paths import all_there, exists
 from msif_ray.store import load_tensors, read_json, save_tensors, write_json
 
 
-def query_gradients(
-    setup: ModelSetup, blocks: Blocks, folder: Path, pool: ReplicaPool, progress: Progress
-) -> list[partials.Partial]:
+def query_gradients(setup: ModelSetup, blocks: Blocks, step: Path, pool: ReplicaPool, progress: Progress) -> Coverage:
     """Every query's gradient at the last stage, written by the replicas that computed it."""
-    return pool.accumulate(setup, QueryJob(), blocks, layout.partials(folder, "gradients"), progress)
+    return pool.accumulate(setup, QueryJob(), blocks, step, progress)
 
 
-def log_likelihoods(gradients: Sequence[partials.Partial], queries: Sequence[str]) -> dict[str, float]:
+def log_likelihoods(gradients: Coverage, queries: Sequence[str]) -> dict[str, float]:
     """Each query's completion log-likelihood under the last stage's model, in nats."""
-    return {query: float(partials.total(gradients, log_likelihood_key(query))[0]) for query in queries}
+    found = gradients.total(LOG_LIKELIHOODS)
+    return {query: float(found[query]) for query in queries}
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class CarryTask:
     folder: Path
 
 
-def carry(task: CarryTask, gradients: Sequence[partials.Partial], maps: Sequence[str]) -> None:
+def carry(task: CarryTask, gradients: Coverage, maps: Sequence[str]) -> None:
     """Writes the directions of every map and a manifest with what was kept and which strengths were used."""
-    if layout.directions_manifest(task.folder).exists():
+    if is_carried(task.folder):
         return
     means = {index: mean_eigenvalues(folder) for index, folder in task.factors.items() if folder is not None}
     done = for_each_map(write_directions, maps, task, gradients, means)
@@ -73,7 +73,11 @@ def carry(task: CarryTask, gradients: Sequence[partials.Partial], maps: Sequence
 
 
 def is_carried(folder: Path) -> bool:
-    return layout.directions_manifest(folder).exists()
+    """Whether queries are carried back there, and no file that the manifest names has been deleted since."""
+    manifest = layout.directions_manifest(folder)
+    if not exists(manifest):
+        return False
+    return all_there([layout.direction_file(folder, name) for name in read_json(manifest)["maps"]])
 
 
 def carried_strengths(folder: Path) -> dict[str, dict[str, float]]:
@@ -82,7 +86,7 @@ def carried_strengths(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def write_directions(
-    map_name: str, task: CarryTask, gradients: Sequence[partials.Partial], means: dict[int, dict[str, float]]
+    map_name: str, task: CarryTask, gradients: Coverage, means: dict[int, dict[str, float]]
 ) -> dict[str, Any]:
     """Carries all queries back at one map and writes them; gives the rank, the energy kept, the strengths."""
     torch.set_num_threads(1)
@@ -96,8 +100,8 @@ def write_directions(
             kind = "damping" if index == task.scored else "alpha"
             strengths[f"{task.run.stages[index].name}.{kind}"] = strength
         chain.append((None if folder is None else load_factor(folder, map_name), response))
-    full = torch.stack([_gradient(gradients, map_name, query) for query in task.queries])
     queries = task.run.queries
+    full = _gradients(gradients, map_name, task.queries)
     directions, kept = truncate(carry_back(full, chain), queries.rank, queries.energy)
     if isinstance(directions, DenseDirections):
         tensors, rank = {"matrix": directions.matrix.contiguous()}, None
@@ -114,10 +118,11 @@ def load_factor(folder: Path, map_name: str) -> Factor:
     return Factor(load_basis(folder, map_name, torch.device("cpu")), eigenvalues)
 
 
-def _gradient(gradients: Sequence[partials.Partial], map_name: str, query: str) -> torch.Tensor:
-    activations, outputs = query_keys(map_name, query)
-    for partial in gradients:
-        with safe_open(partial.path, framework="pt") as file:
-            if activations in set(file.keys()):
-                return QueryTokens(file.get_tensor(activations), file.get_tensor(outputs)).gradient
-    raise RuntimeError(f"the gradient of query {query!r} is in none of the partial files")
+def _gradients(gradients: Coverage, map_name: str, queries: Sequence[str]) -> torch.Tensor:
+    """The queries' gradients at one map, `[queries, out, columns]`."""
+    found: dict[str, torch.Tensor] = {}
+    for tensors in gradients.each(map_name):
+        for query in queries:
+            if (activations := tensors.get(f"activations/{query}")) is not None:
+                found[query] = QueryTokens(activations, tensors[f"gradients/{query}"]).gradient
+    return torch.stack([found[query] for query in queries])

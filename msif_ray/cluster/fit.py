@@ -1,6 +1,9 @@
-"""The fit driver: covariances over the replicas, bases as one task per map, corrected eigenvalues."""
+"""The fit driver: covariances over the replicas, bases as one task per map, corrected eigenvalues.
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+Maps are fitted in groups whose factors fit in a rank's memory together, one group after the other.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,70 +13,137 @@ import ray
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster import partials
 from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob
-from msif_ray.cluster.pool import Blocks, ReplicaPool
-from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.pool import Progress, ReplicaPool
+from msif_ray.cluster.rank import ModelSetup
+from msif_ray.corpus.blocks import Blocks
 from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import eigenbasis
-from msif_ray.store import read_json, save_tensors, write_json
+from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
+from msif_ray.paths import all_there, exists
+from msif_ray.store import delete_folder, read_json, save_tensors, write_json
 
-Progress = Callable[[Outcome], None]
-"""Told what came of each block."""
+# Copies of a matrix, in float64, that its eigendecomposition holds at once: itself, its symmetric part, the
+# eigenvectors and LAPACK's work space.
+EIGEN_COPIES = 6
+
+# A task that dies with its node is run again elsewhere; one that dies this often is at fault itself.
+TASK_RETRIES = 8
 
 
 @dataclass(frozen=True)
 class FitTask:
-    """A stage's fit: its model, its blocks and where its factors go."""
+    """A stage's fit: its model, its blocks and where its factors go. `memory` in bytes, None: what is free."""
 
     setup: ModelSetup
     labels: str
     blocks: Blocks
     folder: Path
     maps: dict[str, tuple[int, int]]
+    memory: int | None
     record: dict[str, Any]
 
 
+Steps = Callable[[str], AbstractContextManager[Progress]]
+"""Begins a step of that name."""
+
+
 def is_fitted(folder: Path) -> bool:
-    return layout.factors_manifest(folder).exists()
+    """Whether a stage's fit is finished, and no file that its manifest names has been deleted since."""
+    manifest = layout.factors_manifest(folder)
+    return exists(manifest) and _are_there(folder, read_json(manifest)["maps"])
 
 
-def fit(task: FitTask, pool: ReplicaPool, progress: Callable[[str], AbstractContextManager[Progress]]) -> None:
+def _are_there(folder: Path, maps: Iterable[str]) -> bool:
+    return all_there([file(folder, name) for name in maps for file in (layout.basis_file, layout.eigenvalues_file)])
+
+
+def fit(task: FitTask, pool: ReplicaPool, steps: Steps) -> None:
     """Fits one stage's EK-FAC factors; what is on storage already is not computed again."""
-    sampled, folder = task.labels == "sampled", task.folder
-    with progress("covariance") as count:
-        covariance = pool.accumulate(
-            task.setup, CovarianceJob(sampled), task.blocks, layout.partials(folder, "covariance"), count
-        )
-    missing = [name for name in task.maps if not layout.basis_file(folder, name).exists()]
-    for_each_map(write_basis, missing, folder, covariance)
-    with progress("correction") as count:
+    groups = _groups(task, pool)
+    for index in range(len(groups)):
+        if not (exists(layout.group_record(task.folder, index)) and _are_there(task.folder, groups[index])):
+            _fit_group(task, pool, steps, groups, index)
+    _write_manifest(task, [read_json(layout.group_record(task.folder, index)) for index in range(len(groups))])
+    delete_folder(task.folder / "partials")
+
+
+def _groups(task: FitTask, pool: ReplicaPool) -> list[list[str]]:
+    """The groups of maps as they were first decided: a pass that has begun holds for its group alone."""
+    path = layout.groups(task.folder)
+    if not exists(path):
+        budget = task.memory
+        if budget is None:
+            budget = int(FREE_SHARE * pool.free_memory(task.setup, CovarianceJob(False, ())))
+        itemsize = 8 if task.setup.dtype == "float64" else 4
+        groups = module_groups(task.maps, budget, itemsize)
+        write_json(path, {"factor_memory": budget, "groups": [list(group) for group in groups]})
+    found: list[list[str]] = read_json(path)["groups"]
+    return found
+
+
+def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[Sequence[str]], index: int) -> None:
+    """Fits one group of maps and drops its partial sums."""
+    sampled, folder, maps = task.labels == "sampled", task.folder, tuple(groups[index])
+    of_group = f", group {index + 1} of {len(groups)}" if len(groups) > 1 else ""
+    missing = [name for name in maps if not exists(layout.basis_file(folder, name))]
+    if missing:
+        with steps(f"covariance{of_group}") as progress:
+            covariance = pool.accumulate(
+                task.setup,
+                CovarianceJob(sampled, maps),
+                task.blocks,
+                layout.partials(folder, index, "covariance"),
+                progress,
+            )
+        for_each_map(write_basis, missing, folder, covariance, memory=_eigen_memory(task.maps))
+    with steps(f"correction{of_group}") as progress:
         correction = pool.accumulate(
             task.setup,
-            CorrectionJob(sampled, folder),
+            CorrectionJob(sampled, folder, maps),
             task.blocks,
-            layout.partials(folder, "correction"),
-            count,
+            layout.partials(folder, index, "correction"),
+            progress,
         )
-    means = for_each_map(write_eigenvalues, list(task.maps), folder, correction)
-    _write_manifest(task, correction, dict(zip(task.maps, means, strict=True)))
+    means = for_each_map(write_eigenvalues, maps, folder, correction)
+    write_json(
+        layout.group_record(folder, index),
+        {
+            "documents": correction.documents,
+            "windows": correction.windows,
+            "tokens": correction.tokens,
+            "skipped": [{"doc_id": document, "reason": reason} for document, reason in correction.skipped],
+            "mean_eigenvalues": dict(zip(maps, means, strict=True)),
+        },
+    )
+    delete_folder(layout.partials(folder, index, "covariance").parent)
 
 
-def for_each_map(function: Callable[..., Any], maps: Sequence[str], *arguments: Any) -> list[Any]:
+def _eigen_memory(maps: Shapes) -> dict[str, int]:
+    return {name: EIGEN_COPIES * 8 * max(shape) ** 2 for name, shape in maps.items()}
+
+
+def for_each_map(
+    function: Callable[..., Any], maps: Sequence[str], *arguments: Any, memory: Mapping[str, int] | None = None
+) -> list[Any]:
     """`function(map, *arguments)` as one Ray task per map, as many at once as the cluster has cores.
 
-    Tasks ask for no core of their own: replicas hold those, and are idle meanwhile.
+    Tasks ask for no core of their own: replicas hold those, and are idle meanwhile. `memory` (bytes by map)
+    keeps a node from taking more tasks than it can hold.
     """
-    task = ray.remote(function).options(num_cpus=0, scheduling_strategy="SPREAD")
+    task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)(function)
     shared = [ray.put(argument) for argument in arguments]
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
     results: dict[str, Any] = {}
     running: dict[Any, str] = {}
     waiting = list(reversed(maps))
     while waiting or running:
         while waiting and len(running) < at_once:
             name = waiting.pop()
-            running[task.remote(name, *shared)] = name
+            needed = min((memory or {}).get(name, 0), largest)  # more than any node has would wait for ever
+            running[task.options(memory=needed).remote(name, *shared)] = name
         (ref,), _ = ray.wait(list(running), num_returns=1)
         try:
             results[running.pop(ref)] = ray.get(ref)
@@ -84,40 +154,40 @@ def for_each_map(function: Callable[..., Any], maps: Sequence[str], *arguments: 
     return [results[name] for name in maps]
 
 
-def write_basis(map_name: str, folder: Path, covariance: Sequence[partials.Partial]) -> None:
+def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
     """Reduces one map's covariances and writes their eigenbases and eigenvalues (of means over positions)."""
     torch.set_num_threads(1)
+    total = covariance.total(map_name)
+    if not total:
+        raise UserError(f"{map_name}: no document had a target, so there is nothing to fit")
     tensors: dict[str, torch.Tensor] = {}
-    for side, key in (("activation", f"A/{map_name}"), ("gradient", f"S/{map_name}")):
-        total, count = partials.total(covariance, key)
-        if not torch.isfinite(total).all():
+    for side, key in (("activation", "A"), ("gradient", "S")):
+        summed = total.pop(key)
+        if not torch.isfinite(summed).all():
             raise UserError(f"{map_name}: the {side} covariance is not finite; the model's numbers overflow")
-        values, vectors = eigenbasis(total.double() / count)
-        tensors[f"{side}_basis"] = vectors.to(total.dtype).contiguous()
-        tensors[f"{side}_eigenvalues"] = values.to(total.dtype)
+        values, vectors = eigenbasis(summed.double() / total[f"{key}_positions"])
+        tensors[f"{side}_basis"] = vectors.to(summed.dtype).contiguous()
+        tensors[f"{side}_eigenvalues"] = values.to(summed.dtype)
     save_tensors(layout.basis_file(folder, map_name), tensors, {"map": map_name})
 
 
-def write_eigenvalues(map_name: str, folder: Path, correction: Sequence[partials.Partial]) -> float:
+def write_eigenvalues(map_name: str, folder: Path, correction: Coverage) -> float:
     """Reduces and writes one map's corrected eigenvalues, undamped; gives their mean."""
-    total, _ = partials.total(correction, f"E/{map_name}")
-    eigenvalues = total / sum(partial.documents for partial in correction)
+    torch.set_num_threads(1)
+    eigenvalues = correction.total(map_name)["E"] / correction.documents
     save_tensors(layout.eigenvalues_file(folder, map_name), {"eigenvalues": eigenvalues}, {"map": map_name})
     return float(eigenvalues.double().mean())
 
 
-def _write_manifest(task: FitTask, correction: Sequence[partials.Partial], means: dict[str, float]) -> None:
-    skipped = [skip for partial in correction for skip in partial.skipped]
-    documents = sum(partial.documents for partial in correction)
+def _write_manifest(task: FitTask, groups: Sequence[dict[str, Any]]) -> None:
+    first = groups[0]  # each group's passes see the same documents
+    means = {name: mean for group in groups for name, mean in group["mean_eigenvalues"].items()}
     write_json(
         layout.factors_manifest(task.folder),
         task.record
+        | {key: first[key] for key in ("documents", "windows", "tokens", "skipped")}
         | {
-            "documents": documents,
-            "windows": sum(partial.windows for partial in correction),
-            "tokens": sum(partial.tokens for partial in correction),
             "share_covered": 1.0,
-            "skipped": [{"doc_id": document, "reason": reason} for document, reason in skipped],
             "maps": {name: {"shape": list(shape), "mean_eigenvalue": means[name]} for name, shape in task.maps.items()},
         },
     )
@@ -128,12 +198,3 @@ def mean_eigenvalues(folder: Path) -> dict[str, float]:
     return {
         name: about["mean_eigenvalue"] for name, about in read_json(layout.factors_manifest(folder))["maps"].items()
     }
-
-
-def remaining(blocks: Callable[[], Iterable[Any]]) -> Blocks:
-    """Blocks less those that are done, from a function that reads them all in order."""
-
-    def left(done: set[str]) -> Iterator[Any]:
-        return (block for block in blocks() if block.id not in done)
-
-    return left

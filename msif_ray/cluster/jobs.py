@@ -4,10 +4,10 @@ A job is data that travels to the rank; `start` turns it into work that takes ca
 gives back what has gathered.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,103 +28,111 @@ class Work(Protocol):
     def take(self) -> Any: ...
 
 
+@runtime_checkable
+class Sums(Protocol):
+    """Takes captured batches and keeps raw sums of them, which other ranks' sums are added to."""
+
+    def add(self, captured: Captured) -> None: ...
+
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The sums so far by name of part (a map, or a heading of its own), one part on the CPU at a time."""
+        ...
+
+
 class Job(Protocol):
-    """A description of work, sent to ranks."""
+    """A description of work, sent to ranks. `tracked` names the maps it needs; None: all."""
 
     @property
     def sampled_labels(self) -> bool: ...
 
-    def start(self, maps: Sequence[str], device: torch.device) -> Work: ...
+    @property
+    def tracked(self) -> tuple[str, ...] | None: ...
 
-
-@dataclass(frozen=True)
-class PartialSums:
-    """Raw sums by name, and what was counted into each (positions; nothing for corrections)."""
-
-    sums: Mapping[str, Tensor]
-    counts: Mapping[str, int]
-
-    def __add__(self, other: "PartialSums") -> "PartialSums":
-        return PartialSums(_add(self.sums, other.sums), _add(self.counts, other.counts))
-
-
-def _add(left: Mapping[str, Any], right: Mapping[str, Any]) -> dict[str, Any]:
-    total = dict(left)
-    for name, value in right.items():
-        total[name] = total[name] + value if name in total else value
-    return total
+    def start(self, maps: Sequence[str], device: torch.device) -> Work | Sums: ...
 
 
 @dataclass(frozen=True)
 class CovarianceJob:
+    """Σ a aᵀ and Σ g gᵀ of a group of maps."""
+
     sampled_labels: bool
+    tracked: tuple[str, ...] | None = None
 
-    def start(self, maps: Sequence[str], device: torch.device) -> Work:
-        return _SumsWork(CovarianceSums())
-
-
-@dataclass(frozen=True)
-class CorrectionJob:
-    sampled_labels: bool
-    factors: Path
-
-    def start(self, maps: Sequence[str], device: torch.device) -> Work:
-        bases = {name: load_basis(self.factors, name, device) for name in maps}
-        return _SumsWork(CorrectionSums(bases))
+    def start(self, maps: Sequence[str], device: torch.device) -> Sums:
+        return _CovarianceWork(CovarianceSums())
 
 
 @dataclass
-class _SumsWork:
-    sums: CovarianceSums | CorrectionSums
+class _CovarianceWork:
+    sums: CovarianceSums
 
     def add(self, captured: Captured) -> None:
         self.sums.add(captured)
 
-    def take(self) -> PartialSums:
-        taken = PartialSums(
-            {name: tensor.cpu() for name, tensor in self.sums.sums.items()},
-            dict(self.sums.counts) if isinstance(self.sums, CovarianceSums) else {},
-        )
-        self.sums.sums.clear()
-        if isinstance(self.sums, CovarianceSums):
-            self.sums.counts.clear()
-        return taken
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name in [key.removeprefix("A/") for key in self.sums.sums if key.startswith("A/")]:
+            part = {side: self.sums.sums[f"{side}/{name}"].cpu() for side in ("A", "S")}
+            counts = {f"{side}_positions": torch.tensor(self.sums.counts[f"{side}/{name}"]) for side in ("A", "S")}
+            yield name, part | counts
+
+
+@dataclass(frozen=True)
+class CorrectionJob:
+    """Σ of squared rotated gradients of a group of maps, whose bases are in the folder of factors."""
+
+    sampled_labels: bool
+    factors: Path
+    tracked: tuple[str, ...] | None = None
+
+    def start(self, maps: Sequence[str], device: torch.device) -> Sums:
+        return _CorrectionWork(CorrectionSums({name: load_basis(self.factors, name, device) for name in maps}))
+
+
+@dataclass
+class _CorrectionWork:
+    sums: CorrectionSums
+
+    def add(self, captured: Captured) -> None:
+        self.sums.add(captured)
+
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for key, total in self.sums.sums.items():
+            yield key.removeprefix("E/"), {"E": total.cpu()}
+
+
+LOG_LIKELIHOODS = "log_likelihoods"
 
 
 @dataclass(frozen=True)
 class QueryJob:
-    """Every query's gradient as its tokens, and its completion's log-likelihood in nats."""
+    """Every query's gradient as its tokens, and its completion's log-likelihood in nats.
+
+    A map's part holds `activations/<query>` `[tokens, columns]` and `gradients/<query>` `[tokens, out]`;
+    the part `log_likelihoods` one number per query.
+    """
 
     sampled_labels: bool = False
+    tracked: tuple[str, ...] | None = None
 
-    def start(self, maps: Sequence[str], device: torch.device) -> Work:
+    def start(self, maps: Sequence[str], device: torch.device) -> Sums:
         return _QueryWork()
-
-
-def query_keys(map_name: str, query: str) -> tuple[str, str]:
-    """The names of one query's activations `[tokens, columns]` and output gradients `[tokens, out]` at a map."""
-    return f"activations/{map_name}/{query}", f"gradients/{map_name}/{query}"
-
-
-def log_likelihood_key(query: str) -> str:
-    return f"log_likelihood/{query}"
 
 
 @dataclass
 class _QueryWork:
-    gathered: dict[str, Tensor] = field(default_factory=dict)
+    gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, captured: Captured) -> None:
         for row, key in enumerate(captured.batch.keys):
+            query = key.document_id
             for name, tokens in query_tokens(captured, row).items():
-                activations, gradients = query_keys(name, key.document_id)
-                self.gathered[activations] = tokens.activations.cpu().contiguous()
-                self.gathered[gradients] = tokens.gradients.cpu().contiguous()
-            self.gathered[log_likelihood_key(key.document_id)] = -captured.losses[row].cpu()
+                part = self.gathered.setdefault(name, {})
+                part[f"activations/{query}"] = tokens.activations.cpu().contiguous()
+                part[f"gradients/{query}"] = tokens.gradients.cpu().contiguous()
+            self.gathered.setdefault(LOG_LIKELIHOODS, {})[query] = -captured.losses[row].cpu()
 
-    def take(self) -> PartialSums:
-        taken, self.gathered = self.gathered, {}
-        return PartialSums(taken, {})
+    def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        yield from self.gathered.items()
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,7 @@ class ScoreJob:
 
     directions: tuple[Path, ...]
     sampled_labels: bool = False
+    tracked: tuple[str, ...] | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
         return _ScoreWork(load_scorer(self.directions, maps, device))
@@ -174,6 +183,7 @@ class TokenJob:
     queries_of: Mapping[str, tuple[int, ...]]
     stride: int
     sampled_labels: bool = False
+    tracked: tuple[str, ...] | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
         return _TokenWork(load_scorer(self.directions, maps, device), self.queries_of, self.stride)

@@ -1,93 +1,159 @@
-"""Partial sums on storage: each file states which blocks it covers, and is whole or absent."""
+"""Partial sums on storage: a folder per partial, whole once its manifest says which blocks it covers.
 
-import json
+Every rank writes a file per map; the replica then writes the manifest. A replica's later partial holds
+its earlier one's blocks too, and takes its place: storage holds one partial per replica, and one per death.
+"""
+
 import uuid
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from msif_ray.cluster.jobs import PartialSums
 from msif_ray.cluster.rank import Outcome
 from msif_ray.errors import UserError
-from msif_ray.store import load_metadata, save_tensors
+from msif_ray.layout import part_file
+from msif_ray.paths import storage
+from msif_ray.store import delete_folder, load_tensors, read_json, write_json
+
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Partial:
-    """One file of partial sums: the blocks it covers, positions counted by sum, documents, tokens and skips."""
+    """One partial: the parts that each rank wrote, the blocks covered, and what was counted over them."""
 
-    path: Path
+    folder: Path
+    parts: tuple[frozenset[str], ...]
     blocks: frozenset[str]
-    counts: dict[str, int]
     documents: int
     tokens: int
     windows: int
     skipped: tuple[tuple[str, str], ...]
 
-
-def write(folder: Path, partial: PartialSums, outcomes: Sequence[tuple[str, Outcome]]) -> None:
-    """Writes the sums of the named blocks atomically."""
-    skipped = [(skip.document_id, skip.reason) for _, outcome in outcomes for skip in outcome.skipped]
-    about = {
-        "blocks": [block for block, _ in outcomes],
-        "counts": dict(partial.counts),
-        "documents": sum(len(outcome.tokens) for _, outcome in outcomes),
-        "tokens": sum(sum(outcome.tokens.values()) for _, outcome in outcomes),
-        "windows": sum(outcome.windows for _, outcome in outcomes),
-        "skipped": skipped,
-    }
-    path = folder / f"{outcomes[0][0]}-{uuid.uuid4().hex[:8]}.safetensors"
-    save_tensors(path, dict(partial.sums), {"about": json.dumps(about)})
+    def tensors(self, part: str) -> Iterator[dict[str, torch.Tensor]]:
+        """One part's tensors from each rank that has it."""
+        for rank, written in enumerate(self.parts):
+            if part in written:
+                yield load_tensors(part_file(self.folder, part, rank), part_of=self.folder)
 
 
-def read_disjoint(folder: Path) -> list[Partial]:
-    """The partials to be summed: those in the folder, in order of name, less any that overlaps an earlier one.
+def new_folder(step: Path, first_block: str) -> Path:
+    """A name for a partial that begins with a block; names differ between replicas that redo one."""
+    return step / f"{first_block}-{uuid.uuid4().hex[:8]}"
 
-    Raises UserError for a file that is not whole safetensors.
+
+def publish(
+    folder: Path, parts: Sequence[Sequence[str]], outcomes: Sequence[tuple[str, Outcome]], replaces: Path | None
+) -> None:
+    """Makes a folder that all ranks have written count, then drops the partial whose blocks it holds too.
+
+    `parts` names what each rank wrote.
     """
+    write_json(
+        folder / MANIFEST,
+        {
+            "parts": [list(written) for written in parts],
+            "blocks": [block for block, _ in outcomes],
+            "documents": sum(len(outcome.tokens) for _, outcome in outcomes),
+            "tokens": sum(sum(outcome.tokens.values()) for _, outcome in outcomes),
+            "windows": sum(outcome.windows for _, outcome in outcomes),
+            "skipped": [[skip.document_id, skip.reason] for _, outcome in outcomes for skip in outcome.skipped],
+        },
+    )
+    if replaces is not None:
+        delete_folder(replaces, first=MANIFEST)
+
+
+def read_disjoint(step: Path) -> list[Partial]:
+    """Partials that share no block, those of many blocks first: a replica that died between its new partial and
+    the end of its old one leaves both.
+
+    Raises UserError for a manifest that is damaged.
+    """
+    with storage(step, "listed"):
+        manifests = list(step.glob(f"*/{MANIFEST}")) if step.exists() else []
+    found = sorted((_read(path) for path in manifests), key=lambda p: (-len(p.blocks), p.folder.name))
     chosen: list[Partial] = []
     covered: set[str] = set()
-    for path in sorted(folder.glob("*.safetensors")):
-        partial = _read(path)
+    for partial in found:
         if covered.isdisjoint(partial.blocks):
             chosen.append(partial)
             covered |= partial.blocks
-    return chosen
+    return sorted(chosen, key=lambda partial: partial.folder.name)
 
 
-def _read(path: Path) -> Partial:
+def _read(manifest: Path) -> Partial:
     try:
-        about = json.loads(load_metadata(path)["about"])
-    except (SafetensorError, KeyError, ValueError):
-        raise UserError(f"{path}: not a whole partial sum; delete it, and its blocks are done again") from None
-    return Partial(
-        path,
-        frozenset(about["blocks"]),
-        about["counts"],
-        about["documents"],
-        about["tokens"],
-        about["windows"],
-        tuple((document, reason) for document, reason in about["skipped"]),
-    )
+        about = read_json(manifest)
+        return Partial(
+            manifest.parent,
+            tuple(frozenset(written) for written in about["parts"]),
+            frozenset(about["blocks"]),
+            about["documents"],
+            about["tokens"],
+            about["windows"],
+            tuple((document, reason) for document, reason in about["skipped"]),
+        )
+    except (UserError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{manifest}: not the whole manifest of a partial sum; delete the folder {manifest.parent}, and run the "
+            "same command again: its blocks are done again"
+        ) from None
 
 
 def covered_blocks(partials: Iterable[Partial]) -> set[str]:
     return {block for partial in partials for block in partial.blocks}
 
 
-def total(partials: Sequence[Partial], name: str) -> tuple[torch.Tensor, int]:
-    """The sum of one named tensor over partials, and how many positions were counted into it."""
-    tensor: torch.Tensor | None = None
-    count = 0
-    for partial in partials:
-        with safe_open(partial.path, framework="pt") as file:
-            if name in set(file.keys()):
-                part = file.get_tensor(name)
-                tensor = part if tensor is None else tensor + part
-        count += partial.counts.get(name, 0)
-    if tensor is None:
-        raise UserError(f"{name}: no document had a target, so there is nothing to fit")
-    return tensor, count
+@dataclass(frozen=True)
+class Coverage:
+    """Partials that together cover every block of a step exactly once: what may be reduced.
+
+    Raises UserError, naming a block, where one is missing or covered twice.
+    """
+
+    partials: tuple[Partial, ...]
+    blocks: frozenset[str]
+
+    def __post_init__(self) -> None:
+        times = Counter(block for partial in self.partials for block in partial.blocks)
+        for block in sorted(self.blocks | times.keys()):
+            expected = 1 if block in self.blocks else 0
+            if times[block] != expected:
+                holders = ", ".join(str(partial.folder) for partial in self.partials if block in partial.blocks)
+                raise UserError(
+                    f"block {block} is in {times[block]} partial sums and belongs in {expected}: "
+                    f"{holders or 'none of the folders that were read'}; delete those, and run the same command again"
+                )
+
+    def total(self, part: str) -> dict[str, torch.Tensor]:
+        """One part's tensors, each summed over partials and their ranks; one partial in memory at a time."""
+        total: dict[str, torch.Tensor] = {}
+        for tensors in self.each(part):
+            for name, tensor in tensors.items():
+                total[name] = total[name] + tensor if name in total else tensor
+        return total
+
+    def each(self, part: str) -> Iterator[dict[str, torch.Tensor]]:
+        """One part's tensors from every partial and rank."""
+        for partial in self.partials:
+            yield from partial.tensors(part)
+
+    @property
+    def documents(self) -> int:
+        return sum(partial.documents for partial in self.partials)
+
+    @property
+    def tokens(self) -> int:
+        return sum(partial.tokens for partial in self.partials)
+
+    @property
+    def windows(self) -> int:
+        return sum(partial.windows for partial in self.partials)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return [skip for partial in self.partials for skip in partial.skipped]

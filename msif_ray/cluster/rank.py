@@ -7,26 +7,34 @@ hold one model together.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from msif_ray.cluster.jobs import Job, Work
+from msif_ray.cluster.jobs import Job, Sums, Work
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
 from msif_ray.errors import UserError
+from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.influence.capture import Batch, Capture, LabelChoice, WindowKey
 from msif_ray.influence.labels import sample_labels, window_uniforms
 from msif_ray.influence.modules import find_linear_maps
+from msif_ray.layout import part_file
+from msif_ray.store import save_tensors
 
 
 @dataclass(frozen=True)
 class ModelSetup:
-    """A stage's model and how its documents become batches; all that a rank needs to know of a stage."""
+    """A stage's model and how its documents become batches; all that a rank needs to know of a stage.
+
+    `model` and `tokenizer` are what `fetch.local_model` and `fetch.local_tokenizer` take on the rank's node.
+    """
 
     stage: str
     model: str
@@ -39,6 +47,7 @@ class ModelSetup:
     seed: int
     threads: int
     cuda: bool
+    offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,16 +69,19 @@ class Rank:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.setup, self.place = setup, place or RankGroup(0, 1, "127.0.0.1", 0)
         self.device = torch.device("cuda" if setup.cuda else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(setup.tokenizer, trust_remote_code=False)
+        self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(setup.tokenizer), trust_remote_code=False)
         self.model = self._load()
         self.maps = find_linear_maps(self.model, setup.modules)
-        self._work: Work | None = None
+        self._work: Work | Sums | None = None
         self._sampled = False
+        self._tracked = self.maps
 
     def start(self, job: Job) -> None:
         """Begins a job; what an earlier one gathered is dropped."""
+        self._work = None
         self._sampled = job.sampled_labels
-        self._work = job.start(list(self.maps), self.device)
+        self._tracked = self.maps if job.tracked is None else {name: self.maps[name] for name in job.tracked}
+        self._work = job.start(list(self._tracked), self.device)
 
     def process(self, documents: Sequence[Document]) -> Outcome:
         """Captures this rank's share of the documents' batches and adds them to the work.
@@ -87,21 +99,39 @@ class Rank:
 
     def take(self) -> Any:
         """What the work has gathered since the last `take`."""
-        return self._started().take()
+        work = self._started()
+        if isinstance(work, Sums):
+            raise RuntimeError("sums are written, not taken")
+        return work.take()
 
-    def _started(self) -> Work:
+    def write_sums(self, folder: Path) -> list[str]:
+        """Writes the job's sums so far, a file per part, under this rank's number; gives the parts' names."""
+        work, written = self._started(), []
+        if not isinstance(work, Sums):
+            raise RuntimeError("there are no sums to write")
+        for part, tensors in work.parts():
+            save_tensors(part_file(folder, part, self.place.rank), tensors, {"part": part})
+            written.append(part)
+        return written
+
+    def free_memory(self) -> int:
+        """Bytes that this rank may still take: of its GPU, or its share of what its node's processes may use."""
+        if self.device.type == "cuda":
+            return torch.cuda.mem_get_info()[0]
+        share = self.setup.threads / (os.cpu_count() or 1)
+        return int(psutil.virtual_memory().available * min(1.0, share))
+
+    def _started(self) -> Work | Sums:
         if self._work is None:
             raise RuntimeError("start a job before processing documents")
         return self._work
 
     def _load(self) -> torch.nn.Module:
-        dtype = getattr(torch, self.setup.dtype)
+        dtype, folder = getattr(torch, self.setup.dtype), local_model(self.setup.model)
         if self.place.world > 1:
             join(self.place, self.device)
-            return load_sharded(self.setup.model, dtype, self.device)
-        model = AutoModelForCausalLM.from_pretrained(
-            self.setup.model, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+            return load_sharded(folder, dtype, self.device, self.setup.offload)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         return model.to(self.device)
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:
@@ -118,7 +148,7 @@ class Rank:
         work = self._started()
         labels = self._sample if self._sampled else None
         fault: str | None = None
-        with Capture(self.model, self.maps) as capture:
+        with Capture(self.model, self._tracked) as capture:
             for windows in batches:
                 captured = capture.run(to_batch(windows).to(self.device), labels)
                 if not torch.isfinite(captured.losses).all():

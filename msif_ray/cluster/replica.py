@@ -1,16 +1,15 @@
 """A replica: one copy of a stage's model, in this process or sharded over several rank actors."""
 
 import socket
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import chain
-from operator import add
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -21,11 +20,20 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from msif_ray.cluster import partials
-from msif_ray.cluster.jobs import Job, PartialSums
+from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
-from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup
+from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup, RankLostError, is_lost_rank
 from msif_ray.config import Cluster
 from msif_ray.corpus.reader import Block
+
+# What tells of the end of a replica, or of a rank of it.
+DEATHS = (ActorDiedError, ActorUnavailableError, RankLostError)
+
+# A replica commits when it has worked this many times as long as its last commit took: a twentieth of its time
+# goes into commits, and a death loses as little as that allows.
+COMMIT_EVERY = 20.0
+# However long a commit takes, a death loses no more than this many seconds of work.
+COMMIT_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class RankResources:
     @classmethod
     def of(cls, cluster: Cluster) -> "RankResources":
         return cls(cluster.ranks_per_replica, cluster.cpus_per_rank, cluster.gpus_per_rank or 0.0)
+
+    def __str__(self) -> str:
+        of_rank = f"{self.cpus} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+        return of_rank if self.ranks == 1 else f"{self.ranks} ranks of {of_rank} each"
 
     @property
     def actor(self) -> dict[str, float]:
@@ -55,53 +67,41 @@ class Replica:
         self._local: Rank | None = None
         self._remote: list[Any] = []
         self._group: PlacementGroup | None = None
-        self._uncommitted: list[tuple[str, Outcome]] = []
+        self._sums = _Committed()
 
-    def prepare(self, setup: ModelSetup, job: Job) -> None:
-        """Loads the stage's model unless it is loaded, and starts the job."""
-        self._uncommitted = []
+    def prepare(self, setup: ModelSetup, job: Job) -> int:
+        """Loads the stage's model unless it is loaded, and starts the job; gives a rank's free memory in bytes."""
         if setup != self._setup:
             self._load(setup)
-        if self._local is not None:
-            self._local.start(job)
-        else:
-            ray.get([rank.start.remote(job) for rank in self._remote])
+        self._sums = _Committed()
+        self._on_ranks("start", job)
+        return min(self._on_ranks("free_memory"))
 
-    def process(self, block: Block) -> Outcome:
-        """Adds a block to the work under way."""
-        if self._local is not None:
-            outcome = self._local.process(block.documents)
-        else:
-            outcome = ray.get([rank.process.remote(block.documents) for rank in self._remote])[0]
-        self._uncommitted.append((block.id, outcome))
+    def accumulate(self, block: Block, step: Path) -> Outcome:
+        """Adds a block to the sums, and commits them when that costs little beside the work that it keeps."""
+        outcome = self._on_ranks("process", block.documents)[0]
+        self._sums.outcomes.append((block.id, outcome))
+        if self._sums.is_due():
+            self.commit(step)
         return outcome
 
-    def process_and_take(self, block: Block) -> tuple[Outcome, Any]:
+    def process(self, block: Block) -> tuple[Outcome, Any]:
         """What one block gives, all ranks together."""
-        outcome = self.process(block)
-        self._uncommitted = []
-        return outcome, self._take()
+        outcome = self._on_ranks("process", block.documents)[0]
+        return outcome, list(chain.from_iterable(self._on_ranks("take")))
 
-    def commit(self, folder: Path) -> None:
-        """Writes the sums since the last commit, with the blocks that they cover."""
-        if self._uncommitted:
-            partials.write(folder, self._take(), self._uncommitted)
-            self._uncommitted = []
+    def commit(self, step: Path) -> None:
+        """Writes the sums since the job began, with the blocks that they cover, in place of the last commit."""
+        sums = self._sums
+        if len(sums.outcomes) == sums.covered:
+            return
+        began = monotonic()
+        folder = partials.new_folder(step, sums.outcomes[0][0])
+        parts = self._on_ranks("write_sums", folder)
+        partials.publish(folder, parts, sums.outcomes, sums.folder)
+        self._sums = _Committed(sums.outcomes, len(sums.outcomes), folder, monotonic() - began)
 
-    def _take(self) -> Any:
-        if self._local is not None:
-            return self._local.take()
-        return _merge(ray.get([rank.take.remote() for rank in self._remote]))
-
-    def _load(self, setup: ModelSetup) -> None:
-        self._unload()
-        if self._resources.ranks == 1:
-            self._local = Rank(setup)
-        else:
-            self._remote = self._spawn(setup)
-        self._setup = setup
-
-    def _unload(self) -> None:
+    def unload(self) -> None:
         """Frees the model; sharded ranks end, since a process joins one DeepSpeed group in its life."""
         self._local = None
         for rank in self._remote:
@@ -112,12 +112,31 @@ class Replica:
             self._group = None
         self._setup = None
 
-    def _spawn(self, setup: ModelSetup) -> list[Any]:
+    def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        """What a method gives on each rank. Raises one of DEATHS when one has died."""
+        if self._local is not None:
+            return [getattr(self._local, method)(*arguments)]
+        try:
+            return ray.get([getattr(rank, method).remote(*arguments) for rank in self._remote])
+        except RayTaskError as error:
+            if is_lost_rank(error.cause):
+                raise RankLostError(" ".join(str(error.cause).split())) from None
+            raise
+
+    def _load(self, setup: ModelSetup) -> None:
+        self.unload()
+        if self._resources.ranks == 1:
+            self._local = Rank(setup)
+        else:
+            self._spawn(setup)
+        self._setup = setup
+
+    def _spawn(self, setup: ModelSetup) -> None:
         resources = self._resources
         bundle = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
-        self._group = placement_group(
-            [bundle] * resources.ranks, strategy="PACK", name=f"{_group_prefix()}{uuid.uuid4().hex}"
-        )
+        name = _group_name(ray.get_runtime_context().get_actor_id())
+        free_ranks(name)  # of this actor's earlier life, where Ray has restarted it
+        self._group = placement_group([bundle] * resources.ranks, strategy="PACK", name=name)
         ray.get(self._group.ready())
 
         def options(index: int) -> dict[str, Any]:
@@ -131,26 +150,47 @@ class Replica:
 
         address, port = ray.get(ray.remote(meeting_point).options(**options(0)).remote())
         actor = ray.remote(Rank)
-        ranks = [
+        self._remote = [
             actor.options(**options(index)).remote(setup, RankGroup(index, resources.ranks, address, port))
             for index in range(resources.ranks)
         ]
-        ray.get([rank.__ray_ready__.remote() for rank in ranks])
-        return ranks
+        ray.get([rank.__ray_ready__.remote() for rank in self._remote])
 
 
-def _group_prefix() -> str:
-    return f"msif-replica-{ray.get_runtime_context().get_job_id()}-"
+@dataclass
+class _Committed:
+    """The blocks summed since a job began, and how many of them the partial on storage covers."""
+
+    outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
+    covered: int = 0
+    folder: Path | None = None
+    seconds: float = 0.0
+    at: float = field(default_factory=monotonic)
+
+    def is_due(self) -> bool:
+        """A commit writes all the sums, so its time decides how often it is worth it."""
+        return monotonic() - self.at >= min(COMMIT_EVERY * self.seconds, COMMIT_SECONDS)
 
 
-def free_ranks() -> None:
-    """Gives back what the ranks of this job's replicas held, when those have ended.
+def _group_name(actor: str = "") -> str:
+    return f"msif-replica-{ray.get_runtime_context().get_job_id()}-{actor}"
+
+
+def free_ranks_of(actor: str) -> None:
+    """Gives back what the ranks of a dead replica held, by the id of the replica's actor."""
+    free_ranks(_group_name(actor))
+
+
+def free_ranks(prefix: str | None = None) -> None:
+    """Gives back what the ranks of ended replicas held: of this job's, or of those whose name begins so.
 
     A placement group outlives the actor that made it, and whoever comes next would wait for it.
     """
+    prefix = prefix or _group_name()
     for group in placement_group_table().values():
-        if group["name"].startswith(_group_prefix()) and group["state"] != "REMOVED":
-            remove_placement_group(get_placement_group(group["name"]))
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
+            with suppress(ValueError):  # it was removed meanwhile
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def meeting_point() -> tuple[str, int]:
@@ -158,10 +198,3 @@ def meeting_point() -> tuple[str, int]:
     with socket.socket() as free:
         free.bind(("", 0))
         return ray.util.get_node_ip_address(), free.getsockname()[1]
-
-
-def _merge(taken: Sequence[Any]) -> Any:
-    """What several ranks gathered, as one rank would have."""
-    if isinstance(taken[0], PartialSums):
-        return reduce(add, taken)
-    return list(chain.from_iterable(taken))

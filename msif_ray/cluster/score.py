@@ -6,19 +6,35 @@ by the actor that computed them: a block is all there or not at all, and none is
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
 import ray
 
 from msif_ray.cluster.jobs import ScoreJob, WindowScores
+from msif_ray.cluster.pool import Progress
 from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.replica import RankResources, Replica, free_ranks
-from msif_ray.config import Cluster, Documents
-from msif_ray.corpus.reader import Block, CorpusFile, read_file_blocks
+from msif_ray.cluster.replica import DEATHS, RankResources, Replica, free_ranks
+from msif_ray.config import Cluster
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
 from msif_ray.results.parts import done_blocks, part_path, write_part
+
+# What Ray raises when what a stream stood on is gone: workers, nodes, or objects that only they had.
+LOSSES = (
+    *DEATHS,
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+)
+# A block that kills the ranks this often is at fault itself.
+RANK_RESTARTS = 4
+# Streams begun in a row without a block scored, after which the machines are not to blame.
+FRUITLESS_TRIES = 4
 
 Columns = dict[str, numpy.ndarray]
 
@@ -30,25 +46,60 @@ class ScoreTask:
     run_dir: str
     setup: ModelSetup
     job: ScoreJob
-    files: tuple[CorpusFile, ...]
-    documents: Documents
-    key: str
-    block_size: int
+    blocks: CorpusBlocks
     queries: tuple[str, ...]
     labels: tuple[str, ...]
     metadata: dict[str, str]
 
 
-def score(task: ScoreTask, cluster: Cluster, progress: Callable[[int, int, int], None]) -> None:
-    """Scores every block that has no part yet. `progress` is told documents, tokens and skips of each block."""
-    done = set.intersection(*(done_blocks(task.run_dir, label) for label in task.labels))
-    resources = RankResources.of(cluster)
+def score(task: ScoreTask, cluster: Cluster, progress: Progress) -> None:
+    """Scores every block that has no part yet.
+
+    Ray Data replaces dead replicas and redoes lost blocks by itself. Where it gives up, because what it lost
+    cannot be had again, the stream is begun anew over the blocks that are left.
+    """
     _quiet_ray_data()
-    files = [{"file": index} for index in range(len(task.files))]
+    done = _done(task)
+    progress.resume(*_documents_done(task, done))
+    tries = 0
+    while left := task.blocks.ids - done:
+        try:
+            _stream(task, cluster, frozenset(done), progress)
+            lost: Exception | None = None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            if not isinstance(error.cause, LOSSES):
+                raise
+            lost = error
+        except LOSSES as error:
+            lost = error
+        finally:
+            free_ranks()
+        done = _done(task)
+        tries = tries + 1 if task.blocks.ids - done == left else 0
+        if tries == FRUITLESS_TRIES:
+            reason = " ".join(str(lost).split())[:500]
+            raise UserError(f"scores: no block could be scored on this cluster; what was lost last: {reason}")
+
+
+def _done(task: ScoreTask) -> set[str]:
+    return set.intersection(*(done_blocks(task.run_dir, label) for label in task.labels))
+
+
+def _documents_done(task: ScoreTask, done: set[str]) -> tuple[int, int]:
+    """Documents in parts that are there already, as far as block sizes tell."""
+    left = sum(task.blocks.documents_in(block) for block in task.blocks.ids - done)
+    return task.blocks.count - left, 0
+
+
+def _stream(task: ScoreTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> None:
+    resources = RankResources.of(cluster)
+    files = [{"file": index} for index in range(len(task.blocks.files))]
     blocks = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
         # One byte of memory tells the reader's resources from a replica's: were they the same, Ray Data would
         # fuse both into one task per file, and a corpus of one file would occupy one replica.
-        BlockReader(task, frozenset(done)),
+        BlockReader(task.blocks, done),
         batch_size=1,
         num_cpus=0,
         memory=1,
@@ -60,15 +111,8 @@ def score(task: ScoreTask, cluster: Cluster, progress: Callable[[int, int, int],
         compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas.min, max_size=cluster.replicas.max),
         **resources.actor,
     )
-    try:
-        for row in scored.iter_rows():
-            progress(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    finally:
-        free_ranks()
+    for row in scored.iter_rows():
+        progress.add(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
 
 
 def _quiet_ray_data() -> None:
@@ -76,6 +120,7 @@ def _quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # a user's mistake arrives as itself
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -83,17 +128,15 @@ def _quiet_ray_data() -> None:
 class BlockReader:
     """From file numbers to the blocks of those files that are not done, streamed."""
 
-    task: ScoreTask
+    blocks: CorpusBlocks
     done: frozenset[str]
 
     def __call__(self, batch: Columns) -> Iterator[Columns]:
-        task = self.task
         for index in batch["file"].tolist():
-            for block in read_file_blocks(task.files, index, task.documents, task.block_size, task.key):
-                if block.id not in self.done:
-                    column = numpy.empty(1, dtype=object)
-                    column[0] = block
-                    yield {"block": column}
+            for block in self.blocks.left_in(index, self.done):
+                column = numpy.empty(1, dtype=object)
+                column[0] = block
+                yield {"block": column}
 
 
 class ScoreReplica:
@@ -106,13 +149,25 @@ class ScoreReplica:
 
     def __call__(self, batch: Columns) -> Columns:
         block: Block = batch["block"][0]
-        outcome, windows = self._replica.process_and_take(block)
+        outcome, windows = self._process(block)
         write_scores(self._task, block, outcome, windows)
         return {
             "documents": numpy.array([len(outcome.tokens)]),
             "tokens": numpy.array([sum(outcome.tokens.values())]),
             "skipped": numpy.array([len(outcome.skipped)]),
         }
+
+    def _process(self, block: Block) -> tuple[Outcome, list[WindowScores]]:
+        """The block's scores; ranks that die are started anew, here and not by Ray Data, which does not see them."""
+        for tried in range(RANK_RESTARTS + 1):
+            try:
+                if tried:
+                    self._replica.unload()
+                    self._replica.prepare(self._task.setup, self._task.job)
+                return self._replica.process(block)
+            except DEATHS as death:
+                lost = death
+        raise lost
 
 
 def write_scores(task: ScoreTask, block: Block, outcome: Outcome, windows: Sequence[WindowScores]) -> None:

@@ -7,6 +7,7 @@ and of backward passes, or the group waits until its timeout. A rank without wor
 
 import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -64,6 +65,17 @@ def join(group: RankGroup, device: torch.device, timeout: timedelta = timedelta(
     )
 
 
+class RankLostError(Exception):
+    """Another rank of the replica is gone: its end of a connection closed before Ray knew of its death."""
+
+
+def is_lost_rank(error: BaseException | None) -> bool:
+    """Whether an exception is what gloo or NCCL raise on the ranks that are left. gloo has no type of its own."""
+    if isinstance(error, distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("/gloo/", "[gloo]", "Gloo", "NCCL"))
+
+
 def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: bool = False) -> nn.Module:
     """A causal language model of which each rank holds its shard; call the module as any other.
 
@@ -71,7 +83,7 @@ def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: b
     rounding, not always to the last bit: DeepSpeed multiplies first and adds the bias after.
     Rank 0 reads the checkpoint through a memory map, whose pages count in its resident size while it loads,
     though the system can drop them. DeepSpeed never lets go of a model: another one wants a new process.
-    `offload` keeps a GPU rank's shard in pinned memory of its host.
+    `offload` keeps a GPU rank's shard in pinned memory of its host; a CPU rank's is there anyway.
     """
     import deepspeed
     from transformers import AutoModelForCausalLM
@@ -80,7 +92,7 @@ def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: b
     # Otherwise DeepSpeed compiles its shared-memory collectives (half a minute, and a compiler) where it can.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    config = _configuration(offload)
+    config = _configuration(device, offload)
     while_loading = HfDeepSpeedConfig(config)  # from_pretrained shards as long as this object lives
     # This context takes the place of transformers' own, which knows only 16 and 32 bits (whence the `[]`) and
     # replaces torch.Tensor's constructor, so that a module first imported inside it can fail.
@@ -91,12 +103,12 @@ def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: b
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    engine, *_ = deepspeed.initialize(model=model, config=_configuration(offload, model))
+    engine, *_ = deepspeed.initialize(model=model, config=_configuration(device, offload, model))
     model.__dict__["_engine"] = engine  # its end takes the gathering hooks off the model
     return model
 
 
-def _configuration(offload: bool, model: nn.Module | None = None) -> dict[str, Any]:
+def _configuration(device: torch.device, offload: bool, model: nn.Module | None = None) -> dict[str, Any]:
     """DeepSpeed's settings, with the limits in elements that the sharded `model` calls for."""
     zero: dict[str, Any] = {
         "stage": 3,
@@ -107,10 +119,22 @@ def _configuration(offload: bool, model: nn.Module | None = None) -> dict[str, A
         "memory_efficient_linear": True,
     }
     if model is not None:
-        # Room for the weight in use and the next. The defaults (1e9 live, 5e7 ahead) gather whole models.
         weights: list[Any] = list(model.parameters())  # DeepSpeed's attributes are unknown to torch
-        largest = max(weight.ds_numel for weight in weights)
-        zero |= {"stage3_max_live_parameters": 2 * largest, "stage3_prefetch_bucket_size": largest // 2}
+        live, ahead = gathered([weight.ds_numel for weight in weights])
+        zero |= {"stage3_max_live_parameters": live, "stage3_prefetch_bucket_size": ahead}
     if offload:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+        # Pinned memory is what a GPU copies from; without one there is nothing to pin it to.
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+
+
+def gathered(sizes: list[int]) -> tuple[int, int]:
+    """How many elements may be gathered at once, and how many of them ahead of their use.
+
+    Room for a block's weight in use and the next, or for the largest. The embedding and the head are often several
+    times as large as a block's weights; twice their size would prefetch a whole block. DeepSpeed's defaults
+    (1e9 and 5e7) gather whole models.
+    """
+    times = Counter(sizes)
+    usual = max((size for size in times if times[size] > 2), default=max(sizes))
+    return max(2 * usual, max(sizes)), usual // 2

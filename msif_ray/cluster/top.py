@@ -1,18 +1,18 @@
 """Per-token scores and texts of each query's highest and lowest documents."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from msif_ray.cluster.fit import remaining
 from msif_ray.cluster.jobs import TokenJob, WindowTokenScores
-from msif_ray.cluster.pool import ReplicaPool
-from msif_ray.cluster.rank import Outcome
+from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
-from msif_ray.corpus.reader import Block, Document, file_of_block, read_file_blocks
+from msif_ray.corpus.blocks import ListedBlocks
+from msif_ray.corpus.reader import Block, Document
 from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.fetch import local_tokenizer
 from msif_ray.results.top import TopPair
 
 Row = dict[str, Any]
@@ -26,7 +26,7 @@ class TopTask:
     pairs: Sequence[TopPair]
 
 
-def top_rows(task: TopTask, pool: ReplicaPool, progress: Callable[[Outcome], None]) -> list[Row]:
+def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> list[Row]:
     """One row per pair for `top.parquet`: its score, the document's text, tokens and per-token scores."""
     queries = {query: index for index, query in enumerate(task.score.queries)}
     wanted: dict[str, set[int]] = {}
@@ -39,14 +39,13 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Callable[[Outcome], Non
     tokens: dict[str, list[str]] = {}
     scores: dict[tuple[str, int], list[float]] = {}
     setup = task.score.setup
-    tokenizer = AutoTokenizer.from_pretrained(setup.tokenizer, trust_remote_code=False)
-    for block, outcome, windows in pool.map(setup, job, remaining(lambda: _blocks(task))):
+    tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(setup.tokenizer), trust_remote_code=False)
+    for block, outcome, windows in pool.map(setup, job, ListedBlocks(_blocks(task)), progress):
         for document in block.documents:
             encoded = encode(tokenizer, document, setup.append_eos)
             texts[document.id] = text_of(document)
             tokens[document.id] = [] if isinstance(encoded, Skipped) else [tokenizer.decode([i]) for i in encoded.ids]
         scores |= join_windows(windows, outcome.tokens)
-        progress(outcome)
     return [
         {
             "stage": task.score.labels[0],
@@ -83,14 +82,13 @@ def join_windows(windows: Sequence[WindowTokenScores], n_tokens: dict[str, int])
     return joined
 
 
-def _blocks(task: TopTask) -> Iterator[Block]:
+def _blocks(task: TopTask) -> list[Block]:
     """The wanted documents, in blocks that are small enough to share among replicas."""
-    wanted = {pair.block_id: set[str]() for pair in task.pairs}
+    wanted: dict[str, set[str]] = {}
     for pair in task.pairs:
-        wanted[pair.block_id].add(pair.doc_id)
-    score = task.score
-    for file in sorted({file_of_block(block) for block in wanted}):
-        for block in read_file_blocks(score.files, file, score.documents, score.block_size, score.key):
-            if block.id in wanted:
-                chosen = tuple(document for document in block.documents if document.id in wanted[block.id])
-                yield Block(block.id, chosen)
+        wanted.setdefault(pair.block_id, set()).add(pair.doc_id)
+    found = task.score.blocks.left(task.score.blocks.ids - wanted.keys())
+    return [
+        Block(block.id, tuple(document for document in block.documents if document.id in wanted[block.id]))
+        for block in found
+    ]

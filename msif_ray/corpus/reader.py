@@ -5,13 +5,15 @@ read side by side, and a block's documents depend on the corpus and the block si
 """
 
 import glob
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +21,11 @@ from datasets import Dataset, load_from_disk
 
 from msif_ray.config import Documents
 from msif_ray.errors import UserError
+from msif_ray.fetch import fetched
+from msif_ray.paths import exists, find, is_remote, path_of, storage
 
 ROWS_AT_ONCE = 1024
+LINE_BYTES = 2**20  # read ahead of JSON lines from object storage
 
 Row = dict[str, Any]
 
@@ -60,21 +65,38 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
     patterns = [documents.path] if isinstance(documents.path, str) else documents.path
     paths: list[str] = []
     for pattern in patterns:
-        if "://" in pattern:
-            raise UserError(f"{key}.path: {pattern}: only local paths can be read; use a shared file system")
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        found = _found(pattern, key)
         if not found:
             raise UserError(f"{key}.path: no file matches {pattern}")
-        paths += [os.path.abspath(path) for path in found if os.path.abspath(path) not in paths]
+        paths += [path for path in found if path not in paths]
     if not paths:
         raise UserError(f"{key}.path: names no file")
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [CorpusFile(path, os.path.relpath(path, root), _kind(path, key)) for path in paths]
+    root = os.path.commonpath([os.path.dirname(_comparable(path)) for path in paths])
+    return [CorpusFile(path, os.path.relpath(_comparable(path), root), _kind(path, key)) for path in paths]
+
+
+def _found(pattern: str, key: str) -> list[str]:
+    """The absolute paths or the URLs that a path or a glob names, sorted."""
+    try:
+        if is_remote(pattern):
+            return find(pattern)
+    except UserError as error:
+        raise UserError(f"{key}.path: {error}") from None
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    return [os.path.abspath(path) for path in found]
+
+
+def _comparable(path: str) -> str:
+    """A URL as an absolute path, to be compared with other paths."""
+    return "/" + path.replace("://", "/", 1) if is_remote(path) else path
 
 
 def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
-    if os.path.isdir(path):
-        if os.path.exists(os.path.join(path, "state.json")):
+    folder = path_of(path)
+    with storage(f"{key}.path: {path}", "read"):
+        is_folder = folder.is_dir()
+    if is_folder:
+        if exists(folder / "state.json"):
             return "datasets"
         raise UserError(f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob")
     suffix = Path(path).suffix.lower()
@@ -91,21 +113,40 @@ def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Ro
     Raises UserError, naming the file and the row or the `key`, for a column that the file does
     not have and for what cannot be read.
     """
-    try:
-        if file.kind == "jsonl":
-            yield from _read_json_lines(file, columns, key)
-        elif file.kind == "parquet":
-            yield from _read_parquet(file, columns, key)
-        else:
-            yield from _read_saved_dataset(file, columns, key)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{key}.path: {file.path} cannot be read: {_one_line(error)}") from None
+    with storage(f"{key}.path: {file.path}", "read"):
+        try:
+            if file.kind == "jsonl":
+                yield from _read_json_lines(file, columns, key)
+            elif file.kind == "parquet":
+                yield from _read_parquet(file, columns, key)
+            else:
+                yield from _read_saved_dataset(file, columns, key)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{key}.path: {file.path} cannot be read: {_one_line(error)}") from None
+
+
+def _lines(path: str) -> BinaryIO:
+    """A file to be read from its beginning to its end."""
+    if not is_remote(path):
+        return open(path, "rb")
+    stream: Any = path_of(path).open("rb", cache_type="none")  # type: ignore[call-overload]
+    return io.BufferedReader(stream, LINE_BYTES)
+
+
+@contextmanager
+def _ranges(path: str) -> Iterator[Any]:
+    """What pyarrow reads the ranges it needs from: no more than those are fetched."""
+    if not is_remote(path):
+        yield path
+        return
+    with path_of(path).open("rb", cache_type="none") as stream:  # type: ignore[call-overload]
+        yield stream
 
 
 def _read_json_lines(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
     missing = set(columns)
     rows = 0
-    with open(file.path, "rb") as lines:
+    with _lines(file.path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -124,7 +165,7 @@ def _read_json_lines(file: CorpusFile, columns: Sequence[str], key: str) -> Iter
 
 
 def _read_parquet(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
-    with pq.ParquetFile(file.path, memory_map=True) as table:
+    with _ranges(file.path) as source, pq.ParquetFile(source, memory_map=True) as table:
         _check_columns(file, columns, table.schema_arrow.names, key)
         for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
             yield from _python_rows(batch)
@@ -148,7 +189,7 @@ def _lenient(column: pa.Array) -> list[Any]:
 
 
 def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
-    dataset = load_from_disk(file.path)
+    dataset = load_from_disk(str(fetched(file.path)) if is_remote(file.path) else file.path)
     if not isinstance(dataset, Dataset):
         raise UserError(f"{key}.path: {file.path} holds several splits; name the folder of one")
     _check_columns(file, columns, dataset.column_names, key)
@@ -218,24 +259,6 @@ def read_file_blocks(
         number += 1
 
 
-def read_blocks(
-    files: Sequence[CorpusFile], documents: Documents, size: int, key: str, limit: int | None = None
-) -> Iterator[Block]:
-    """Blocks of `size` documents, file by file, up to `limit` documents in all."""
-    left = limit
-    for index in range(len(files)):
-        for block in read_file_blocks(files, index, documents, size, key, left):
-            yield block
-            left = None if left is None else left - len(block.documents)
-        if left == 0:
-            return
-
-
 def block_id(file: int, number: int) -> str:
     """The name of the `number`-th block of the corpus's `file`-th file; sorting names sorts blocks."""
     return f"{file:05d}-{number:07d}"
-
-
-def file_of_block(block: str) -> int:
-    """The number of the file that a block is of."""
-    return int(block.split("-")[0])

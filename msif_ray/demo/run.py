@@ -30,7 +30,10 @@ from msif_ray.demo.factbook import RELATIONS, Document, build_corpus, stating_do
 from msif_ray.demo.metrics import Marks, Quality, Scores, quality, random_quality
 from msif_ray.demo.questions import Question, finetuning_questions, held_out_questions
 from msif_ray.errors import UserError
+from msif_ray.paths import is_remote, path_of
+from msif_ray.results.parts import part_files, read_part
 from msif_ray.run import run
+from msif_ray.store import replacing, write_atomic
 
 MODELS = Path(__file__).parent / "models"
 QUERIES_PER_RELATION = 10
@@ -58,7 +61,7 @@ class Attribution(NamedTuple):
     norms: Scores
 
 
-def run_demo(folder: Path) -> None:
+def run_demo(folder: str | Path) -> None:
     """Run the demo in `folder`, which keeps its inputs, run descriptions and results; print what it finds.
 
     A second call does not repeat finished work. Raises UserError if the extra `demo` is not installed.
@@ -68,12 +71,13 @@ def run_demo(folder: Path) -> None:
         if find_spec(module) is None:
             raise UserError(f'the demo needs the package {package}: pip install -e ".[demo]"')
     console = Console(highlight=False)
-    folder = folder.resolve()
+    folder = path_of(folder)
+    folder = folder if is_remote(folder) else folder.resolve()
     documents, queries = build_corpus(), choose_queries()
     random.Random(SEED).shuffle(documents)  # the first documents are then a sample to fit from
     write_inputs(folder, documents, queries)
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run_description(folder), sort_keys=False), encoding="utf-8")
+    write_atomic(path, yaml.safe_dump(run_description(folder), sort_keys=False).encode())
     run(load_run(path))
     attributions = {name: read_attribution(folder / "run", slug(name), documents, queries) for name in RESPONSES}
     states = stating(documents, queries)
@@ -115,13 +119,13 @@ def write_inputs(folder: Path, documents: list[Document], queries: list[Question
     Raises UserError if `folder` cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(documents), folder / "documents.parquet")
+        with replacing(folder / "documents.parquet") as temporary:
+            pq.write_table(pa.Table.from_pylist(documents), temporary)
         for name, questions in (("finetuning", finetuning_questions()), ("queries", queries)):
             lines = "".join(json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --folder") from None
+            write_atomic(folder / f"{name}.jsonl", lines.encode())
+    except UserError as error:
+        raise UserError(f"{error}; give another --folder") from None
 
 
 def run_description(folder: Path) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def run_description(folder: Path) -> dict[str, Any]:
 def read_attribution(run_dir: Path, name: str, documents: list[Document], queries: list[Question]) -> Attribution:
     """The scores and norms of that name that a run left in its `run_dir`."""
     columns = ["query_id", "doc_id", "score", "norm"]
-    table = pq.read_table(run_dir / "scores" / f"stage={name}", columns=columns)
+    table = pa.concat_tables(read_part(path).select(columns) for _, path in part_files(run_dir, name))
     query_ids, doc_ids = ([item["id"] for item in items] for items in (queries, documents))
     rows = pc.index_in(table["query_id"], value_set=pa.array(query_ids)).to_numpy()
     places = pc.index_in(table["doc_id"], value_set=pa.array(doc_ids)).to_numpy()

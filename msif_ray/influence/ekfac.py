@@ -87,20 +87,32 @@ class CorrectionSums:
                 total.add_(rotated.square_().sum(0))
 
     def _rotated(self, captured: Captured, described: LinearMap) -> Iterator[Tensor]:
-        """The rotated window gradients `[windows, out, columns]`, some rows at a time.
-
-        Rotating the vectors costs T(o² + i²) per window, rotating the gradient o·i·(o + i).
-        """
+        """The rotated window gradients `[windows, out, columns]`, some rows at a time."""
         basis = self.bases[described.name]
         activations, gradients = captured.activations(described.name), captured.gradients(described.name)
         out, columns = described.shape
         tokens = activations.shape[1]
-        if tokens * (out**2 + columns**2) < out * columns * (out + columns):
+        if rotates_vectors(tokens, out, columns):
             activations = activations @ basis.activations
             gradients = gradients @ basis.gradients
             yield from window_gradients(activations, gradients)
         else:
             yield from map(basis.rotate, window_gradients(activations, gradients))
+
+
+def rotates_vectors(tokens: int, out: int, columns: int) -> bool:
+    """Whether a window's vectors are rotated, or else its gradient: whichever takes fewer multiplications."""
+    return vector_rotation_cost(tokens, out, columns) < gradient_rotation_cost(out, columns)
+
+
+def vector_rotation_cost(tokens: int, out: int, columns: int) -> int:
+    """Multiplications per window of a Q_A and g Q_S."""
+    return tokens * (out**2 + columns**2)
+
+
+def gradient_rotation_cost(out: int, columns: int) -> int:
+    """Multiplications per window, or per query, of Q_Sᵀ G Q_A."""
+    return out * columns * (out + columns)
 
 
 def window_gradients(activations: Tensor, gradients: Tensor) -> Iterator[Tensor]:

@@ -69,7 +69,7 @@ def truncate(
     everything = torch.ones(len(directions), dtype=torch.float64)
     if rank is None and energy is None:
         return DenseDirections(directions), everything
-    if rank is not None and rank * (out + columns) >= out * columns:
+    if rank is not None and stays_dense(rank, out, columns):
         return DenseDirections(directions), everything
     left, values, right = torch.linalg.svd(directions, full_matrices=False)
     squares = values.double().square()
@@ -78,8 +78,13 @@ def truncate(
     if rank is None:
         missing = (kept < float(energy or 1.0)) & (squares.sum(1) > 0)[:, None]
         rank = min(int(missing.sum(1).max()) + 1, values.shape[1])
-        if rank * (out + columns) >= out * columns:
+        if stays_dense(rank, out, columns):
             return DenseDirections(directions), everything
     scaled = left[:, :, :rank] * values[:, None, :rank]
     kept_shares = torch.where(squares.sum(1) > 0, kept[:, rank - 1], 1.0).clamp_max(1.0)
     return LowRankDirections(scaled.transpose(1, 2).contiguous(), right[:, :rank].contiguous()), kept_shares
+
+
+def stays_dense(rank: int, out: int, columns: int) -> bool:
+    """Whether a direction's low-rank factors would be no smaller than itself."""
+    return rank * (out + columns) >= out * columns

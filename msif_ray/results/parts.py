@@ -4,7 +4,8 @@ A part carries its block's skipped documents in its own metadata, so that one re
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_ray.errors import UserError
+from msif_ray.paths import matching, path_of, storage
 from msif_ray.store import replacing
 
 SKIPPED = b"skipped"
@@ -43,7 +45,7 @@ SKIPPED_SCHEMA = pa.schema(
 
 
 def stage_folder(run_dir: str | Path, stage: str) -> Path:
-    return Path(run_dir) / "scores" / f"stage={stage}"
+    return path_of(run_dir) / "scores" / f"stage={stage}"
 
 
 def part_path(run_dir: str | Path, stage: str, block_id: str) -> Path:
@@ -52,8 +54,8 @@ def part_path(run_dir: str | Path, stage: str, block_id: str) -> Path:
 
 def part_files(run_dir: str | Path, stage: str) -> list[tuple[str, Path]]:
     """`(block id, file)` of every finished part of the stage, in the order of block ids."""
-    files = stage_folder(run_dir, stage).glob("part-*.parquet")
-    return sorted((path.stem.removeprefix("part-"), path) for path in files)
+    files = matching(stage_folder(run_dir, stage), "part-*.parquet")
+    return [(path.stem.removeprefix("part-"), path) for path in files]
 
 
 def done_blocks(run_dir: str | Path, stage: str) -> set[str]:
@@ -89,7 +91,9 @@ def write_part(
     ]
     about = {**UNITS, **metadata, SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
     with replacing(path) as temporary:
-        pq.write_table(pa.table(columns, schema=SCORES_SCHEMA.with_metadata(about)), temporary)
+        pq.write_table(
+            pa.table(columns, schema=SCORES_SCHEMA.with_metadata(about)), temporary, write_page_checksum=True
+        )
 
 
 def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
@@ -100,14 +104,36 @@ def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
         for _, path in part_files(run_dir, stage)
         for document, reason in skipped_of(path)
     ]
-    with replacing(Path(run_dir) / "skipped.parquet") as temporary:
+    with replacing(path_of(run_dir) / "skipped.parquet") as temporary:
         pq.write_table(pa.Table.from_pylist(rows, SKIPPED_SCHEMA), temporary)
 
 
 def skipped_of(path: Path) -> list[tuple[str, str]]:
     """`(document id, reason)` from a part's footer. Raises UserError for a file that is not a part."""
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-        return [(document, reason) for document, reason in json.loads(metadata[SKIPPED])]
-    except (pa.ArrowInvalid, KeyError, ValueError):
-        raise UserError(f"{path}: not a part of this run's scores; delete it, and its block is scored again") from None
+    with _opened(path) as part:
+        return [(document, reason) for document, reason in json.loads(part.schema_arrow.metadata[SKIPPED])]
+
+
+def read_part(path: Path) -> pa.Table:
+    """A part's rows. Raises UserError for a file that is not a part, or is damaged."""
+    with _opened(path) as part:
+        return part.read().cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    with storage(path, "read"), path.open("rb") as file:
+        try:
+            with pq.ParquetFile(file, page_checksum_verification=True) as part:
+                yield part
+        except OSError as error:
+            # Parquet's own complaints are OSErrors too; the system's have a number.
+            if error.errno is not None:
+                raise
+            raise _damaged(path) from None
+        except (pa.ArrowException, KeyError, TypeError, ValueError):
+            raise _damaged(path) from None
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path}: not a part of this run's scores, or damaged; delete it, and its block is scored again")

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_ray.results.parts import UNITS, part_files
+from msif_ray.paths import path_of
+from msif_ray.results.parts import UNITS, part_files, read_part
 from msif_ray.store import replacing
 
 Side = Literal["highest", "lowest"]
@@ -74,8 +75,7 @@ def top_pairs(run_dir: str | Path, stage: str, k: int) -> list[TopPair]:
     """
     ends: dict[str, _Ends] = {}
     for block, path in part_files(run_dir, stage):
-        with pq.ParquetFile(path) as file:
-            _merge_part(ends, file.read(), block, k)
+        _merge_part(ends, read_part(path), block, k)
     return [
         TopPair(query, document, side, rank, -key if side == "highest" else key, norm, tokens, block)
         for query, end in ends.items()
@@ -125,5 +125,5 @@ def write_top(run_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         if row.keys() != set(TOP_SCHEMA.names):
             raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(TOP_SCHEMA.names)}")
     table = pa.Table.from_pylist(list(rows), TOP_SCHEMA)
-    with replacing(Path(run_dir) / "top.parquet") as temporary:
+    with replacing(path_of(run_dir) / "top.parquet") as temporary:
         pq.write_table(table, temporary)

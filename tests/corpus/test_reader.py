@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from msif_ray.config import Documents
-from msif_ray.corpus.reader import corpus_files, read_blocks, read_documents
+from msif_ray.corpus.reader import corpus_files, read_documents
 from msif_ray.errors import UserError
 
 ROWS = [{"id": f"r{i}", "text": f"text {i}", "other": i} for i in range(7)]
@@ -42,21 +42,6 @@ def test_every_format_gives_the_same_documents_in_order(tmp_path, name):
         read(path, text="nothing")
 
 
-def test_blocks_are_cut_by_file_and_limit(tmp_path):
-    for name in ("b.jsonl", "a.jsonl"):
-        write(tmp_path / name)
-    documents = Documents(path=str(tmp_path / "*.jsonl"), text="text")
-    files = corpus_files(documents, "key")
-    assert [file.name for file in files] == ["a.jsonl", "b.jsonl"]
-    blocks = list(read_blocks(files, documents, 3, "key"))
-    assert [len(block.documents) for block in blocks] == [3, 3, 1, 3, 3, 1]
-    assert [block.id for block in blocks] == sorted({block.id for block in blocks})
-    assert len({d.id for block in blocks for d in block.documents}) == 14
-    for limit in (1, 3, 7, 8, 14, 20):
-        limited = [d for block in read_blocks(files, documents, 3, "key", limit) for d in block.documents]
-        assert limited == [d for block in blocks for d in block.documents][:limit]
-
-
 FAULTS = {
     "not json": ('{"id": "a", "text": "b"}\n{oops\n', r"line 2: not JSON"),
     "deep": ("[" * 100_000, r"line 1: not JSON"),
@@ -83,7 +68,7 @@ def test_faults_of_paths_name_the_key(tmp_path):
     (tmp_path / "folder").mkdir()
     for path, message in (
         (tmp_path / "*.none", "no file matches"),
-        ("s3://bucket/x.parquet", "only local paths"),
+        ("ftp://host/x.parquet", "only local paths"),
         (tmp_path / "notes.txt", "not .parquet"),
         (tmp_path / "folder", "no saved `datasets` split"),
         (tmp_path / "empty.parquet", "cannot be read"),

@@ -82,3 +82,26 @@ def test_arrays_of_other_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scores"):
         parts.write_part(tmp_path / "p", ["q"], ["a", "b"], np.zeros((1, 2)), np.zeros(2), [1, 1], [], {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_flipped_bit_of_the_rows_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path, "b", ["a", "b"], [])
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    noticed = 0
+    for place in range(4, footer):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            table = parts.read_part(path)
+        except UserError as error:
+            assert "delete it, and its block is scored again" in str(error)
+            noticed += 1
+        else:  # an unused field of a page's header
+            assert table.to_pydict() == {
+                "query_id": ["q1", "q1", "q0", "q0"],
+                "doc_id": ["a", "b", "a", "b"],
+                "score": [0.0, 2.0, 1.0, 3.0],
+                "norm": [0.5, 1.5, 0.5, 1.5],
+                "n_tokens": [3, 4, 3, 4],
+            }
+    assert noticed > (footer - 4) / 2

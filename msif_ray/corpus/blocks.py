@@ -1,0 +1,87 @@
+"""The blocks of a corpus: known by name from the files' row counts alone, read in order."""
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Protocol
+
+from msif_ray.config import Documents
+from msif_ray.corpus.reader import Block, CorpusFile, block_id, read_file_blocks
+
+
+class Blocks(Protocol):
+    """The units of one step."""
+
+    @property
+    def ids(self) -> frozenset[str]: ...
+
+    def left(self, done: AbstractSet[str]) -> Iterator[Block]:
+        """The blocks that are not done, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class CorpusBlocks:
+    """Blocks of `size` documents of each file of a corpus, over its first `limit` documents.
+
+    `rows` counts the documents of each file; `key` names the corpus in errors.
+    """
+
+    files: tuple[CorpusFile, ...]
+    rows: tuple[int, ...]
+    documents: Documents
+    size: int
+    key: str
+    limit: int | None = None
+
+    @property
+    def ids(self) -> frozenset[str]:
+        return frozenset(name for file in range(len(self.files)) for name in self._names(file))
+
+    def left(self, done: AbstractSet[str]) -> Iterator[Block]:
+        for file in range(len(self.files)):
+            yield from self.left_in(file, done)
+
+    def left_in(self, file: int, done: AbstractSet[str]) -> Iterator[Block]:
+        """One file's blocks that are not done; the file is not opened when there are none."""
+        if done >= set(self._names(file)):
+            return
+        for block in read_file_blocks(self.files, file, self.documents, self.size, self.key, self._taken()[file]):
+            if block.id not in done:
+                yield block
+
+    @property
+    def count(self) -> int:
+        """Documents in all blocks."""
+        return sum(self._taken())
+
+    def documents_in(self, block: str) -> int:
+        """How many documents a block has."""
+        file, number = (int(part) for part in block.split("-"))
+        return min(self.size, self._taken()[file] - number * self.size)
+
+    def _names(self, file: int) -> list[str]:
+        return [block_id(file, number) for number in range(-(-self._taken()[file] // self.size))]
+
+    def _taken(self) -> list[int]:
+        """How many of each file's documents are within the limit."""
+        left = sum(self.rows) if self.limit is None else self.limit
+        taken = []
+        for rows in self.rows:
+            taken.append(min(rows, left))
+            left -= taken[-1]
+        return taken
+
+
+@dataclass(frozen=True)
+class ListedBlocks:
+    """Blocks that are in memory."""
+
+    blocks: Sequence[Block]
+
+    @property
+    def ids(self) -> frozenset[str]:
+        return frozenset(block.id for block in self.blocks)
+
+    def left(self, done: AbstractSet[str]) -> Iterator[Block]:
+        return (block for block in self.blocks if block.id not in done)

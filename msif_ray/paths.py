@@ -1,0 +1,148 @@
+"""Paths on local disk and on object storage alike, and the one line that a storage's fault becomes.
+
+A path with a protocol is a `upath.UPath`, which has the methods of `pathlib.Path` over fsspec. Credentials come
+from the environment alone; none is read here, and none is ever part of a path or of a message.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from msif_ray.errors import UserError
+
+PROTOCOLS = ("s3", "gs")
+Location = TypeVar("Location", str, list[str])
+# What the clients of object storage raise is often no OSError; these are the packages that it is defined in.
+_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"})
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_LONGEST_REASON = 200
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path is on object storage."""
+    return "://" in path if isinstance(path, str) else not isinstance(path, Path)
+
+
+def check_location(location: Location) -> Location:
+    """Gives a path or paths back. Raises ValueError, which does not repeat it, for a URL with credentials in it."""
+    for text in [location] if isinstance(location, str) else location:
+        protocol, separator, rest = text.partition("://")
+        if separator and "@" in rest.partition("/")[0]:
+            raise ValueError(f"{protocol}://…@…: credentials do not belong in a path; set them in the environment")
+    return location
+
+
+def path_of(text: str | Path) -> Path:
+    """The path that a text names: a `UPath` for s3:// and gs://, which is used like the `Path` it is typed as.
+
+    Raises UserError for another protocol and for a URL with credentials in it.
+    """
+    if not isinstance(text, str):
+        return text
+    if not is_remote(text):
+        return Path(text)
+    try:
+        protocol = check_location(text).partition("://")[0]
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if protocol not in PROTOCOLS:
+        raise UserError(f"{text}: only local paths, s3:// and gs:// are supported")
+    from upath import UPath  # slow to import, and most runs are local
+
+    # What fails is raised, in one line; this client prints a traceback of it as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+    # Other processes write to the same folders: a listing that is kept would hide what they wrote.
+    return cast(Path, UPath(text, use_listings_cache=False))
+
+
+def filesystem(path: Path) -> tuple[Any, str]:
+    """The fsspec file system of a remote path, and the path's name there."""
+    remote = cast(Any, path)
+    return remote.fs, remote.path
+
+
+@contextmanager
+def storage(path: str | Path, action: str) -> Iterator[None]:
+    """Turns faults of the storage, whichever it is, into a UserError: `path: cannot be <action>: reason`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_storage_fault(error):
+            raise
+        raise UserError(f"{path}: cannot be {action}: {reason(error)}") from None
+
+
+def is_storage_fault(error: Exception) -> bool:
+    """Whether an exception comes from a disk or from a client of object storage."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line and without a credential."""
+    strerror = getattr(error, "strerror", None)
+    text = " ".join(str(strerror or error).split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError) and not strerror and " " not in text:
+        text = "no such file or bucket"
+    if isinstance(error, PermissionError) and not strerror:
+        text += "; check the credentials in the environment"
+    return _without_secrets(text)[:_LONGEST_REASON]
+
+
+def _without_secrets(text: str) -> str:
+    for name in _SECRETS:
+        value = os.environ.get(name)
+        text = text.replace(value, "…") if value else text
+    return re.sub(r"://[^/\s@]*@", "://…@", text)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder. Raises UserError when the storage does not say."""
+    with storage(path, "read"):
+        return path.exists()
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """The files directly in a folder whose name matches, sorted; none where there is no folder.
+
+    Raises UserError when the storage does not list them.
+    """
+    with storage(folder, "listed"):
+        try:
+            return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern) and path.is_file())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def all_there(paths: Iterable[Path]) -> bool:
+    """Whether all of the files are there, with one listing of each folder that they are in."""
+    wanted = set(paths)
+    present = {file for folder in {path.parent for path in wanted} for file in matching(folder, "*")}
+    return wanted <= present
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder. Raises UserError when the storage does not say."""
+    with storage(path, "read"):
+        if is_remote(path):
+            files, name = filesystem(path)
+            return int(files.du(name, total=True))
+        found = path.rglob("*") if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in found if file.is_file())
+
+
+def find(pattern: str) -> list[str]:
+    """The files and folders that a remote glob, or a remote path, names, as sorted URLs.
+
+    Raises UserError when the storage does not list them.
+    """
+    files, name = filesystem(path_of(pattern))
+    protocol = pattern.partition("://")[0]
+    with storage(pattern, "listed"):
+        found = [name] if files.exists(name) else files.glob(name)
+    return sorted(f"{protocol}://{path}" for path in found)

@@ -1,0 +1,192 @@
+"""One job of the calibration: a loaded rank does it on a few real batches, timed and weighed."""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+
+from msif_ray.cluster.jobs import QueryJob
+from msif_ray.cluster.rank import ModelSetup, Rank
+from msif_ray.corpus.reader import Document
+from msif_ray.corpus.windows import Encoded, Window, encode, pack
+from msif_ray.errors import UserError
+from msif_ray.influence.capture import Captured
+from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
+from msif_ray.influence.groups import Shapes
+from msif_ray.influence.scoring import Scorer
+from msif_ray.plan import counts
+from msif_ray.plan.memory import Gauge
+from msif_ray.plan.tokens import Tally, tally
+
+# A job is timed on as many batches of its block as plain passes take this long over (seconds).
+TIMED = 4.0
+Kind = Literal["covariance", "correction", "queries", "scoring"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A job to be tried: how its documents are read, some of them, and for scoring how many queries of which rank."""
+
+    name: str
+    kind: Kind
+    setup: ModelSetup
+    documents: tuple[Document, ...]
+    sampled_labels: bool = False
+    queries: int = 0
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One job: FLOP per second, and the bytes it took beyond the loaded model and what the formulas say it holds.
+
+    `tokens` of documents were timed; `queries` were scored, fewer than asked for where those would not fit.
+    """
+
+    rate: float
+    working: int
+    tokens: float
+    queries: int
+
+
+@dataclass
+class _Tried:
+    """A job for a rank, and its work: what it is given goes to `work` alone."""
+
+    sampled_labels: bool
+    work: Any
+    tracked: tuple[str, ...] | None = None
+
+    def start(self, maps: Sequence[str], device: torch.device) -> "_Tried":
+        return self
+
+    def add(self, captured: Captured) -> None:
+        self.work.add(captured)
+
+    def take(self) -> None:
+        self.work = None
+
+
+@dataclass
+class _Passing:
+    """No work beyond the pass."""
+
+    def add(self, captured: Captured) -> None:
+        pass
+
+
+@dataclass
+class _Scoring:
+    scorer: Scorer
+
+    def add(self, captured: Captured) -> None:
+        self.scorer.score(captured)
+
+
+@dataclass
+class Bench:
+    """One trial on a loaded rank; maps are those of `shapes`."""
+
+    rank: Rank
+    trial: Trial
+    shapes: Shapes
+    size: counts.ModelSize
+    gauge: Gauge
+    loaded: int
+    budget: int
+
+    def run(self) -> Measured:
+        trial = self.trial
+        every_map = self.rank.maps
+        self.rank.setup = trial.setup
+        self.rank.maps = {name: every_map[name] for name in self.shapes}
+        try:
+            documents = self._choose()
+            seen = tally(documents, self.rank.tokenizer, trial.setup.append_eos, trial.setup.max_tokens)
+            gc.collect()
+            self.gauge.reset()
+            work, held, flops = self._work(seen)
+            seconds = self._time(documents, work)
+            # Threads and buffers that outlive a job are not given back, so the first job's are every job's.
+            working = max(0, self.gauge.peak() - self.loaded - held)
+        finally:
+            self.rank.maps = every_map
+        total = counts.pass_flops(self.size, seen) + flops
+        return Measured(total / seconds, working, seen.tokens, self._queries)
+
+    def _choose(self) -> tuple[Document, ...]:
+        """The documents of batches at even distances in the block, the one of the longest windows among them."""
+        batches = self._batches(self.trial.documents)
+        if not batches:
+            raise UserError(
+                f"{self.trial.setup.stage}: none of its first {len(self.trial.documents)} documents has text"
+            )
+        longest = self._of(batches[:1])
+        self._time(longest, _Passing())  # loads kernels and libraries
+        seconds = self._time(longest, _Passing())
+        count = max(1, min(len(batches), int(TIMED / seconds)))
+        return self._of([batches[len(batches) * i // count] for i in range(count)])
+
+    def _batches(self, documents: Sequence[Document]) -> list[list[Window]]:
+        setup = self.trial.setup
+        windows: list[Window] = []
+        for document in documents:
+            encoded = encode(self.rank.tokenizer, document, setup.append_eos)
+            if isinstance(encoded, Encoded):
+                windows += encoded.windows(setup.max_tokens or len(encoded.ids))
+        return pack(windows, setup.tokens_per_batch)
+
+    def _of(self, batches: Sequence[Sequence[Window]]) -> tuple[Document, ...]:
+        names = {window.key.document_id for batch in batches for window in batch}
+        return tuple(document for document in self.trial.documents if document.id in names)
+
+    def _time(self, documents: Sequence[Document], work: Any) -> float:
+        """Seconds that the rank takes over the documents."""
+        job = _Tried(self.trial.sampled_labels, work)
+        self.rank.start(job)
+        began = perf_counter()
+        self.rank.process(documents)
+        if self.rank.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = perf_counter() - began
+        job.take()
+        return seconds
+
+    def _work(self, seen: Tally) -> tuple[Any, int, float]:
+        """The trial's work, the bytes that it holds by formula, and its FLOPs beyond the pass."""
+        shapes, device, dtype = self.shapes, self.rank.device, self._accumulating
+        if self.trial.kind == "covariance":
+            held = counts.covariance_bytes(shapes, dtype.itemsize)
+            return CovarianceSums(), held, counts.covariance_flops(shapes, seen)
+        if self.trial.kind == "correction":
+            bases = {
+                name: Basis(_rotation(columns, dtype, device), _rotation(out, dtype, device))
+                for name, (out, columns) in shapes.items()
+            }
+            held = counts.covariance_bytes(shapes, dtype.itemsize) + counts.corrected_bytes(shapes, dtype.itemsize)
+            return CorrectionSums(bases), held, counts.correction_flops(shapes, seen)
+        if self.trial.kind == "queries":
+            held = int(counts.gradient_bytes(shapes, seen.positions, dtype.itemsize))
+            return QueryJob().start(list(shapes), device), held, 0.0
+        scorer = Scorer(counts.make_directions(shapes, self._queries, self.trial.rank, dtype, device))
+        return _Scoring(scorer), counts.scorer_bytes(scorer, seen), counts.scoring_flops(scorer, seen)
+
+    @property
+    def _accumulating(self) -> torch.dtype:
+        return torch.promote_types(getattr(torch, self.trial.setup.dtype), torch.float32)
+
+    @property
+    def _queries(self) -> int:
+        """As many of the queries as fit beside the model."""
+        if self.trial.kind != "scoring":
+            return 0
+        one = counts.make_directions(self.shapes, 1, self.trial.rank, self._accumulating, torch.device("meta"))
+        return max(1, min(self.trial.queries, self.budget // max(1, counts.directions_bytes(one))))
+
+
+def _rotation(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """In place of an eigenbasis: its numbers are no matter to time or memory, only that they are no zeros."""
+    return torch.randn(size, size, dtype=dtype, device=device) / size**0.5

@@ -1,0 +1,210 @@
+"""FLOPs and bytes of every step, from shapes and window lengths alone.
+
+A FLOP is a multiplication or an addition: a product `[m, k] @ [k, n]` takes 2·m·k·n. Elementwise work,
+norms and softmaxes are left out; they are a few percent of a language model's. The choices between
+contractions are the code's own functions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from msif_ray.cluster.sharding import gathered
+from msif_ray.influence.ekfac import gradient_rotation_cost, rotates_vectors, vector_rotation_cost
+from msif_ray.influence.groups import Shapes
+from msif_ray.influence.queries import stays_dense
+from msif_ray.influence.scoring import (
+    DenseDirections,
+    Directions,
+    LowRankDirections,
+    Scorer,
+    materialised_cost,
+    token_cost,
+)
+from msif_ray.plan.tokens import Tally
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """`parameters` of a model in all; `gathered`: of them at once on a rank that holds a shard; `multiplied`: the
+    weights of its linear maps, the head's too; `attention`: layers times the width of all heads."""
+
+    parameters: int
+    gathered: int
+    multiplied: int
+    attention: int
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "ModelSize":
+        """The size of a checkpoint's model, from its configuration."""
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return cls.of_model(model, config.get_text_config())
+
+    @classmethod
+    def of_model(cls, model: nn.Module, config: Any) -> "ModelSize":
+        weights = [weight.numel() for weight in model.parameters()]
+        linear = [module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(sum(weights), gathered(weights)[0], sum(linear), config.num_hidden_layers * width)
+
+
+def pass_flops(size: ModelSize, tally: Tally) -> float:
+    """One forward pass and one backward pass to the activations.
+
+    Forward, each of P multiplied weights meets every position: 2·P·T. Attention takes QKᵀ and its product with
+    V: 4·n²·(layers·width) for a window of n positions (masked ones are computed too). Weights are frozen, so the
+    backward pass has one product for every linear map's one, and two for each of attention's.
+    """
+    return 4.0 * size.multiplied * tally.positions + 12.0 * size.attention * tally.squared_lengths
+
+
+def covariance_flops(shapes: Shapes, tally: Tally) -> float:
+    """Σ a aᵀ and Σ g gᵀ of every map over the positions that predict a target: 2·T·(out² + columns²)."""
+    return sum(2.0 * tally.targets * (out**2 + columns**2) for out, columns in shapes.values())
+
+
+def correction_flops(shapes: Shapes, tally: Tally) -> float:
+    """Window gradients (2·n·out·columns), and the cheaper of rotating their vectors or themselves."""
+    total = 0.0
+    for out, columns in shapes.values():
+        for n, windows in tally.lengths.items():
+            vectors = rotates_vectors(n, out, columns)
+            rotation = vector_rotation_cost(n, out, columns) if vectors else gradient_rotation_cost(out, columns)
+            total += 2.0 * windows * (n * out * columns + rotation)
+    return total
+
+
+def scoring_flops(scorer: Scorer, tally: Tally) -> float:
+    """The contractions that the scorer chooses, by its own count of multiplications; directions may be on `meta`."""
+    total = 0.0
+    for name, directions in scorer.directions.items():
+        out, columns = direction_shape(directions)
+        for n, windows in tally.lengths.items():
+            cost = materialised_cost(n, out, columns, len(directions))
+            if not scorer.materialises(name, n) and isinstance(directions, LowRankDirections):
+                cost = token_cost(n, out, columns, len(directions), directions.left.shape[1])
+            total += 2.0 * windows * cost
+    return total
+
+
+def token_score_flops(scorer: Scorer, positions: float) -> float:
+    """Per-token scores of one query over so many positions: (g D)·a, or (g·U)(a·V) at low rank."""
+    total = 0.0
+    for directions in scorer.directions.values():
+        out, columns = direction_shape(directions)
+        entries = out * columns
+        if isinstance(directions, LowRankDirections):
+            entries = directions.left.shape[1] * (out + columns)
+        total += 2.0 * positions * entries
+    return total
+
+
+def eigen_flops(shapes: Shapes) -> float:
+    """About 9·n³ for eigenvalues and vectors of a symmetric matrix (Golub and Van Loan 2013, §8.3.3), two per map."""
+    return sum(9.0 * (out**3 + columns**3) for out, columns in shapes.values())
+
+
+def carry_flops(shapes: Shapes, queries: int, stages: int) -> float:
+    """Into the basis and back, 4·out·columns·(out + columns) per query, stage with factors and map."""
+    return sum(4.0 * queries * stages * gradient_rotation_cost(*shape) for shape in shapes.values())
+
+
+def truncation_flops(shapes: Shapes, queries: int, rank: int | None, energy: float | None) -> float:
+    """A thin SVD of every direction that is truncated: about 6·m·n² + 20·n³ for m ≥ n (Golub and Van Loan 2013,
+    §8.6.3). With `energy` every direction is decomposed, whatever comes of it."""
+    decomposed = [
+        (max(shape), min(shape))
+        for shape in shapes.values()
+        if energy is not None or (rank is not None and not stays_dense(rank, *shape))
+    ]
+    return sum(queries * (6.0 * m * n**2 + 20.0 * n**3) for m, n in decomposed)
+
+
+def direction_shape(directions: Directions) -> tuple[int, int]:
+    """`(out, columns)` of a map's directions."""
+    if isinstance(directions, DenseDirections):
+        return directions.matrix.shape[1], directions.matrix.shape[2]
+    return directions.left.shape[2], directions.right.shape[2]
+
+
+def make_directions(
+    shapes: Shapes, queries: int, rank: int | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, Directions]:
+    """Random directions of the form that carrying back gives: dense, or of low rank where that is smaller.
+
+    On the device `meta` they take no memory.
+    """
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    made: dict[str, Directions] = {}
+    for name, (out, columns) in shapes.items():
+        if rank is None or stays_dense(rank, out, columns):
+            made[name] = DenseDirections(random(queries, out, columns))
+        else:
+            made[name] = LowRankDirections(random(queries, rank, out), random(queries, rank, columns))
+    return made
+
+
+def directions_bytes(directions: Mapping[str, Directions]) -> int:
+    """What directions take as they are on storage."""
+    tensors = [
+        tensor
+        for each in directions.values()
+        for tensor in ([each.matrix] if isinstance(each, DenseDirections) else [each.left, each.right])
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def scorer_bytes(scorer: Scorer, tally: Tally) -> int:
+    """What a rank holds to score: the directions, and those of low rank again where the scorer expands them."""
+    held = directions_bytes(scorer.directions)
+    for name, directions in scorer.directions.items():
+        if isinstance(directions, LowRankDirections) and any(scorer.materialises(name, n) for n in tally.lengths):
+            out, columns = direction_shape(directions)
+            held += len(directions) * out * columns * directions.left.element_size()
+    return held
+
+
+def covariance_bytes(shapes: Shapes, itemsize: int) -> int:
+    """The sums of A and S."""
+    return sum((out**2 + columns**2) * itemsize for out, columns in shapes.values())
+
+
+def corrected_bytes(shapes: Shapes, itemsize: int) -> int:
+    """The corrected eigenvalues, or their sums."""
+    return sum(out * columns * itemsize for out, columns in shapes.values())
+
+
+def stored_factor_bytes(shapes: Shapes, itemsize: int) -> int:
+    """A stage's factors on storage: both bases with their eigenvalues, and the corrected eigenvalues."""
+    values = sum((out + columns) * itemsize for out, columns in shapes.values())
+    return covariance_bytes(shapes, itemsize) + values + corrected_bytes(shapes, itemsize)
+
+
+def gradient_bytes(shapes: Shapes, positions: float, itemsize: int) -> float:
+    """Query gradients kept as their tokens: an activation and an output gradient per position and map."""
+    return sum(positions * (out + columns) * itemsize for out, columns in shapes.values())
+
+
+def carry_task_bytes(shapes: Shapes, queries: int, stages: int, itemsize: int, truncated: bool) -> int:
+    """The most that carrying all queries back at one map takes: five copies of the directions (as they came, as the
+    last stage left them, answered, half rotated back and wholly), six where an SVD follows (its input, U and V in
+    place of the last three, and what it works in), and the factors of all stages passed."""
+    copies = 6 if truncated else 5
+    return max((copies * queries * o * c + stages * (o * o + c * c + o * c)) * itemsize for o, c in shapes.values())
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes per entry of sums, factors and directions of a model of this type."""
+    return torch.promote_types(getattr(torch, dtype), torch.float32).itemsize

@@ -1,0 +1,290 @@
+"""The plan of a run: its steps with what each costs, from a checked run and, where there is one, a calibration."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from msif_ray import stages
+from msif_ray.cluster.fit import EIGEN_COPIES
+from msif_ray.config import Score
+from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
+from msif_ray.influence.scoring import Scorer, join
+from msif_ray.plan import counts
+from msif_ray.plan.measure import Calibration
+from msif_ray.plan.tokens import Tally
+from msif_ray.preflight import Resolved
+
+SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the run. `tokens` of `documents` in each of `passes`; `flops` of all passes; `hours` of a rank's
+    device, or of a `core` for what runs as one task per map (None: nothing was measured); `memory`: bytes at
+    most per rank, or per task."""
+
+    name: str
+    documents: float
+    tokens: float
+    passes: int
+    flops: float
+    hours: float | None
+    memory: float | None
+    runs_on: Literal["rank", "core"] = "rank"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What takes so many `bytes` on storage."""
+
+    name: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """What a Parquet part takes: a `footer`, and so much per `pair`."""
+
+    footer: float
+    pair: float
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the plan is made from. Tallies by `stages.<i>`, `score.<i>` of each pass's first entry, and `queries`;
+    calibrations by stage, none where nothing was measured."""
+
+    resolved: Resolved
+    tallies: Mapping[str, Tally]
+    sizes: Mapping[int, counts.ModelSize]
+    calibrations: Mapping[int, Calibration]
+    part: PartBytes
+
+
+@dataclass
+class Estimate:
+    """The steps and their costs."""
+
+    inputs: Inputs
+    shapes: Shapes = field(init=False)
+    itemsize: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.inputs.resolved.run
+        self.shapes = self.inputs.resolved.maps
+        self.dtype = torch.promote_types(getattr(torch, self.run.cluster.dtype), torch.float32)
+        self.itemsize = self.dtype.itemsize
+
+    @cached_property
+    def fitted(self) -> list[int]:
+        """The stages whose factors this run fits itself."""
+        return [i for i in stages.stages_with_factors(self.run) if self.run.stages[i].factors is None]
+
+    def steps(self) -> list[Step]:
+        steps = [step for index in self.fitted for step in self._fit(index)]
+        steps += self._queries()
+        steps += [self._scores(entries) for entries in stages.passes(self.run)]
+        return steps + [self._top(entry) for entry in self.run.score]
+
+    def groups(self, index: int) -> list[tuple[str, ...]]:
+        """A stage's maps in the groups that are fitted together."""
+        budget: int | None = self.run.cluster.factor_memory
+        calibration = self.inputs.calibrations.get(index)
+        if budget is None and calibration is not None:
+            budget = max(1, int(FREE_SHARE * (calibration.free + self._not_held(index))))
+        return module_groups(self.shapes, budget, self.itemsize)
+
+    def scorer(self, entries: Sequence[Score]) -> Scorer:
+        """A scorer with the shapes of the entries' directions and no numbers."""
+        each = self.directions()
+        return Scorer({name: join([each.directions[name]] * len(entries)) for name in self.shapes})
+
+    def directions(self) -> Scorer:
+        queries = self.run.queries
+        made = counts.make_directions(
+            self.shapes, len(self.inputs.resolved.queries), queries.rank, self.dtype, torch.device("meta")
+        )
+        return Scorer(made)
+
+    def stored(self) -> list[Stored]:
+        """What the run writes; partial sums are what it writes at most at any time."""
+        cluster, resolved = self.run.cluster, self.inputs.resolved
+        factors = counts.stored_factor_bytes(self.shapes, self.itemsize)
+        stored = [Stored(f"factors of {self.run.stages[index].name}", factors) for index in self.fitted]
+        sums = [self._largest(index, self._sums_bytes) for index in self.fitted]
+        if sums:
+            ranks = cluster.replicas.max * cluster.ranks_per_replica
+            stored.append(Stored("partial sums, at most", 2 * ranks * max(sums)))
+        gradients = counts.gradient_bytes(self.shapes, self.inputs.tallies["queries"].positions, self.itemsize)
+        stored.append(Stored("query gradients", gradients))
+        directions = counts.directions_bytes(self.directions().directions)
+        stored += [Stored(f"query directions for {entry.label}", directions) for entry in self.run.score]
+        for entries in stages.passes(self.run):
+            seen = self._scored(entries)
+            pairs = len(resolved.queries) * (seen.documents - seen.skipped)
+            rows = resolved.rows[f"score.{self.run.score.index(entries[0])}"]
+            parts = sum(-(-each // cluster.documents_per_block) for each in rows)
+            scores = parts * self.inputs.part.footer + pairs * self.inputs.part.pair
+            stored += [Stored(f"scores of {entry.label} (Parquet)", scores) for entry in entries]
+        return stored
+
+    def rank_memory(self, index: int) -> float:
+        """A rank's bytes with stage `index`'s model loaded: its process, and its shard with what it gathers."""
+        size, cluster = self.inputs.sizes[index], self.run.cluster
+        calibration = self.inputs.calibrations.get(index)
+        model = size.parameters * getattr(torch, cluster.dtype).itemsize
+        loaded = model if calibration is None else calibration.loaded
+        return loaded - self._not_held(index)
+
+    def _not_held(self, index: int) -> float:
+        """Bytes of a model that a rank does not hold because others do."""
+        size, cluster = self.inputs.sizes[index], self.run.cluster
+        if cluster.ranks_per_replica == 1:
+            return 0.0
+        on_host = cluster.offload and bool(cluster.gpus_per_rank)  # the shard, too, is not on the GPU
+        shard = 0.0 if on_host else size.parameters / cluster.ranks_per_replica
+        return max(0.0, getattr(torch, cluster.dtype).itemsize * (size.parameters - shard - size.gathered))
+
+    def _peak(self, index: int, job: str, held: float) -> float:
+        """A rank's bytes at most in a job of stage `index` that holds so much beside the model."""
+        calibration = self.inputs.calibrations.get(index)
+        if calibration is None:
+            return self.rank_memory(index) + held
+        working = calibration.jobs[job].working
+        # A sharded model is read weight by weight, a whole one at once.
+        loading = calibration.loading if self.run.cluster.ranks_per_replica == 1 else 0
+        return max(loading, self.rank_memory(index) + working + held)
+
+    def _hours(self, index: int, job: str, flops: float) -> float | None:
+        calibration = self.inputs.calibrations.get(index)
+        return None if calibration is None else flops / calibration.jobs[job].rate / SECONDS
+
+    def _largest(self, index: int, size: Callable[[Shapes], int]) -> int:
+        """The bytes of a stage's largest group."""
+        return max(size({name: self.shapes[name] for name in group}) for group in self.groups(index))
+
+    def _sums_bytes(self, shapes: Shapes) -> int:
+        covariance = counts.covariance_bytes(shapes, self.itemsize)
+        return max(covariance, counts.corrected_bytes(shapes, self.itemsize))
+
+    def _fit(self, index: int) -> list[Step]:
+        name, tally = self.run.stages[index].name, self.inputs.tallies[f"stages.{index}"]
+        passes = len(self.groups(index))
+        once = passes * counts.pass_flops(self.inputs.sizes[index], tally)
+        covariance = once + counts.covariance_flops(self.shapes, tally)
+        correction = once + counts.correction_flops(self.shapes, tally)
+        sums = self._largest(index, lambda shapes: counts.covariance_bytes(shapes, self.itemsize))
+        factors = self._largest(index, lambda shapes: sum(factor_bytes(s, self.itemsize) for s in shapes.values()))
+        return [
+            Step(
+                f"{name}: covariance",
+                tally.documents,
+                tally.tokens,
+                passes,
+                covariance,
+                self._hours(index, "covariance", covariance),
+                self._peak(index, "covariance", sums),
+            ),
+            self._task(
+                f"{name}: eigendecomposition",
+                counts.eigen_flops(self.shapes),
+                self._seconds(eigen=counts.eigen_flops(self.shapes)),
+                EIGEN_COPIES * 8 * max(max(shape) for shape in self.shapes.values()) ** 2,
+            ),
+            Step(
+                f"{name}: correction",
+                tally.documents,
+                tally.tokens,
+                passes,
+                correction,
+                self._hours(index, "correction", correction),
+                self._peak(index, "correction", factors),
+            ),
+        ]
+
+    def _queries(self) -> list[Step]:
+        tally, last = self.inputs.tallies["queries"], len(self.run.stages) - 1
+        flops = counts.pass_flops(self.inputs.sizes[last], tally)
+        held = counts.gradient_bytes(self.shapes, tally.positions, self.itemsize)
+        steps = [
+            Step(
+                "queries: gradients",
+                tally.documents,
+                tally.tokens,
+                1,
+                flops,
+                self._hours(last, "queries", flops),
+                self._peak(last, "queries", held),
+            )
+        ]
+        queries = len(self.inputs.resolved.queries)
+        passed = [self._stages_passed(entry) for entry in self.run.score]
+        product = counts.carry_flops(self.shapes, queries, sum(passed))
+        chosen = self.run.queries
+        svd = len(self.run.score) * counts.truncation_flops(self.shapes, queries, chosen.rank, chosen.energy)
+        memory = counts.carry_task_bytes(self.shapes, queries, max(passed), self.itemsize, svd > 0)
+        seconds = self._seconds(product=product, svd=svd)
+        return [*steps, self._task("queries: carried back", product + svd, seconds, memory)]
+
+    def _stages_passed(self, entry: Score) -> int:
+        """How many stages' factors a query meets on its way back."""
+        variant, scored = self.run.answering(entry), self.run.stage_index(entry.stage)
+        return sum(not stages.is_identity(variant, index) for index in stages.carried_through(variant, scored))
+
+    def _task(self, name: str, flops: float, seconds: float | None, held: float) -> Step:
+        """A step of one task per map."""
+        empty = max((c.empty for c in self.inputs.calibrations.values()), default=0)
+        return Step(name, 0, 0, 0, flops, None if seconds is None else seconds / SECONDS, empty + held, "core")
+
+    def _seconds(self, eigen: float = 0.0, product: float = 0.0, svd: float = 0.0) -> float | None:
+        """Core seconds of so many FLOPs of each kind, at the first calibration's rates."""
+        measured = next(iter(self.inputs.calibrations.values()), None)
+        if measured is None:
+            return None
+        return eigen / measured.eigen_rate + product / measured.product_rate + svd / measured.svd_rate
+
+    def _scored(self, entries: Sequence[Score]) -> Tally:
+        return self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"]
+
+    def _scores(self, entries: Sequence[Score]) -> Step:
+        tally, index = self._scored(entries), self.run.stage_index(entries[0].stage)
+        scorer, job = self.scorer(entries), scoring_job(self.run.score.index(entries[0]))
+        flops = counts.pass_flops(self.inputs.sizes[index], tally) + counts.scoring_flops(scorer, tally)
+        return Step(
+            f"{', '.join(entry.label for entry in entries)}: scores",
+            tally.documents,
+            tally.tokens,
+            1,
+            flops,
+            self._hours(index, job, flops),
+            self._peak(index, job, counts.scorer_bytes(scorer, tally)),
+        )
+
+    def _top(self, entry: Score) -> Step:
+        """Per-token scores of the highest and lowest documents of every query, all of them different at most."""
+        entries = next(entries for entries in stages.passes(self.run) if entry in entries)
+        tally, index = self._scored(entries), self.run.stage_index(entry.stage)
+        job = scoring_job(self.run.score.index(entries[0]))
+        scored = max(1.0, tally.documents - tally.skipped)
+        pairs = len(self.inputs.resolved.queries) * min(scored, 2 * self.run.top)
+        shown = min(scored, pairs) / scored
+        scorer = self.scorer([entry])
+        flops = counts.pass_flops(self.inputs.sizes[index], tally) * shown
+        flops += counts.token_score_flops(scorer, tally.positions * pairs / scored)
+        return Step(
+            f"{entry.label}: top documents",
+            scored * shown,
+            tally.tokens * shown,
+            1,
+            flops,
+            self._hours(index, job, flops),
+            self._peak(index, job, counts.directions_bytes(scorer.directions)),
+        )
+
+
+def scoring_job(position: int) -> str:
+    """The name of the trial of the pass whose first entry is at `position` of `score`."""
+    return f"scoring.{position}"

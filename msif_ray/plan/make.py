@@ -1,0 +1,296 @@
+"""`msif plan`: checks the run, counts its documents, calibrates where it may, and puts the figures together."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from msif_ray import stages
+from msif_ray.checkpoint import load_tokenizer
+from msif_ray.config import Run
+from msif_ray.corpus.reader import Document, read_documents
+from msif_ray.influence.groups import factor_bytes
+from msif_ray.paths import is_remote
+from msif_ray.plan.bench import Trial
+from msif_ray.plan.counts import ModelSize
+from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, scoring_job
+from msif_ray.plan.measure import Calibration, Request, calibrate
+from msif_ray.plan.memory import resident_peak
+from msif_ray.plan.tokens import Tally, corpus_tally, tally
+from msif_ray.preflight import Resolved, check, tokenizer_name
+from msif_ray.record import MEANING
+from msif_ray.results.parts import write_part
+from msif_ray.setup import model_setup
+
+# Queries whose passes are timed: a block of the run's.
+QUERIES_TRIED = 8
+# Rows of the Parquet file that tells the bytes of a row.
+ROWS_WRITTEN = 2**20
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus as counted, or as estimated from `sampled` documents (None: counted)."""
+
+    name: str
+    documents: float
+    tokens: float
+    skipped: float
+    sampled: int | None
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A stage's maps: how many, in how many passes of each fit step, and the largest group's bytes of factors."""
+
+    stage: str
+    maps: int
+    passes: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run costs from its beginning; finished steps are not taken off. `device` is what was measured (None:
+    nothing was). Memory is in bytes, `free` what a rank has left once its model is loaded."""
+
+    run_dir: str
+    device: str | None
+    replicas: int
+    ranks_per_replica: int
+    pairs: float
+    corpora: list[Corpus]
+    steps: list[Step]
+    groups: list[Groups]
+    stored: list[Stored]
+    free: dict[str, int]
+    driver_memory: int
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(run: Run, measured: bool = True) -> Plan:
+    """The plan of a run; `measured`: after a calibration of each stage's model in a process of its own.
+
+    Leaves nothing behind. Raises UserError as the run itself would for what is wrong with it.
+    """
+    import ray.data  # noqa: F401  # the driver's memory is this process's, with what the run imports
+
+    import msif_ray.run  # noqa: F401
+
+    with _no_new_folder(run.run_dir):
+        resolved = _with_device(check(run))
+    # The run's driver has done as much by now, and later holds no tensor larger than this check's.
+    driver_memory = resident_peak()
+    tallies = _tallies(resolved)
+    sizes = {index: ModelSize.of(checkpoint.model_path) for index, checkpoint in enumerate(resolved.stages)}
+    inputs = Inputs(resolved, tallies, sizes, {}, _part_bytes(resolved))
+    notes: list[str] = []
+    if measured:
+        inputs = Inputs(resolved, tallies, sizes, _calibrations(Estimate(inputs), notes), inputs.part)
+    return _put_together(Estimate(inputs), driver_memory, notes)
+
+
+@contextmanager
+def _no_new_folder(run_dir: str) -> Iterator[None]:
+    """Takes away the local folders that the check of `run_dir` makes to see whether it can."""
+    path = Path(run_dir).expanduser().absolute()
+    new = [] if is_remote(run_dir) else [each for each in (path, *path.parents) if not each.exists()]
+    try:
+        yield
+    finally:
+        for each in new:
+            try:
+                each.rmdir()
+            except OSError:
+                break
+
+
+def _with_device(resolved: Resolved) -> Resolved:
+    """GPUs as the run would decide them, were this machine the cluster."""
+    cluster = resolved.run.cluster
+    if cluster.gpus_per_rank is None:
+        cluster = cluster.model_copy(update={"gpus_per_rank": 1.0 if torch.cuda.is_available() else 0.0})
+    return Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
+
+
+def _tallies(resolved: Resolved) -> dict[str, Tally]:
+    run = resolved.run
+    tallies = {}
+    for key in _needed(resolved):
+        kind, _, number = key.partition(".")
+        entry = run.score[int(number)] if kind == "score" else None
+        index = int(number) if entry is None else run.stage_index(entry.stage)
+        stage, count = run.stages[index], resolved.documents[key]
+        documents = stage.documents if entry is None else run.scored_documents(entry)
+        max_tokens = stage.fit.max_tokens if entry is None else entry.max_tokens
+        if documents is None:
+            continue
+        if entry is None:
+            count = min(count, stage.fit.documents or count)
+        tokenizer = load_tokenizer(tokenizer_name(stage, resolved.stages[index]), f"stages.{index}.tokenizer")
+        tallies[key] = corpus_tally(resolved.corpora[key], documents, count, f"{key}.documents", tokenizer, max_tokens)
+    last = load_tokenizer(tokenizer_name(run.stages[-1], resolved.stages[-1]), "tokenizer")
+    tallies["queries"] = tally(resolved.queries, last, run.queries.documents.ends_with_eos, None)
+    return tallies
+
+
+def _needed(resolved: Resolved) -> list[str]:
+    """The corpora to be read: of stages to be fitted, and of each scoring pass."""
+    first = {f"score.{resolved.run.score.index(entries[0])}" for entries in stages.passes(resolved.run)}
+    return [key for key in resolved.corpora if key in first or key.startswith("stages.")]
+
+
+def _part_bytes(resolved: Resolved) -> PartBytes:
+    """Measured on the first scored corpus's first block, and its first pair alone, with random scores: float32 does
+    not compress."""
+    run = resolved.run
+    documents = [document.id for document in _first_block(resolved, "score.0")]
+    queries = [query.id for query in resolved.queries][: max(1, ROWS_WRITTEN // len(documents))]
+    random = np.random.default_rng(0)
+    scores, norms = random.standard_normal((len(documents), len(queries))), random.random(len(documents))
+    tokens = random.integers(2, run.score[0].max_tokens or 512, len(documents)).tolist()
+    sizes = []
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / "part.parquet"
+        for d, q in ((1, 1), (len(documents), len(queries))):
+            write_part(part, queries[:q], documents[:d], scores[:d, :q], norms[:d], tokens[:d], [], MEANING)
+            sizes.append(part.stat().st_size)
+    pair = (sizes[1] - sizes[0]) / max(1, len(documents) * len(queries) - 1)
+    return PartBytes(sizes[0] - pair, pair)
+
+
+def _first_block(resolved: Resolved, key: str) -> list[Document]:
+    run = resolved.run
+    kind, _, number = key.partition(".")
+    stage_documents = run.stages[int(number)].documents if kind == "stages" else None
+    documents = stage_documents or run.scored_documents(run.score[int(number)])
+    rows = (row for file in resolved.corpora[key] for row in read_documents(file, documents, f"{key}.documents"))
+    return list(islice(rows, run.cluster.documents_per_block))
+
+
+def _calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]:
+    """Each needed stage's calibration, with a note for one that this machine has no room for."""
+    run, resolved = estimate.run, estimate.inputs.resolved
+    if run.cluster.gpus_per_rank and not torch.cuda.is_available():
+        notes.append("The run wants GPUs and this machine has none: nothing is measured, so there are no hours.")
+        return {}
+    calibrations = {}
+    for index in range(len(run.stages)):
+        trials = _trials(estimate, index)
+        if not trials:
+            continue
+        memory, sharded = run.cluster.factor_memory, run.cluster.ranks_per_replica > 1
+        try:
+            calibrations[index] = calibrate(Request(tuple(trials), resolved.maps, memory, sharded))
+        except MemoryError as error:
+            notes.append(
+                f"{run.stages[index].name}: its model has no room here, so nothing of it is measured "
+                f"({' '.join(str(error).split())[:120]})."
+            )
+    return calibrations
+
+
+def _trials(estimate: Estimate, index: int) -> list[Trial]:
+    """What is tried with a stage's model: the jobs that the run has for it."""
+    run, resolved, trials = estimate.run, estimate.inputs.resolved, []
+    stage = run.stages[index]
+    if index in estimate.fitted and stage.documents is not None:
+        setup = model_setup(resolved, index, stage.documents, stage.fit.max_tokens)
+        documents = tuple(_first_block(resolved, f"stages.{index}"))[: stage.fit.documents]
+        sampled = stage.fit.labels == "sampled"
+        trials += [
+            Trial("covariance", "covariance", setup, documents, sampled),
+            Trial("correction", "correction", setup, documents, sampled),
+        ]
+    if index == len(run.stages) - 1:
+        setup = model_setup(resolved, index, run.queries.documents, None)
+        trials.append(Trial("queries", "queries", setup, tuple(resolved.queries[:QUERIES_TRIED])))
+    for entries in stages.passes(run):
+        entry = entries[0]
+        if run.stage_index(entry.stage) == index:
+            position = run.score.index(entry)
+            setup = model_setup(resolved, index, run.scored_documents(entry), entry.max_tokens)
+            documents = tuple(_first_block(resolved, f"score.{position}"))
+            queries = len(entries) * len(resolved.queries)
+            name = scoring_job(position)
+            trials.append(Trial(name, "scoring", setup, documents, queries=queries, rank=run.queries.rank))
+    return trials
+
+
+def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> Plan:
+    run, inputs = estimate.run, estimate.inputs
+    calibrations = inputs.calibrations
+    groups = []
+    for index in estimate.fitted:
+        found = estimate.groups(index)
+        sizes = [sum(factor_bytes(estimate.shapes[name], estimate.itemsize) for name in group) for group in found]
+        groups.append(Groups(run.stages[index].name, len(estimate.shapes), len(found), max(sizes)))
+    return Plan(
+        run_dir=run.run_dir,
+        device=next((calibration.device for calibration in calibrations.values()), None),
+        replicas=run.cluster.replicas.max,
+        ranks_per_replica=run.cluster.ranks_per_replica,
+        pairs=_pairs(estimate),
+        corpora=_corpora(run, inputs.tallies),
+        steps=estimate.steps(),
+        groups=groups,
+        stored=estimate.stored(),
+        free={run.stages[index].name: calibration.free for index, calibration in calibrations.items()},
+        driver_memory=driver_memory,
+        notes=notes + _notes(estimate),
+    )
+
+
+def _pairs(estimate: Estimate) -> float:
+    passes = stages.passes(estimate.run)
+    scored = [estimate.inputs.tallies[f"score.{estimate.run.score.index(entries[0])}"] for entries in passes]
+    each = zip(passes, scored, strict=True)
+    return len(estimate.inputs.resolved.queries) * sum(len(e) * (t.documents - t.skipped) for e, t in each)
+
+
+def _corpora(run: Run, tallies: Mapping[str, Tally]) -> list[Corpus]:
+    corpora = []
+    for key, seen in tallies.items():
+        kind, _, number = key.partition(".")
+        name = "queries"
+        if kind == "stages":
+            name = f"{run.stages[int(number)].name}, fitted"
+        elif kind == "score":
+            name = f"{run.score[int(number)].label}, scored"
+        corpora.append(Corpus(name, seen.documents, seen.tokens, seen.skipped, seen.sampled))
+    return corpora
+
+
+def _notes(estimate: Estimate) -> list[str]:
+    run, calibrations, notes = estimate.run, estimate.inputs.calibrations, []
+    if not calibrations:
+        notes.append("Memory is the model and what a step holds, without the process itself and activations.")
+        if run.cluster.factor_memory is None and estimate.fitted:
+            notes.append(
+                "One group of maps is assumed: how many there are depends on the memory that is free once the "
+                "model is loaded, or on cluster.factor_memory."
+            )
+    if run.queries.energy is not None:
+        notes.append(
+            "Queries are counted as dense: the rank that queries.energy asks for is known once they are carried."
+        )
+    for entries in stages.passes(run):
+        calibration = calibrations.get(run.stage_index(entries[0].stage))
+        wanted, name = len(entries) * len(estimate.inputs.resolved.queries), scoring_job(run.score.index(entries[0]))
+        if calibration is not None and calibration.jobs[name].queries < wanted:
+            notes.append(
+                f"{entries[0].stage}: {wanted} query directions do not fit in memory; {calibration.jobs[name].queries} "
+                "were timed. Give queries.rank, or fewer queries or score entries."
+            )
+    if run.cluster.ranks_per_replica > 1 and calibrations:
+        notes.append("The models were measured whole; the run shards them, and the time of its gathers is not counted.")
+    return notes

@@ -1,0 +1,104 @@
+"""How many tokens a corpus has: counted where it is small, else estimated from a sample spread over it."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from transformers import PreTrainedTokenizerBase
+
+from msif_ray.config import Documents
+from msif_ray.corpus.reader import CorpusFile, Document, read_documents
+from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.paths import path_of, size_of
+
+# Documents that are counted one by one; of a larger corpus as many are sampled.
+COUNTED = 2000
+# A corpus up to this size is read from end to end for its sample; of a larger one the beginnings of some files.
+READ_BYTES = 2**30
+FILES, ROWS = 32, 5000
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Documents as the models see them: `lengths` counts windows by their positions, `targets` the positions that
+    predict one. `sampled` documents stand for the rest; None: all were counted.
+
+    Windows share a token, so positions are more than tokens; skipped documents have neither.
+    """
+
+    documents: float
+    skipped: float
+    tokens: float
+    targets: float
+    lengths: Mapping[int, float]
+    sampled: int | None = None
+
+    @property
+    def positions(self) -> float:
+        return sum(n * windows for n, windows in self.lengths.items())
+
+    @property
+    def squared_lengths(self) -> float:
+        return sum(n * n * windows for n, windows in self.lengths.items())
+
+    def scaled(self, documents: int) -> "Tally":
+        """The same for a corpus of so many documents of which these are a sample."""
+        by = documents / self.documents
+        lengths = {n: windows * by for n, windows in self.lengths.items()}
+        return Tally(documents, self.skipped * by, self.tokens * by, self.targets * by, lengths, int(self.documents))
+
+
+def tally(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, append_eos: bool, max_tokens: int | None
+) -> Tally:
+    """Counts documents, cut into windows of `max_tokens` (None: one each)."""
+    count = skipped = tokens = targets = 0
+    lengths: Counter[int] = Counter()
+    for document in documents:
+        count += 1
+        encoded = encode(tokenizer, document, append_eos)
+        if isinstance(encoded, Skipped):
+            skipped += 1
+            continue
+        tokens += len(encoded.ids)
+        for window in encoded.windows(max_tokens or len(encoded.ids)):
+            lengths[len(window.ids)] += 1
+            targets += sum(window.targets)
+    return Tally(count, skipped, tokens, targets, dict(lengths))
+
+
+def corpus_tally(
+    files: Sequence[CorpusFile],
+    documents: Documents,
+    count: int,
+    key: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
+) -> Tally:
+    """Counts the first `count` documents of a corpus, or estimates them from a sample."""
+    sample = spread_documents(files, documents, count, key)
+    counted = tally(sample, tokenizer, documents.ends_with_eos, max_tokens)
+    return counted if counted.documents == count else counted.scaled(count)
+
+
+def spread_documents(files: Sequence[CorpusFile], documents: Documents, count: int, key: str) -> Iterator[Document]:
+    """All of a corpus's first `count` documents, or COUNTED of them (half as many at least) at even distances.
+
+    Of many documents in more than READ_BYTES, from the first rows of files at even distances, so that a large
+    corpus is not read twice.
+    """
+    if count <= FILES * ROWS or sum(size_of(path_of(file.path)) for file in files) <= READ_BYTES:
+        rows = (document for file in files for document in read_documents(file, documents, key))
+        yield from islice(rows, 0, count, max(1, -(-count // COUNTED)))
+        return
+    chosen = [files[i] for i in _even(len(files), FILES)]
+    each = -(-COUNTED // len(chosen))
+    for file in chosen:
+        first = list(islice(read_documents(file, documents, key), ROWS))
+        yield from (first[i] for i in _even(len(first), each))
+
+
+def _even(size: int, count: int) -> list[int]:
+    """At most `count` positions at even distances in a list of `size`."""
+    return [size * i // count for i in range(count)] if size > count else list(range(size))

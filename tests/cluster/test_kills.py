@@ -1,0 +1,70 @@
+"""kill -9 of ranks, replicas, nodes and the driver, at random moments in every step."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from cluster import chaos, runs
+
+DOCUMENTS = 30
+KILLS = 5
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[chaos.Machines]:
+    with chaos.machines(nodes=2, cpus=1) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kills")
+
+
+def description(folder: Path, run_dir: str, ranks: int) -> dict[str, Any]:
+    """A run of some ten blocks a step, and two groups of maps."""
+    cluster = {"replicas": {"min": 1, "max": 3 - ranks}, "ranks_per_replica": ranks, "documents_per_block": 4}
+    found = runs.two_stages(folder, run_dir, dtype="float64", **cluster, factor_memory=60_000)
+    documents = models.random_documents(1, DOCUMENTS, (3, 30), prefix="base")
+    found["stages"][0]["documents"]["path"] = runs.write_lines(folder / "more.jsonl", [*documents, *runs.BASE[-2:]])
+    found["score"] = [{"stage": "pretrain"}]
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, machines: chaos.Machines) -> chaos.Job:
+    (folder / "undisturbed").mkdir()
+    job = chaos.Job(description(folder, "undisturbed/run", 1), folder / "undisturbed", machines.cluster.address)
+    job.start()
+    job.finish()
+    return job
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(metafunc.config.getoption("--kill-seeds")))
+
+
+@pytest.mark.timeout(600)
+def test_nothing_is_lost_or_doubled(seed: int, folder: Path, machines: chaos.Machines, undisturbed: chaos.Job) -> None:
+    ranks = 1 + seed % 2  # two replicas of one rank, or one of two that hold one model
+    here = folder / f"seed-{seed}"
+    here.mkdir()
+    job = chaos.Job(description(folder, f"seed-{seed}/run", ranks), here, machines.cluster.address)
+    killer = chaos.Killer(job, machines, chaos.random_plan(seed, undisturbed.events(), KILLS))
+    job.start()
+    job.finish(killer, seconds=580)
+
+    found, wanted = (runs.read_scores(j.description["run_dir"], "pretrain") for j in (job, undisturbed))
+    assert runs.largest_error(found, wanted) < 1e-5
+    times = chaos.computed(job.events())
+    assert times.keys() == chaos.computed(undisturbed.events()).keys()
+    assert max(times.values()) <= 2, [unit for unit, count in times.items() if count > 2]
+    kills = [kill for kill in killer.plan if kill.done]
+    again = sum(times.values()) - len(times)
+    for kill in kills:
+        print(f"seed {seed}: killed a {kill.kind} of {ranks} rank(s) in {kill.step}")
+    print(f"seed {seed}: {len(kills)} kills of {KILLS} planned, {again} of {len(times)} units of work done twice")
+    assert kills

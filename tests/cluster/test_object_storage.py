@@ -1,0 +1,43 @@
+"""A whole run whose models, corpora, queries and run_dir are on object storage."""
+
+import json
+from pathlib import Path
+
+import object_storage
+import pytest
+import ray
+from cluster import runs
+
+from msif_ray.config import parse_run
+from msif_ray.run import run
+
+
+@pytest.mark.timeout(600)
+def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(bucket: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    local = runs.two_stages(tmp_path / "in", "run")
+    url = object_storage.put_folder(tmp_path / "in", bucket, "in")
+    remote = json.loads(json.dumps(local).replace(str(tmp_path / "in"), url))
+    assert remote["run_dir"] == f"{url}/run" and remote["stages"][0]["model"] == f"{url}/stage0"
+    # A cluster of its own, whose workers have this process's environment
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+        run(parse_run(remote))
+        run(parse_run(local))
+    finally:
+        ray.shutdown()
+    written = object_storage.objects(bucket, "in/run/")
+    for key, content in written.items():
+        path = tmp_path / "fetched" / key.removeprefix("in/run/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        assert object_storage.SECRET.encode() not in content, key
+    for stage in ("pretrain", "tune"):
+        found = runs.read_scores(str(tmp_path / "fetched"), stage)
+        assert found == runs.read_scores(local["run_dir"], stage)
+    record = json.loads(written["in/run/run.json"])
+    assert record["identity"]["run"]["stages"][0]["model"] == f"{url}/stage0"
+    assert {"in/run/top.parquet", "in/run/skipped.parquet"} <= written.keys()
+    for log in logs.rglob("*"):
+        assert not log.is_file() or object_storage.SECRET.encode() not in log.read_bytes(), log

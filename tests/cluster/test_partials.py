@@ -1,0 +1,92 @@
+"""Partial sums on storage, without Ray."""
+
+import pytest
+import torch
+
+from msif_ray.cluster import partials
+from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.rank import Outcome
+from msif_ray.corpus.windows import Skipped
+from msif_ray.errors import UserError
+from msif_ray.layout import part_file
+from msif_ray.store import save_tensors
+
+
+def outcome(*documents):
+    return Outcome({document: 10 for document in documents}, (Skipped(f"not-{documents[0]}", "why"),), len(documents))
+
+
+def write(step, blocks, value, ranks=1, replaces=None):
+    """A partial over blocks of one document each; every rank adds `value` to map `m`."""
+    folder = partials.new_folder(step, blocks[0])
+    for rank in range(ranks):
+        save_tensors(part_file(folder, "m", rank), {"E": torch.full((2, 3), float(value))})
+    partials.publish(folder, [["m"]] * ranks, [(block, outcome(block)) for block in blocks], replaces)
+    return folder
+
+
+def cover(step, *blocks):
+    return Coverage(tuple(partials.read_disjoint(step)), frozenset(blocks))
+
+
+def test_sums_over_partials_and_ranks(tmp_path):
+    write(tmp_path, ["a", "b"], 1.0, ranks=2)
+    write(tmp_path, ["c"], 5.0)
+    covered = cover(tmp_path, "a", "b", "c")
+    assert torch.equal(covered.total("m")["E"], torch.full((2, 3), 7.0))
+    assert (covered.documents, covered.tokens, covered.windows) == (3, 30, 3)
+    assert sorted(covered.skipped) == [("not-a", "why"), ("not-b", "why"), ("not-c", "why")]
+    assert covered.total("another map") == {}
+
+
+def test_a_later_partial_takes_an_earlier_ones_place(tmp_path):
+    first = write(tmp_path, ["a"], 1.0)
+    write(tmp_path, ["a", "b"], 3.0, replaces=first)
+    assert not first.exists()
+    assert torch.equal(cover(tmp_path, "a", "b").total("m")["E"], torch.full((2, 3), 3.0))
+
+
+def test_the_larger_of_two_that_overlap_counts(tmp_path):
+    # As a kill leaves them between the new partial's manifest and the end of the old one.
+    write(tmp_path, ["a"], 1.0)
+    write(tmp_path, ["a", "b"], 3.0)
+    assert torch.equal(cover(tmp_path, "a", "b").total("m")["E"], torch.full((2, 3), 3.0))
+
+
+def test_what_was_not_published_does_not_count(tmp_path):
+    folder = partials.new_folder(tmp_path, "a")
+    save_tensors(part_file(folder, "m", 0), {"E": torch.ones(2, 3)})
+    assert partials.read_disjoint(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "blocks", "message"),
+    [
+        ([["a"]], ["a", "b"], "block b is in 0 partial sums and belongs in 1"),
+        ([["a"], ["b"]], ["a"], "block b is in 1 partial sums and belongs in 0"),
+        ([["a", "b"], ["b", "c"]], ["a", "b", "c"], "block b is in 2 partial sums and belongs in 1"),
+    ],
+)
+def test_overlapping_missing_and_foreign_blocks_are_refused(tmp_path, written, blocks, message):
+    everything = [p for group in written for p in partials.read_disjoint(write(tmp_path / group[0], group, 1.0).parent)]
+    with pytest.raises(UserError, match=message):
+        Coverage(tuple(everything), frozenset(blocks))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"blocks": ["a"]}', '{"parts": 3, "blocks": []}'])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    manifest = write(tmp_path, ["a"], 1.0) / partials.MANIFEST
+    manifest.write_text(content)
+    with pytest.raises(UserError, match=rf"{manifest}: not the whole manifest .* delete"):
+        partials.read_disjoint(tmp_path)
+
+
+def test_a_damaged_or_missing_part_is_named(tmp_path):
+    folder = write(tmp_path, ["a"], 1.0)
+    part = part_file(folder, "m", 0)
+    part.write_bytes(part.read_bytes()[:-5])
+    with pytest.raises(UserError, match=rf"{part} is .*delete the folder {folder}"):
+        cover(tmp_path, "a").total("m")
+    part.unlink()
+    with pytest.raises(UserError, match=rf"{part} is .*delete the folder {folder}"):
+        cover(tmp_path, "a").total("m")

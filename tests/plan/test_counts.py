@@ -1,0 +1,132 @@
+"""FLOPs and bytes by formula against PyTorch's own count of the operations that the code performs."""
+
+from collections.abc import Iterator
+
+import models
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from msif_ray.influence.capture import Batch, Capture, Captured, WindowKey
+from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
+from msif_ray.influence.modules import find_linear_maps
+from msif_ray.influence.scoring import Scorer
+from msif_ray.plan import counts
+from msif_ray.plan.tokens import Tally
+
+ROWS, TOKENS = 3, 24
+# Every position but the last of a window predicts a target.
+TALLY = Tally(ROWS, 0, ROWS * TOKENS, ROWS * (TOKENS - 1), {TOKENS: ROWS})
+
+
+def addmm_flops(self: list[int], left: list[int], right: list[int], **_: object) -> int:
+    """PyTorch's counter does not know the in-place form."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+
+
+def batch() -> Batch:
+    ids = torch.arange(ROWS * TOKENS).reshape(ROWS, TOKENS) % len(models.VOCABULARY)
+    targets = torch.ones(ROWS, TOKENS, dtype=torch.bool)
+    targets[:, 0] = False
+    return Batch(ids, torch.ones_like(targets), targets, tuple(WindowKey(str(row), 0) for row in range(ROWS)))
+
+
+@pytest.fixture(scope="module", params=["gpt_neox", "gpt2", "llama"])
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    built = models.build_model(request.param, seed=1, hidden=32, intermediate=80)
+    built.set_attn_implementation("eager")  # the counter knows no fused attention on the CPU
+    return built
+
+
+@pytest.fixture(scope="module")
+def captured(model: torch.nn.Module) -> Iterator[Captured]:
+    with Capture(model, find_linear_maps(model)) as capture:
+        yield capture.run(batch())
+
+
+def shapes_of(captured: Captured) -> dict[str, tuple[int, int]]:
+    return {name: found.shape for name, found in captured.maps.items()}
+
+
+def test_a_pass(model: torch.nn.Module) -> None:
+    with Capture(model, find_linear_maps(model)) as capture, counter() as count:
+        capture.run(batch())
+    size = counts.ModelSize.of_model(model, model.config)
+    # Rotary embeddings are a product of each position with each frequency: not in the formula.
+    assert counts.pass_flops(size, TALLY) == pytest.approx(count.get_total_flops(), rel=0.01)
+
+
+def test_covariances(captured: Captured) -> None:
+    sums = CovarianceSums()
+    with counter() as count:
+        sums.add(captured)
+    assert counts.covariance_flops(shapes_of(captured), TALLY) == count.get_total_flops()
+    entries = sum(total.numel() for total in sums.sums.values())
+    assert counts.covariance_bytes(shapes_of(captured), 8) == 8 * entries
+
+
+def test_corrections(captured: Captured) -> None:
+    bases = {
+        name: Basis(torch.eye(columns).double(), torch.eye(out).double())
+        for name, (out, columns) in shapes_of(captured).items()
+    }
+    sums = CorrectionSums(bases)
+    with counter() as count:
+        sums.add(captured)
+    assert counts.correction_flops(shapes_of(captured), TALLY) == count.get_total_flops()
+    assert counts.corrected_bytes(shapes_of(captured), 8) == 8 * sum(total.numel() for total in sums.sums.values())
+
+
+@pytest.mark.parametrize(("rank", "dense_entries"), [(None, 2**28), (2, 2**28), (2, 0)])
+def test_scores(captured: Captured, rank: int | None, dense_entries: int) -> None:
+    directions = counts.make_directions(shapes_of(captured), 7, rank, torch.float64, torch.device("cpu"))
+    scorer = Scorer(directions, dense_entries)
+    planned = counts.scoring_flops(scorer, TALLY)
+    held = counts.scorer_bytes(scorer, TALLY)
+    for each in directions.values():
+        assert each.dense.shape  # expanding is done once, not per batch
+    with counter() as count:
+        scorer.score(captured)
+    # The scorer counts elementwise multiplications too: 1 in T + Q + 1 of them, and 1 in out + columns + 1.
+    assert planned == pytest.approx(count.get_total_flops(), rel=0.05)
+    expanded = [name for name in directions if rank is not None and scorer.materialises(name, TOKENS)]
+    entries = sum(7 * out * columns for name, (out, columns) in shapes_of(captured).items() if name in expanded)
+    assert held == counts.directions_bytes(directions) + 8 * entries
+
+
+def test_token_scores(captured: Captured) -> None:
+    for rank in (None, 2):
+        directions = counts.make_directions(shapes_of(captured), 3, rank, torch.float64, torch.device("cpu"))
+        scorer = Scorer(directions)
+        with counter() as count:
+            scorer.token_scores(captured, 1)
+        assert counts.token_score_flops(scorer, ROWS * TOKENS) == count.get_total_flops()
+
+
+def test_carrying_back() -> None:
+    shapes = {"a": (8, 5), "b": (4, 12)}
+    with counter() as count:
+        for out, columns in shapes.values():
+            basis = Basis(torch.eye(columns), torch.eye(out))
+            for _ in range(2):
+                basis.rotate_back(basis.rotate(torch.randn(3, out, columns)))
+    assert counts.carry_flops(shapes, queries=3, stages=2) == count.get_total_flops()
+
+
+def test_eigendecomposition_and_truncation_grow_with_the_cube() -> None:
+    assert counts.eigen_flops({"a": (10, 20)}) == 9 * (1000 + 8000)
+    assert counts.truncation_flops({"a": (10, 20)}, 2, rank=None, energy=None) == 0
+    assert counts.truncation_flops({"a": (10, 20)}, 2, rank=10, energy=None) == 0  # no smaller than dense
+    assert counts.truncation_flops({"a": (10, 20)}, 2, rank=1, energy=None) == 2 * (6 * 20 * 100 + 20 * 1000)
+
+
+def test_directions_on_meta_have_the_same_bytes_and_take_none() -> None:
+    shapes = {"a": (8, 500), "b": (4, 12)}
+    for rank in (None, 3):
+        real = counts.make_directions(shapes, 5, rank, torch.float32, torch.device("cpu"))
+        meta = counts.make_directions(shapes, 5, rank, torch.float32, torch.device("meta"))
+        assert counts.directions_bytes(real) == counts.directions_bytes(meta)

@@ -1,0 +1,163 @@
+"""The plan of a small run: what it says, what the run then writes, and that it leaves nothing behind."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from cluster import runs
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from msif_ray.cli import app
+from msif_ray.config import parse_run
+from msif_ray.errors import UserError
+from msif_ray.plan import make
+from msif_ray.plan.make import Plan, make_plan
+from msif_ray.plan.measure import Request
+from msif_ray.run import run
+
+Description = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory: pytest.TempPathFactory) -> Description:
+    return runs.two_stages(tmp_path_factory.mktemp("run"), "run", factor_memory=40_000)
+
+
+@pytest.fixture(scope="module")
+def plan(description: Description) -> Plan:
+    return make_plan(parse_run(description), measured=False)
+
+
+@pytest.fixture(scope="module")
+def finished(description: Description, plan: Plan) -> Iterator[Path]:
+    """The run folder after the run, which the plan was made before."""
+    assert not Path(description["run_dir"]).exists()
+    run(parse_run(description))
+    yield Path(description["run_dir"])
+
+
+def entries_bytes(folder: Path) -> int:
+    """Bytes of all tensors under a folder, without the files' headers."""
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(file.get_tensor(name).nbytes for name in list(file.keys()))
+    return total
+
+
+def stored(plan: Plan, name: str) -> float:
+    return next(each.bytes for each in plan.stored if each.name == name)
+
+
+def test_documents_and_steps(plan: Plan) -> None:
+    usable = [row["text"] for row in runs.BASE if row["text"] and row["id"] != "short"]
+    corpora = {corpus.name: corpus for corpus in plan.corpora}
+    pretrain = corpora["pretrain, scored"]
+    assert (pretrain.documents, pretrain.skipped, pretrain.sampled) == (len(runs.BASE), 2, None)
+    assert pretrain.tokens == sum(len(text.split()) + 1 for text in usable)
+    assert plan.pairs == len(runs.QUERIES) * (len(usable) + len(runs.TUNING))
+    assert [step.name for step in plan.steps] == [
+        "pretrain: covariance",
+        "pretrain: eigendecomposition",
+        "pretrain: correction",
+        "tune: covariance",
+        "tune: eigendecomposition",
+        "tune: correction",
+        "queries: gradients",
+        "queries: carried back",
+        "pretrain: scores",
+        "tune: scores",
+        "pretrain: top documents",
+        "tune: top documents",
+    ]
+    assert all(step.flops > 0 and step.hours is None for step in plan.steps)
+
+
+def test_groups_are_those_of_the_run(plan: Plan, finished: Path) -> None:
+    for groups in plan.groups:
+        kept = json.loads((finished / "factors" / groups.stage / "groups.json").read_text())
+        assert groups.passes == len(kept["groups"]) > 1
+        assert groups.largest <= 40_000
+    covariance = next(step for step in plan.steps if step.name == "pretrain: covariance")
+    assert covariance.passes == plan.groups[0].passes
+
+
+def test_entries_that_share_a_pass_are_planned_as_one(description: Description) -> None:
+    score = [{"stage": "pretrain"}, {"stage": "pretrain", "name": "other", "responses": {"tune": {"kind": "identity"}}}]
+    plan = make_plan(parse_run(description | {"score": score}), measured=False)
+    names = [step.name for step in plan.steps]
+    assert "pretrain, other: scores" in names and "other: scores" not in names
+
+
+def test_bytes_of_factors_and_directions_are_those_on_disk(plan: Plan, finished: Path) -> None:
+    for stage in ("pretrain", "tune"):
+        assert stored(plan, f"factors of {stage}") == entries_bytes(finished / "factors" / stage)
+        on_disk = entries_bytes(finished / "queries" / f"stage={stage}")
+        assert stored(plan, f"query directions for {stage}") == on_disk
+
+
+def test_bytes_of_parquet_are_those_on_disk(plan: Plan, finished: Path) -> None:
+    for stage in ("pretrain", "tune"):
+        parts = list((finished / "scores" / f"stage={stage}").glob("*.parquet"))
+        assert sum(pq.read_metadata(part).num_rows for part in parts) > 0
+        # In blocks of four documents a part's footer is most of it, and takes reasons for skips too.
+        on_disk = sum(part.stat().st_size for part in parts)
+        assert stored(plan, f"scores of {stage} (Parquet)") == pytest.approx(on_disk, rel=0.15)
+
+
+def write(folder: Path, description: Description) -> str:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(description))
+    return str(path)
+
+
+def test_the_command_measures_and_leaves_nothing_behind(description: Description, tmp_path: Path) -> None:
+    one_stage = {
+        "run_dir": str(tmp_path / "deep" / "run"),
+        "stages": description["stages"][:1],
+        "queries": description["queries"] | {"rank": 1},
+        "score": [{"stage": "pretrain"}],
+    }
+    path = write(tmp_path, description | one_stage)
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, ["plan", path, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    plan = json.loads(result.stdout)
+    assert "thread" in plan["device"] and plan["free"]["pretrain"] > 0
+    assert all(step["hours"] > 0 and step["memory"] > 100 * 2**20 for step in plan["steps"])
+    assert plan["notes"] == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_tables_fit_into_100_columns(description: Description, tmp_path: Path) -> None:
+    path = write(tmp_path, description)
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["plan", path, "--no-measure"], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    for text in ("tokens", "TFLOP", "device-hours", "GiB", "factors of tune", "no hours", "pretrain: correction"):
+        assert text in result.stdout
+    assert "…" not in result.stdout
+
+
+def test_a_mistake_in_the_run_is_the_users_error(description: Description, tmp_path: Path) -> None:
+    wrong = description | {"run_dir": str(tmp_path / "run"), "modules": ["nothing*"]}
+    with pytest.raises(UserError, match="modules: 'nothing\\*' matches no linear map"):
+        make_plan(parse_run(wrong))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_has_no_room_here_is_planned_without_hours(
+    description: Description, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(request: Request) -> None:
+        raise MemoryError("the process that loaded the model was killed")
+
+    monkeypatch.setattr(make, "calibrate", killed)
+    plan = make_plan(parse_run(description))
+    assert plan.device is None and all(step.hours is None and step.flops > 0 for step in plan.steps)
+    assert sum("has no room here" in note for note in plan.notes) == 2

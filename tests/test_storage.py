@@ -1,0 +1,247 @@
+"""Files, corpora and models on a real S3 server, and what its faults say."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import boto3
+import models
+import numpy
+import object_storage
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+import torch
+from datasets import Dataset
+from test_preflight import describe, write_lines
+from upath import UPath
+
+from msif_ray import checkpoint, fetch, layout, paths, store
+from msif_ray.checkpoint import check_checkpoint
+from msif_ray.cluster.carry import is_carried
+from msif_ray.cluster.fit import is_fitted
+from msif_ray.config import Documents, Stage, parse_run
+from msif_ray.corpus.reader import corpus_files, read_documents
+from msif_ray.errors import UserError
+from msif_ray.preflight import check
+from msif_ray.results import parts, top
+from msif_ray.tensorfile import TensorFile
+
+ROWS = [{"id": f"r{i}", "text": f"text {i}", "other": i} for i in range(3000)]
+
+
+def test_files_come_back_and_nothing_else_is_there(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = paths.path_of(f"s3://{bucket}/run")
+    assert not paths.exists(folder / "a.json") and paths.matching(folder, "*.json") == []
+    store.write_json(folder / "a.json", {"name": "Köln"})
+    store.write_json(folder / "a.json", {"name": "Ulm"})
+    tensors = {"square": torch.arange(6.0).reshape(2, 3), "half": torch.ones(3).bfloat16(), "none": torch.empty(0, 3)}
+    store.save_tensors(folder / "t.safetensors", tensors, {"about": "test"})
+    assert store.read_json(folder / "a.json") == {"name": "Ulm"}
+    loaded = store.load_tensors(str(folder / "t.safetensors"))
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+    file = TensorFile(folder / "t.safetensors")
+    assert torch.equal(file.tensor("square"), tensors["square"])
+    assert file.metadata == {"about": "test"}
+    assert object_storage.objects(bucket).keys() == {"run/a.json", "run/t.safetensors"}
+    assert paths.matching(folder, "*.json") == [folder / "a.json"]
+    store.delete(folder / "a.json")
+    store.delete(folder / "a.json")
+    assert not paths.exists(folder / "a.json") and not list(tmp_path.glob("msif-ray-*"))
+
+
+def test_what_another_process_writes_is_seen(bucket: str) -> None:
+    folder = paths.path_of(f"s3://{bucket}/run")
+    store.write_atomic(folder / "a.json", b"1")
+    assert len(paths.matching(folder, "*.json")) == 1
+    client = boto3.client("s3")
+    client.put_object(Bucket=bucket, Key="run/b.json", Body=b"2")
+    client.put_object(Bucket=bucket, Key="run/a.json", Body=b"[1, 2, 3]")
+    assert [path.name for path in paths.matching(folder, "*.json")] == ["a.json", "b.json"]
+    assert store.read_json(folder / "a.json") == [1, 2, 3] and paths.size_of(folder / "a.json") == 9
+
+
+def test_an_interrupted_write_puts_nothing(bucket: str) -> None:
+    path = paths.path_of(f"s3://{bucket}/file")
+    store.write_atomic(path, b"old")
+
+    def interrupted() -> None:
+        with store.replacing(path) as temporary:
+            temporary.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert object_storage.objects(bucket) == {"file": b"old"}
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows"])
+def test_a_corpus_reads_as_it_does_locally(bucket: str, tmp_path: Path, name: str) -> None:
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for place in ("in/deep/", "in/"):
+        path = tmp_path / f"{place}{name}"
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=1000)
+        elif path.suffix == ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        else:
+            Dataset.from_list(ROWS).save_to_disk(path)
+    url = object_storage.put_folder(tmp_path / "in", bucket, "in")
+    local, remote = ([f"{root}/{name}", f"{root}/*/{name}"] for root in (str(tmp_path / "in"), url))
+    found = []
+    for patterns in (local, remote):
+        documents = Documents(path=patterns, text="text")
+        files = corpus_files(documents, "key")
+        sizes = [paths.size_of(paths.path_of(file.path)) for file in files]
+        read = [(d.id, d.text) for file in files for d in read_documents(file, documents, "key")]
+        found.append(([file.name for file in files], sizes, read))
+    assert found[0] == found[1] and len(found[0][2]) == 6000
+    with pytest.raises(UserError, match=r"key: s3://.*rows.* has no column 'nothing'"):
+        read_all(f"{url}/{name}", text="nothing")
+
+
+def read_all(path: str, text: str = "text") -> int:
+    documents = Documents(path=path, text=text)
+    return sum(1 for file in corpus_files(documents, "key") for _ in read_documents(file, documents, "key"))
+
+
+def test_parquet_is_read_by_the_columns_asked_for(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pa.table({"text": ["a", "b"] * 500, "big": [os.urandom(2000) for _ in range(1000)]})
+    pq.write_table(rows, tmp_path / "x.parquet")
+    boto3.client("s3").upload_file(str(tmp_path / "x.parquet"), bucket, "x.parquet")
+    fetched = []
+    whole = s3fs.S3File._fetch_range
+
+    def counting(file: Any, start: int, end: int) -> bytes:
+        fetched.append(end - start)
+        return whole(file, start, end)
+
+    monkeypatch.setattr(s3fs.S3File, "_fetch_range", counting)
+    assert read_all(f"s3://{bucket}/x.parquet") == 1000
+    assert 0 < sum(fetched) < 300_000 < (tmp_path / "x.parquet").stat().st_size
+
+
+def test_a_model_is_fetched_once_for_each_state_of_its_files(bucket: str, tmp_path: Path) -> None:
+    saved = models.save(models.build_model("gpt_neox", 1), models.build_tokenizer(), tmp_path / "model")
+    (saved / "code.py").write_text("raise SystemExit")
+    (saved / "old.bin").write_bytes(b"pickle")
+    url = object_storage.put_folder(saved, bucket, "models/one")
+    checked = check_checkpoint(Stage(name="s", model=url), None, "stages.0")
+    local = check_checkpoint(Stage(name="s", model=str(saved)), None, "stages.0")
+    assert (checked.model_hash, checked.maps) == (local.model_hash, local.maps)
+    assert (checked.source, local.source) == (url, str(saved))
+    folder = Path(fetch.local_model(url))
+    assert folder == Path(checked.model_path) and {file.suffix for file in folder.iterdir()} == {
+        ".json",
+        ".safetensors",
+    }
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert fetch.local_model(url) == str(folder) and (folder / "config.json").stat().st_mtime_ns == written
+    assert not list(Path(fetch.local_tokenizer(url)).glob("*.safetensors"))
+    boto3.client("s3").put_object(Bucket=bucket, Key="models/one/config.json", Body=b"{}")
+    assert Path(fetch.local_model(url), "config.json").read_bytes() == b"{}"
+    assert not list(fetch.cache_folder().glob("*.tmp"))
+    with pytest.raises(UserError, match=r"stages\.1\.model: s3://.*none: there is no such folder"):
+        check_checkpoint(Stage(name="s", model=f"s3://{bucket}/none"), None, "stages.1")
+
+
+def test_an_object_cannot_lead_out_of_the_cache(bucket: str) -> None:
+    boto3.client("s3").put_object(Bucket=bucket, Key="m/../../evil.json", Body=b"{}")
+    with pytest.raises(UserError, match=r"'\.\./\.\./evil\.json' cannot be a file"):
+        fetch.local_model(f"s3://{bucket}/m")
+
+
+def test_preflight_passes_with_everything_on_object_storage(bucket: str, tmp_path: Path) -> None:
+    models.save_pair(tmp_path / "in", "gpt_neox", seed=1, dtype=torch.float32)
+    for name, rows in (
+        ("base", models.random_documents(1, 4)),
+        ("tune", models.random_documents(2, 3, completions=True)),
+        ("queries", models.random_documents(3, 2, (3, 6), completions=True)),
+    ):
+        write_lines(tmp_path / "in" / f"{name}.jsonl", rows)
+    url = object_storage.put_folder(tmp_path / "in", bucket, "in")
+    description = json.loads(json.dumps(describe(tmp_path / "in")).replace(str(tmp_path / "in"), url))
+    resolved = check(parse_run(description))
+    assert resolved.run.run_dir == f"{url}/run" and resolved.documents["score.0"] == 4
+    assert not object_storage.objects(bucket, "in/run")
+    for key, message in (("run_dir", "run_dir: s3://nowhere/x: cannot be written: "), ("model", "s3://nowhere/x")):
+        spoilt = description | {"run_dir": "s3://nowhere/x"} if key == "run_dir" else description
+        if key == "model":
+            spoilt["stages"][1]["model"] = "s3://nowhere/x"
+        with pytest.raises(UserError, match=message) as error:
+            check(parse_run(spoilt))
+        assert "\n" not in str(error.value) and "bucket does not exist" in str(error.value)
+
+
+def test_a_damaged_part_on_object_storage_is_named(bucket: str) -> None:
+    run_dir = f"s3://{bucket}/run"
+    path = parts.part_path(run_dir, "s", "b")
+    scores, norms = numpy.array([[1.0], [2.0]]), numpy.ones(2)
+    parts.write_part(path, ["q"], ["x", "y"], scores, norms, [3, 3], [("z", "text is null")], {})
+    assert [pair.doc_id for pair in top.top_pairs(run_dir, "s", 1)] == ["y", "x"]
+    assert parts.done_blocks(run_dir, "s") == {"b"} and parts.skipped_of(path) == [("z", "text is null")]
+    content = bytearray(path.read_bytes())
+    content[30] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match=r"s3://.*part-b\.parquet: .*delete it"):
+        top.top_pairs(run_dir, "s", 1)
+
+
+def test_google_s_storage_works_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSIF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with object_storage.serving_gs(tmp_path / "server.log", "bucket") as port:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        folder = paths.path_of("gs://bucket/run")
+        assert isinstance(folder, UPath) and not paths.exists(folder / "a.json")
+        store.write_json(folder / "a.json", [1])
+        store.write_json(folder / "a.json", [2])
+        store.save_tensors(folder / "t.safetensors", {"a": torch.ones(3)})
+        assert store.read_json(folder / "a.json") == [2]
+        assert store.load_tensors(folder / "t.safetensors")["a"].tolist() == [1, 1, 1]
+        assert paths.matching(folder, "*.json") == [folder / "a.json"]
+        store.write_atomic(folder / "rows.jsonl", b'{"text": "a"}\n{"text": "b"}\n')
+        assert read_all("gs://bucket/run/*.jsonl") == 2
+        assert Path(fetch.local_model("gs://bucket/run"), "a.json").read_bytes() == (folder / "a.json").read_bytes()
+        store.delete(folder / "a.json")
+        assert not paths.exists(folder / "a.json")
+        with pytest.raises(UserError, match=r"gs://none/x: cannot be written: no such file or bucket"):
+            store.write_atomic("gs://none/x", b"1")
+
+
+def test_a_node_fetches_the_commit_that_the_driver_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return "/cache/snapshots/abc"
+
+    monkeypatch.setattr(fetch, "snapshot_download", download)
+    stage = Stage(name="s", model="org/model")
+    source = checkpoint.source_of(stage, checkpoint.locate(stage, "stages.0"))
+    assert fetch.local_model(source) == fetch.local_tokenizer(source) == "/cache/snapshots/abc"
+    assert asked[1:] == [("org/model", "abc", True), ("org/model", "abc", False)]
+    assert fetch.local_model("/some/folder") == "/some/folder" and fetch.local_tokenizer("org/model") == "org/model"
+
+
+def test_a_deleted_file_of_a_finished_step_is_missed(bucket: str, tmp_path: Path) -> None:
+    for root in (f"s3://{bucket}/run", str(tmp_path)):
+        folder = layout.factors(root, "s")
+        for file in (layout.basis_file, layout.eigenvalues_file):
+            for name in ("a.b", "a.c"):
+                store.save_tensors(file(folder, name), {"x": torch.ones(1)})
+        assert not is_fitted(folder)
+        store.write_json(layout.factors_manifest(folder), {"maps": {"a.b": {}, "a.c": {}}})
+        assert is_fitted(folder)
+        store.delete(layout.basis_file(folder, "a.c"))
+        assert not is_fitted(folder)
+        carried = layout.directions(root, "s")
+        store.write_json(layout.directions_manifest(carried), {"maps": {"a.b": {}}})
+        assert not is_carried(carried)
+        store.save_tensors(layout.direction_file(carried, "a.b"), {"x": torch.ones(1)})
+        assert is_carried(carried)
