@@ -70,8 +70,9 @@ class _CovarianceWork:
         self.sums.add(captured)
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name in [key.removeprefix("A/") for key in self.sums.sums if key.startswith("A/")]:
-            part = {side: self.sums.sums[f"{side}/{name}"].cpu() for side in ("A", "S")}
+        sums = self.sums.sums
+        for name in [key.removeprefix("A/") for key in sums if key.startswith("A/")]:
+            part = {side: sums[f"{side}/{name}"].cpu() for side in ("A", "S")}
             counts = {f"{side}_positions": torch.tensor(self.sums.counts[f"{side}/{name}"]) for side in ("A", "S")}
             yield name, part | counts
 

@@ -22,6 +22,7 @@ from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
+from msif_ray.heap import keep_freed_memory
 from msif_ray.influence.capture import Batch, Capture, LabelChoice, WindowKey
 from msif_ray.influence.labels import sample_labels, window_uniforms
 from msif_ray.influence.modules import find_linear_maps
@@ -132,6 +133,8 @@ class Rank:
             join(self.place, self.device)
             return load_sharded(folder, dtype, self.device, self.setup.offload)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        if self.device.type == "cpu":  # a shard's rank has limits of its own: see sharding.ENVIRONMENT
+            keep_freed_memory()
         return model.to(self.device)
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:

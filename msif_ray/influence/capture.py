@@ -1,22 +1,24 @@
 """Activations and output gradients of the tracked maps in one forward and backward pass.
 
-Weights are frozen, so the backward pass goes to the activations only: two thirds of a training
-step. Nothing is left on the modules when the capture ends.
+Weights are frozen, so the backward pass goes to the activations only, and only down to the first tracked
+maps' outputs: less than two thirds of a training step. The output head sees the positions that predict a
+target and no others. Nothing is left on the modules when the capture ends.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 
 from msif_ray.errors import UserError
-from msif_ray.influence.modules import LinearMap
+from msif_ray.influence.loss import differentiate
+from msif_ray.influence.modules import LinearMap, output_head
+from msif_ray.influence.products import wide
 
 
 @dataclass(frozen=True)
@@ -69,24 +71,35 @@ class Captured:
     maps: dict[str, LinearMap]
     _inputs: dict[str, Tensor]
     _gradients: dict[str, Tensor]
+    _targets: tuple[Tensor, Tensor]  # row and column of each position that predicts a target
 
     def activations(self, name: str) -> Tensor:
         """`[rows, positions, columns]`: the map's inputs, with the constant 1 last where it has a bias."""
-        inputs = _accumulating(self._inputs[name])
+        inputs = self.inputs(name)
         return functional.pad(inputs, (0, 1), value=1.0) if self.maps[name].bias else inputs
+
+    def inputs(self, name: str) -> Tensor:
+        """`[rows, positions, in]`: the map's inputs alone."""
+        return wide(self._inputs[name])
 
     def gradients(self, name: str) -> Tensor:
         """`[rows, positions, out]`: the losses' gradient at the map's outputs; zero at padding."""
-        return _accumulating(self._gradients[name])
+        return wide(self._gradients[name])
+
+    def vectors(self, name: str) -> tuple[Tensor, Tensor]:
+        """`[rows, positions, in]` and `[rows, positions, out]`: inputs and gradients in the model's own type."""
+        return self._inputs[name], self._gradients[name]
+
+    def positions(self, name: str) -> Tensor:
+        """The positions of the map that predict a target, `[targets]`, counted row after row."""
+        tokens, total = self.batch.input_ids.shape[1], self._inputs[name].shape[1]
+        rows, columns = self._targets
+        return torch.cat([rows * total + start + columns for start in range(0, total, tokens)])
 
     def predicts(self, name: str) -> Tensor:
         """`[rows, positions]` bool: which positions of the map predict a target."""
         mask = self.batch.predicts
         return mask.repeat(1, self._inputs[name].shape[1] // mask.shape[1])
-
-
-def _accumulating(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass
@@ -96,6 +109,16 @@ class _Use:
     input: Tensor
     version: int
     gradient: Tensor | None = None
+
+
+@dataclass
+class _Targets:
+    """The positions of a batch of `shape` that predict a target, counted row after row, and whether the head
+    saw these alone."""
+
+    shape: torch.Size
+    positions: Tensor
+    selected: bool = False
 
 
 @dataclass
@@ -112,6 +135,7 @@ class Capture:
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
     _training: list[nn.Module] = field(default_factory=list, init=False)
+    _targets: "_Targets | None" = field(default=None, init=False)
 
     def __enter__(self) -> Self:
         self._training = [module for module in self.model.modules() if module.training]
@@ -120,11 +144,12 @@ class Capture:
         for weight in self._required:
             weight.requires_grad_(False)
         modules = dict(self.model.named_modules())
-        embeddings = cast(PreTrainedModel, self.model).get_input_embeddings()
-        self._handles.append(embeddings.register_forward_hook(_start_of_graph))
         for name in self.maps:
             hook = self._hook(name)
             self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
+        head = output_head(self.model)
+        if head is not None and all(modules[name] is not head for name in self.maps):
+            self._handles.append(head.register_forward_pre_hook(self._select_targets))
         return self
 
     def __exit__(
@@ -149,44 +174,58 @@ class Capture:
         gradient (not called, an input without a row per token, changed in place).
         """
         self._uses = {name: [] for name in self.maps}
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
         mask = batch.predicts
-        logits = _accumulating(output.logits[mask])
+        rows, columns = mask.nonzero(as_tuple=True)
+        self._targets = _Targets(mask.shape, rows * mask.shape[1] + columns)
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+        logits = output.logits.flatten(0, 1)
+        if not self._targets.selected:
+            logits = logits.index_select(0, self._targets.positions)
         if choose_labels is None:
             labels = batch.input_ids.roll(-1, dims=1)[mask]
         else:
             labels = choose_labels(logits.detach(), batch)
-        nats = functional.cross_entropy(logits, labels, reduction="none")
-        nats.sum().backward()
-        rows = mask.nonzero()[:, 0]
-        losses = nats.new_zeros(len(batch.keys)).index_add_(0, rows, nats.detach())
+        nats = differentiate(logits, labels)
+        losses = nats.new_zeros(len(batch.keys)).index_add_(0, rows, nats)
         uses, self._uses = self._uses, {}
         shape = batch.input_ids.shape
         inputs, gradients = {}, {}
         for name, seen in uses.items():
             inputs[name] = _side_by_side(name, [_read_input(name, use) for use in seen], shape)
             gradients[name] = _side_by_side(name, [_read_gradient(name, use) for use in seen], shape)
-        return Captured(batch, losses, self.maps, inputs, gradients)
+        return Captured(batch, losses, self.maps, inputs, gradients, (rows, columns))
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+    def _select_targets(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Leaves the head the positions that predict a target, `[1, targets, hidden]`: nobody needs other logits."""
+        hidden, targets = args[0], self._targets
+        if targets is None or hidden.shape[:-1] != targets.shape:
+            return None  # another layout: the logits are picked out afterwards
+        targets.selected = True
+        return (hidden.flatten(0, 1).index_select(0, targets.positions)[None], *args[1:])
+
+    def _hook(self, name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             seen = args[0] if args else next(iter(kwargs.values()))
             use = _Use(seen.detach(), seen._version)
             if not output.requires_grad:
-                raise UserError(f"modules: {name} is not reached by the loss's gradient; leave it out")
+                output = _start_of_graph(output)
 
             def keep(gradient: Tensor) -> None:
                 use.gradient = gradient
 
             output.register_hook(keep)
             self._uses[name].append(use)
+            return output
 
         return hook
 
 
-def _start_of_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Makes the embeddings' output the leaf at which the backward pass ends."""
-    return output.detach().requires_grad_(True)
+def _start_of_graph(output: Tensor) -> Tensor:
+    """A first map's output as what the backward pass ends at: nothing before it is tracked.
+
+    A copy, since a model may change it in place, which autograd forbids of a leaf.
+    """
+    return output.detach().requires_grad_(True).clone()
 
 
 def _read_input(name: str, use: _Use) -> Tensor:

@@ -12,39 +12,45 @@ from torch import Tensor
 
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.modules import LinearMap
+from msif_ray.influence.products import add_gram, mirror, operand, outer, times, wide_type, with_ones
 from msif_ray.influence.response import Identity, Response
 
 # Entries of per-window gradients held at once: 16 MB of float32, which stay in a CPU's cache (1.9 times the
 # speed of 256 MB on two EPYC cores), and 256 MB on a GPU, whose matrix products want many rows.
 GRADIENT_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 
-# Positions per covariance product. Short products added up round less than one long one, and rounding
-# here turns eigenvectors: a third of a float32 score's error at small damping.
-COVARIANCE_POSITIONS = 64
-
 
 @dataclass
 class CovarianceSums:
     """Σ a aᵀ and Σ g gᵀ over the positions that predict a target, for every tracked map.
 
-    `sums` holds `A/<map>` `[columns, columns]` and `S/<map>` `[out, out]`; `counts` the positions
-    summed under the same names. Accumulation is in float32 (float64 for a float64 model).
+    Accumulation is in float32 (float64 for a float64 model). `counts` holds the positions summed, under the names
+    of `sums`.
     """
 
-    sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    _lower: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """`A/<map>` `[columns, columns]` and `S/<map>` `[out, out]`."""
+        for total in self._lower.values():
+            mirror(total)
+        return self._lower
 
     def add(self, captured: Captured) -> None:
-        for name in captured.maps:
-            mask = captured.predicts(name)
-            self._add(f"A/{name}", captured.activations(name)[mask])
-            self._add(f"S/{name}", captured.gradients(name)[mask])
+        for name, described in captured.maps.items():
+            inputs, gradients = captured.vectors(name)
+            positions = captured.positions(name)
+            self._add(f"A/{name}", inputs, positions, described.bias)
+            self._add(f"S/{name}", gradients, positions, False)
 
-    def _add(self, key: str, vectors: Tensor) -> None:
-        total = self.sums.setdefault(key, vectors.new_zeros(vectors.shape[1], vectors.shape[1]))
-        for part in vectors.split(COVARIANCE_POSITIONS):
-            total.addmm_(part.T, part)
-        self.counts[key] = self.counts.get(key, 0) + len(vectors)
+    def _add(self, key: str, vectors: Tensor, positions: Tensor, bias: bool) -> None:
+        size = vectors.shape[-1] + int(bias)
+        if key not in self._lower:
+            self._lower[key] = vectors.new_zeros(size, size, dtype=wide_type(vectors.dtype))
+        add_gram(self._lower[key], vectors.flatten(0, 1), positions, bias)
+        self.counts[key] = self.counts.get(key, 0) + len(positions)
 
 
 def eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,22 +88,39 @@ class CorrectionSums:
 
     def add(self, captured: Captured) -> None:
         for name, described in captured.maps.items():
-            total = self.sums.setdefault(f"E/{name}", captured.activations(name).new_zeros(described.shape))
-            for rotated in self._rotated(captured, described):
-                total.add_(rotated.square_().sum(0))
+            inputs, gradients = captured.vectors(name)
+            if f"E/{name}" not in self.sums:
+                self.sums[f"E/{name}"] = inputs.new_zeros(described.shape, dtype=wide_type(inputs.dtype))
+            total, basis = self.sums[f"E/{name}"], self.bases[name]
+            if rotates_vectors(inputs.shape[1], *described.shape):
+                activations = _rotated_activations(inputs, basis, described)
+                add_squares(total, activations, times(gradients, basis.gradients), inputs.dtype)
+            else:
+                for rotated in map(basis.rotate, window_gradients(inputs, gradients, described.bias)):
+                    total.add_(rotated.square_().sum(0))
 
-    def _rotated(self, captured: Captured, described: LinearMap) -> Iterator[Tensor]:
-        """The rotated window gradients `[windows, out, columns]`, some rows at a time."""
-        basis = self.bases[described.name]
-        activations, gradients = captured.activations(described.name), captured.gradients(described.name)
-        out, columns = described.shape
-        tokens = activations.shape[1]
-        if rotates_vectors(tokens, out, columns):
-            activations = activations @ basis.activations
-            gradients = gradients @ basis.gradients
-            yield from window_gradients(activations, gradients)
-        else:
-            yield from map(basis.rotate, window_gradients(activations, gradients))
+
+def _rotated_activations(inputs: Tensor, basis: Basis, described: LinearMap) -> Tensor:
+    """a Q_A, `[rows, positions, columns]`; the constant 1 of a bias meets the basis's last row."""
+    if not described.bias:
+        return times(inputs, basis.activations)
+    return times(inputs, basis.activations[:-1]).add_(basis.activations[-1])
+
+
+def add_squares(total: Tensor, activations: Tensor, gradients: Tensor, narrow: torch.dtype) -> None:
+    """Adds Σ_rows (Σ_t g_t a_tᵀ)² to `total` `[out, columns]`; activations `[rows, t, columns]`, gradients
+    `[rows, t, out]`, both computed from vectors of the type `narrow`.
+
+    Row by row on a CPU, where a row's product stays in the cache until it is squared; a GPU wants many at once.
+    """
+    if total.is_cuda:
+        for products in _outer_products(activations, gradients, narrow):
+            total.add_(torch.linalg.vector_norm(products, dim=0).square_())
+        return
+    product = torch.empty_like(total)
+    for a, g in zip(activations, gradients, strict=True):
+        torch.mm(g.T, a, out=product)
+        total.addcmul_(product, product)
 
 
 def rotates_vectors(tokens: int, out: int, columns: int) -> bool:
@@ -115,16 +138,28 @@ def gradient_rotation_cost(out: int, columns: int) -> int:
     return out * columns * (out + columns)
 
 
-def window_gradients(activations: Tensor, gradients: Tensor) -> Iterator[Tensor]:
+def window_gradients(inputs: Tensor, gradients: Tensor, bias: bool = False) -> Iterator[Tensor]:
     """G = Σ_t g_t a_tᵀ of each row, `[some rows, out, columns]` at a time so that memory is bounded.
 
-    What is yielded is overwritten by the next: fresh memory for each would cost more than the product.
+    `inputs` `[rows, positions, in]`, with `bias` without the constant 1 that comes last in a; `gradients`
+    `[rows, positions, out]`. What is yielded is overwritten by the next: fresh memory for each would cost more than
+    the product.
     """
-    rows, columns, out = len(activations), activations.shape[-1], gradients.shape[-1]
-    at_once = min(rows, max(1, GRADIENT_ENTRIES[activations.device.type] // (columns * out)))
-    space = activations.new_empty(at_once, out, columns)
+    at_once = _rows_at_once(inputs.shape[-1] + int(bias), gradients.shape[-1], inputs.device)
+    for a, g in zip(inputs.split(at_once), gradients.split(at_once), strict=True):
+        yield from _outer_products(with_ones(operand(a)) if bias else operand(a), operand(g))
+
+
+def _outer_products(activations: Tensor, gradients: Tensor, narrow: torch.dtype | None = None) -> Iterator[Tensor]:
+    columns, out = activations.shape[-1], gradients.shape[-1]
+    at_once = min(len(activations), _rows_at_once(columns, out, activations.device))
+    space = activations.new_empty(at_once, out, columns, dtype=wide_type(activations.dtype))
     for a, g in zip(activations.split(at_once), gradients.split(at_once), strict=True):
-        yield torch.bmm(g.transpose(1, 2), a, out=space[: len(a)])
+        yield outer(g, a, space[: len(a)], narrow)
+
+
+def _rows_at_once(columns: int, out: int, device: torch.device) -> int:
+    return max(1, GRADIENT_ENTRIES[device.type] // (columns * out))
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,14 @@ import json
 import numpy
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-# Positions whose float64 cumulative distributions are held at once: 256 x 50,000 entries are 100 MB.
-POSITIONS_AT_ONCE = 256
+from msif_ray.influence.products import wide
+
+# Entries of probabilities at once: on a CPU what stays in a core's cache, 1 MB of float32.
+ENTRIES = {"cpu": 2**18, "cuda": 2**26}
+# A label is looked for in two steps: among sums over so many entries, then among the entries of one sum.
+RUN = 64
 
 
 def window_uniforms(seed: int, stage: str, document_id: str, window: int, tokens: int) -> Tensor:
@@ -26,11 +31,22 @@ def window_uniforms(seed: int, stage: str, document_id: str, window: int, tokens
 def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Labels `[positions]` (int64) from logits `[positions, vocabulary]` and one uniform number each.
 
-    The label is the number of entries whose cumulative probability is at most u times the total.
+    The label is the number of entries whose cumulative probability is at most u times the total. Cumulative
+    probabilities are in float64, but only every 64th is computed, and those of the one run that the label is in.
     """
-    labels = []
-    for part, u in zip(logits.split(POSITIONS_AT_ONCE), uniforms.split(POSITIONS_AT_ONCE), strict=True):
-        cumulative = part.double().softmax(-1).cumsum(-1)
-        threshold = u.to(cumulative.device)[:, None] * cumulative[:, -1:]
-        labels.append(torch.searchsorted(cumulative, threshold, right=True).squeeze(-1))
-    return torch.cat(labels).clamp_(max=logits.shape[-1] - 1)
+    at_once = max(1, ENTRIES[logits.device.type] // logits.shape[1])
+    uniforms = uniforms.to(logits.device)
+    parts = zip(logits.split(at_once), uniforms.split(at_once), strict=True)
+    return torch.cat([_sample(wide(part), u) for part, u in parts])
+
+
+def _sample(logits: Tensor, uniforms: Tensor) -> Tensor:
+    vocabulary = logits.shape[1]
+    probabilities = functional.pad(logits.softmax(-1), (0, -vocabulary % RUN)).unflatten(1, (-1, RUN))
+    ends = probabilities.sum(2).double().cumsum(1)
+    threshold = uniforms[:, None] * ends[:, -1:]
+    run = torch.searchsorted(ends, threshold, right=True).clamp_(max=ends.shape[1] - 1)
+    before = torch.where(run > 0, ends.gather(1, (run - 1).clamp_(min=0)), 0.0)
+    inside = probabilities[torch.arange(len(run), device=run.device), run[:, 0]].double().cumsum(1).add_(before)
+    label = run * RUN + torch.searchsorted(inside, threshold, right=True)
+    return label.squeeze(1).clamp_(max=vocabulary - 1)

@@ -48,7 +48,7 @@ def find_linear_maps(model: nn.Module, patterns: Sequence[str] | None = None) ->
 
     Raises UserError for a pattern that matches nothing, and for two maps that share one weight.
     """
-    head = _output_head(model)
+    head = output_head(model)
     candidates = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     if patterns is None:
         chosen = [
@@ -64,7 +64,8 @@ def find_linear_maps(model: nn.Module, patterns: Sequence[str] | None = None) ->
     return {name: _describe(name, candidates[name]) for name in chosen}
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The map from hidden states to logits, where the model says which that is."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if getter is not None else None
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.ekfac import window_gradients
+from msif_ray.influence.products import inner, wide, with_ones
 
 # Entries of dense directions that low-rank queries may be expanded to, all maps together (float32: 1 GB).
 DENSE_ENTRIES = 2**28
@@ -122,9 +123,8 @@ class Scorer:
         scores: Tensor | int = 0
         norms: Tensor | int = 0
         for name, directions in self.directions.items():
-            map_scores, map_norms = self._score_map(
-                name, directions, captured.activations(name), captured.gradients(name)
-            )
+            inputs, gradients = captured.vectors(name)
+            map_scores, map_norms = self.score_map(name, directions, inputs, gradients, captured.maps[name].bias)
             scores = scores + map_scores.double()
             norms = norms + map_norms.double()
         return torch.as_tensor(scores), torch.as_tensor(norms)
@@ -153,17 +153,19 @@ class Scorer:
             tokens, out, columns, queries, rank
         )
 
-    def _score_map(
-        self, name: str, directions: Directions, activations: Tensor, gradients: Tensor
+    def score_map(
+        self, name: str, directions: Directions, inputs: Tensor, gradients: Tensor, bias: bool = False
     ) -> tuple[Tensor, Tensor]:
-        if not self.materialises(name, activations.shape[1]):
-            scores = directions.token_scores(activations, gradients).sum(2).T
-            return scores, squared_norms(activations, gradients)
-        flat_directions = directions.dense.flatten(1).T
-        parts = [
-            (flat @ flat_directions, torch.linalg.vector_norm(flat, dim=1).square())
-            for flat in (g.flatten(1) for g in window_gradients(activations, gradients))
-        ]
+        """One map's scores `[rows, queries]` and squared norms `[rows]` from vectors `[rows, positions, in]` and
+        `[rows, positions, out]`; with `bias` the constant 1 is still to be put behind the inputs."""
+        if not self.materialises(name, inputs.shape[1]):
+            activations = with_ones(wide(inputs)) if bias else wide(inputs)
+            scores = directions.token_scores(activations, wide(gradients)).sum(2).T
+            return scores, squared_norms(activations, wide(gradients))
+        parts = []
+        for products in window_gradients(inputs, gradients, bias):
+            norms = torch.linalg.vector_norm(products.flatten(1), dim=1).square()
+            parts.append((inner(products, directions.dense), norms))
         return torch.cat([scores for scores, _ in parts]), torch.cat([norms for _, norms in parts])
 
 

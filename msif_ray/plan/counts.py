@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from msif_ray.cluster.sharding import gathered
 from msif_ray.influence.ekfac import gradient_rotation_cost, rotates_vectors, vector_rotation_cost
 from msif_ray.influence.groups import Shapes
+from msif_ray.influence.modules import output_head
+from msif_ray.influence.products import gram_cost
 from msif_ray.influence.queries import stays_dense
 from msif_ray.influence.scoring import (
     DenseDirections,
@@ -33,11 +35,12 @@ from msif_ray.plan.tokens import Tally
 @dataclass(frozen=True)
 class ModelSize:
     """`parameters` of a model in all; `gathered`: of them at once on a rank that holds a shard; `multiplied`: the
-    weights of its linear maps, the head's too; `attention`: layers times the width of all heads."""
+    weights of its linear maps, without those of its `head`; `attention`: layers times the width of all heads."""
 
     parameters: int
     gathered: int
     multiplied: int
+    head: int
     attention: int
 
     @classmethod
@@ -51,25 +54,30 @@ class ModelSize:
     @classmethod
     def of_model(cls, model: nn.Module, config: Any) -> "ModelSize":
         weights = [weight.numel() for weight in model.parameters()]
-        linear = [module.weight.numel() for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+        linear = {m: m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+        last = output_head(model)
+        head = linear.pop(last, 0) if last is not None else 0
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        return cls(sum(weights), gathered(weights)[0], sum(linear), config.num_hidden_layers * width)
+        multiplied = sum(linear.values())
+        return cls(sum(weights), gathered(weights)[0], multiplied, head, config.num_hidden_layers * width)
 
 
 def pass_flops(size: ModelSize, tally: Tally) -> float:
     """One forward pass and one backward pass to the activations.
 
-    Forward, each of P multiplied weights meets every position: 2·P·T. Attention takes QKᵀ and its product with
-    V: 4·n²·(layers·width) for a window of n positions (masked ones are computed too). Weights are frozen, so the
-    backward pass has one product for every linear map's one, and two for each of attention's.
+    Forward, each of P multiplied weights meets every position, and the head's those that predict a target: 2·P·T.
+    Attention takes QKᵀ and its product with V: 4·n²·(layers·width) for a window of n positions (masked ones are
+    computed too). Weights are frozen, so the backward pass has one product for every linear map's one, and two for
+    each of attention's. It ends at the first tracked maps, whose own product is counted here all the same.
     """
-    return 4.0 * size.multiplied * tally.positions + 12.0 * size.attention * tally.squared_lengths
+    maps = 4.0 * (size.multiplied * tally.positions + size.head * tally.targets)
+    return maps + 12.0 * size.attention * tally.squared_lengths
 
 
 def covariance_flops(shapes: Shapes, tally: Tally) -> float:
-    """Σ a aᵀ and Σ g gᵀ of every map over the positions that predict a target: 2·T·(out² + columns²)."""
-    return sum(2.0 * tally.targets * (out**2 + columns**2) for out, columns in shapes.values())
+    """The lower blocks of Σ a aᵀ and Σ g gᵀ of every map over the positions that predict a target."""
+    return sum(2.0 * tally.targets * (gram_cost(out) + gram_cost(columns)) for out, columns in shapes.values())
 
 
 def correction_flops(shapes: Shapes, tally: Tally) -> float:

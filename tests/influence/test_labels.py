@@ -7,23 +7,25 @@ import reference
 import torch
 
 from msif_ray.corpus.windows import to_batch
+from msif_ray.influence import labels
 from msif_ray.influence.capture import Capture
-from msif_ray.influence.labels import POSITIONS_AT_ONCE, sample_labels, window_uniforms
+from msif_ray.influence.labels import sample_labels, window_uniforms
 
 
 def test_labels_follow_the_models_distribution():
     logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).expand(20_000, 5)
-    labels = sample_labels(logits, window_uniforms(0, "s", "d", 0, 20_000))
-    shares = torch.bincount(labels, minlength=5) / 20_000
+    found = sample_labels(logits, window_uniforms(0, "s", "d", 0, 20_000))
+    shares = torch.bincount(found, minlength=5) / 20_000
     assert (shares - logits[0].softmax(-1)).abs().max() < 0.015  # five standard errors are 0.018
 
 
-def test_edges_of_the_distribution():
+def test_edges_of_the_distribution(monkeypatch):
     impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    labels = sample_labels(impossible.expand(4, 5), torch.tensor([0.0, 0.499, 0.501, 1 - 1e-16]).double())
-    assert labels.tolist() == [1, 1, 3, 4]  # the last number rounds to 1: clamped to the vocabulary
-    count = POSITIONS_AT_ONCE * 2 + 3
-    logits = torch.randn(count, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = sample_labels(impossible.expand(4, 5), torch.tensor([0.0, 0.499, 0.501, 1 - 1e-16]).double())
+    assert found.tolist() == [1, 1, 3, 4]  # the last number rounds to 1: clamped to the vocabulary
+    monkeypatch.setitem(labels.ENTRIES, "cpu", 100 * 300)
+    count = 203
+    logits = torch.randn(count, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     uniforms = window_uniforms(1, "s", "d", 0, count)
     singly = torch.cat([sample_labels(logits[t : t + 1], uniforms[t : t + 1]) for t in range(count)])
     assert torch.equal(sample_labels(logits, uniforms), singly)

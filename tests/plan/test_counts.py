@@ -20,12 +20,28 @@ TALLY = Tally(ROWS, 0, ROWS * TOKENS, ROWS * (TOKENS - 1), {TOKENS: ROWS})
 
 
 def addmm_flops(self: list[int], left: list[int], right: list[int], **_: object) -> int:
-    """PyTorch's counter does not know the in-place form."""
+    """PyTorch's counter does not know the in-place form, nor products into memory that is there."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+
+
+def first_maps(model: torch.nn.Module) -> int:
+    """The weights of the maps at which the backward pass ends."""
+    found = []
+
+    def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not args[0].requires_grad:
+            found.append(module.weight.numel())
+
+    handles = [model.get_submodule(name).register_forward_hook(hook) for name in find_linear_maps(model)]
+    with Capture(model, find_linear_maps(model)) as capture:
+        capture.run(batch())
+    for handle in handles:
+        handle.remove()
+    return sum(found)
 
 
 def batch() -> Batch:
@@ -56,15 +72,19 @@ def test_a_pass(model: torch.nn.Module) -> None:
     with Capture(model, find_linear_maps(model)) as capture, counter() as count:
         capture.run(batch())
     size = counts.ModelSize.of_model(model, model.config)
+    not_done = 2 * first_maps(model) * TALLY.positions
     # Rotary embeddings are a product of each position with each frequency: not in the formula.
-    assert counts.pass_flops(size, TALLY) == pytest.approx(count.get_total_flops(), rel=0.01)
+    assert counts.pass_flops(size, TALLY) - not_done == pytest.approx(count.get_total_flops(), rel=0.01)
+    assert 0 < not_done < 0.2 * counts.pass_flops(size, TALLY)
 
 
 def test_covariances(captured: Captured) -> None:
     sums = CovarianceSums()
     with counter() as count:
         sums.add(captured)
-    assert counts.covariance_flops(shapes_of(captured), TALLY) == count.get_total_flops()
+    # The formulas count a bias's column as if it were multiplied: it is summed, or added.
+    planned = counts.covariance_flops(shapes_of(captured), TALLY)
+    assert planned == pytest.approx(count.get_total_flops(), rel=0.02) and planned >= count.get_total_flops()
     entries = sum(total.numel() for total in sums.sums.values())
     assert counts.covariance_bytes(shapes_of(captured), 8) == 8 * entries
 
@@ -77,7 +97,8 @@ def test_corrections(captured: Captured) -> None:
     sums = CorrectionSums(bases)
     with counter() as count:
         sums.add(captured)
-    assert counts.correction_flops(shapes_of(captured), TALLY) == count.get_total_flops()
+    planned = counts.correction_flops(shapes_of(captured), TALLY)
+    assert planned == pytest.approx(count.get_total_flops(), rel=0.02) and planned >= count.get_total_flops()
     assert counts.corrected_bytes(shapes_of(captured), 8) == 8 * sum(total.numel() for total in sums.sums.values())
 
 

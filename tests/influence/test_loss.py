@@ -1,0 +1,31 @@
+"""The closed form of the loss and its gradient, against autograd."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from msif_ray.influence import loss
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("scale", (1.0, 40.0))
+def test_terms_and_gradient_equal_autograd(dtype, scale, monkeypatch):
+    monkeypatch.setitem(loss.LOGIT_ENTRIES, "cpu", 60)  # three rows at once
+    generator = torch.Generator().manual_seed(0)
+    logits = (scale * torch.randn(11, 20, dtype=torch.float64, generator=generator)).to(dtype).requires_grad_(True)
+    labels = torch.randint(20, (11,), generator=generator)
+    exact = logits.detach().double().requires_grad_(True)
+    wanted = functional.cross_entropy(exact, labels, reduction="none")
+    wanted.sum().backward()
+    terms = loss.differentiate(logits, labels)
+    assert terms.dtype == torch.promote_types(dtype, torch.float32)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    torch.testing.assert_close(terms.double(), wanted.detach(), rtol=min(tolerance, 1e-6), atol=1e-6 * scale)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_a_label_that_the_model_rules_out_has_its_whole_loss():
+    logits = torch.tensor([[0.0, -200.0], [0.0, -80.0], [-300.0, 0.0]], requires_grad=True)
+    terms = loss.differentiate(logits, torch.tensor([1, 1, 0]))
+    torch.testing.assert_close(terms, torch.tensor([200.0, 80.0, 300.0]))
+    torch.testing.assert_close(logits.grad, torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]))
