@@ -1,0 +1,64 @@
+"""Time every step of a run beside a training pass: `python jobs/benchmark.py --help`.
+
+Needs PyTorch and transformers alone, but for `--ray` and `--against`.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from msif_ray.benchmark.report import Options, machine, measure, show, write
+from msif_ray.benchmark.workload import SHAPES, Workload
+from msif_ray.errors import UserError
+from msif_ray.heap import keep_freed_memory
+
+
+def main(
+    size: Annotated[str, typer.Option(help=f"The model: {', '.join(SHAPES)}.")] = "small",
+    documents: Annotated[int, typer.Option(min=1)] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per document; of the longest if --ragged.")] = 128,
+    ragged: Annotated[bool, typer.Option(help="Lengths distributed as the World Factbook's documents.")] = False,
+    queries: Annotated[list[int], typer.Option(help="How many queries; may be given several times.")] = [8, 64],  # noqa: B006
+    rank: Annotated[int | None, typer.Option(help="Of the queries' directions; exact without.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option()] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    eigh_maps: Annotated[int | None, typer.Option(help="Decompose so many maps and scale the time to all.")] = None,
+    against: Annotated[Literal["kronfluence"] | None, typer.Option(help="Run it on the same inputs, too.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Time the same work through Ray, too.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
+) -> None:
+    """Time every step of a run beside a training pass of the same model over the same tokens."""
+    if size not in SHAPES:
+        raise UserError(f"--size: there is no {size!r}, only {', '.join(SHAPES)}")
+    torch.set_num_threads(threads)
+    keep_freed_memory()  # as a rank does
+    workload = Workload(SHAPES[size], documents, tokens, ragged, getattr(torch, dtype), device)
+    options = Options(tuple(queries), rank, repeats, eigh_maps)
+    found = machine() | {"size": size, "documents": documents, "longest": tokens, "dtype": dtype, "rank": rank}
+    found |= measure(workload, options)
+    if against is not None:
+        from msif_ray.benchmark.peers import compare
+
+        found[against] = compare(workload, queries[0])
+    if ray:
+        from msif_ray.benchmark.through_ray import compare as through_ray
+
+        found |= through_ray(workload, queries[0], threads)
+    show(found, Console(width=100))
+    if json_file is not None:
+        write(found, json_file)
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"benchmark: {error}")

@@ -1,0 +1,135 @@
+"""All steps of one workload timed, as a table and as JSON."""
+
+import json
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from msif_ray.benchmark.steps import Steps
+from msif_ray.benchmark.timing import interleaved, peak_mebibytes, seconds
+from msif_ray.benchmark.workload import Workload
+from msif_ray.influence.ekfac import Basis
+
+STEPS = {
+    "passes": "forward and backward to the activations",
+    "covariance": "covariances",
+    "correction": "corrected eigenvalues",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """`queries`: for how many each scoring is timed; `rank`: of directions of random numbers (None: real queries,
+    carried back, exact); `eigh_maps`: how many maps are decomposed, and the time scaled to all (None: all; 0: none,
+    and random numbers are rotated by)."""
+
+    queries: tuple[int, ...] = (8, 64)
+    rank: int | None = None
+    repeats: int = 3
+    eigh_maps: int | None = None
+
+
+def measure(workload: Workload, options: Options) -> dict[str, Any]:
+    """Seconds of a training pass, and every step's ratio to it (`eigh_s` in seconds).
+
+    In three parts, each with training passes of its own: what one part holds is gone before the next.
+    """
+    steps = Steps(workload)
+    timed: list[dict[str, float]] = []
+
+    def time(**each: Callable[[], object]) -> None:
+        timed.append(interleaved({"train": steps.train} | each, workload.device, options.repeats))
+
+    time(passes=steps.passes, covariance=steps.covariance)
+    bases, eigh_s = _bases(steps, options)
+    time(correction=partial(steps.correction, bases))
+    eigenvalues = steps.correction(bases) if options.rank is None else {}
+    directions = {n: steps.directions(bases, eigenvalues, n, options.rank) for n in options.queries}
+    del bases, eigenvalues
+    time(**{f"score_q{n}": partial(steps.score, each) for n, each in directions.items()})
+    train = statistics.median(each["train"] for each in timed)
+    ratios = {name: taken / each["train"] for each in timed for name, taken in each.items() if name != "train"}
+    found: dict[str, Any] = {"train_s": train, "eigh_s": eigh_s} | ratios
+    found["fit_total"] = None if eigh_s is None else ratios["covariance"] + ratios["correction"] + eigh_s / train
+    found["peak_rss_mib"] = peak_mebibytes(workload.device)
+    return found | _throughput(workload, steps, train, ratios)
+
+
+def _bases(steps: Steps, options: Options) -> tuple[dict[str, Basis], float | None]:
+    """Every map's basis, and the seconds that the decompositions take."""
+    names = list(steps.maps)
+    chosen = names[: options.eigh_maps]
+    bases, taken = _decompose(steps, chosen) if chosen else ({}, 0.0)
+    of_shape = {steps.maps[name].shape: basis for name, basis in bases.items()}
+    for name, described in steps.maps.items():
+        if name not in bases:  # a copy of another of its shape is the same work, and takes the same memory
+            like = of_shape.get(described.shape) or steps.random_basis(described)
+            bases[name] = Basis(like.activations.clone(), like.gradients.clone())
+    return bases, taken * _cubes(steps, names) / _cubes(steps, chosen) if chosen else None
+
+
+def _decompose(steps: Steps, names: list[str]) -> tuple[dict[str, Basis], float]:
+    sums, bases = steps.covariance(), dict[str, Basis]()
+    taken = seconds(lambda: bases.update(steps.bases(sums, names)), steps.workload.device)
+    return bases, taken
+
+
+def _cubes(steps: Steps, names: list[str]) -> float:
+    """What eigendecompositions cost is in proportion to: cubes of dimensions."""
+    return float(sum(side**3 for name in names for side in steps.maps[name].shape))
+
+
+def _throughput(workload: Workload, steps: Steps, train: float, ratios: Mapping[str, float]) -> dict[str, Any]:
+    """Tokens per second of each step, and TFLOP/s of the training pass: 6 per weight of a linear map and token."""
+    tokens = sum(int(batch.attention_mask.sum()) for batch in steps.batches)
+    padded = sum(batch.attention_mask.numel() for batch in steps.batches)
+    head = steps.model.get_output_embeddings()
+    weights = sum(described.parameters for described in steps.maps.values()) + head.weight.numel()
+    attention = 12.0 * workload.shape.layers * workload.shape.hidden * workload.tokens
+    flops = tokens * (6.0 * weights + 1.5 * attention)
+    return {
+        "tokens": tokens,
+        "padding": 1 - tokens / padded,
+        "tokens_per_s": {name: tokens / train / each for name, each in ratios.items()},
+        "train_tflops": flops / train / 1e12,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def show(found: Mapping[str, Any], console: Console) -> None:
+    """A table of the steps beside the training pass."""
+    table = Table(title=f"training pass: {found['train_s']:.3f} s, {found['tokens']:,} tokens")
+    for column in ("step", "ratio to a training pass", "tokens/s"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name, rate in found["tokens_per_s"].items():
+        label = STEPS.get(name, f"scores of {name.removeprefix('score_q')} queries")
+        table.add_row(label, f"{found[name]:.3f}", f"{rate:,.0f}")
+    if found["eigh_s"] is not None:
+        table.add_row("eigendecompositions", f"{found['eigh_s'] / found['train_s']:.3f}", "")
+        table.add_row("the fit together", f"{found['fit_total']:.3f}", "")
+    for name, value in found.get("kronfluence", {}).items():
+        table.add_row(
+            f"kronfluence: {name}", f"{value / found['train_s']:.3f}" if name.endswith("_s") else f"{value:.2g}", ""
+        )
+    for name in ("ray_overhead", "replica_scaling"):
+        if name in found:
+            table.add_row(name.replace("_", " "), f"{found[name]:.3f}", "")
+    table.add_row("peak memory", f"{found['peak_rss_mib']:,.0f} MiB", "")
+    console.print(table)
+
+
+def write(found: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

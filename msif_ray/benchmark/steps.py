@@ -1,0 +1,125 @@
+"""The steps of a run in one process, as a rank does them, and the training pass they are compared with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import GPTNeoXForCausalLM
+
+from msif_ray.benchmark.workload import Workload
+from msif_ray.influence.capture import Batch, Capture
+from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
+from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.modules import LinearMap, find_linear_maps
+from msif_ray.influence.queries import carry_back, query_tokens
+from msif_ray.influence.response import DampedInverse
+from msif_ray.influence.scoring import DenseDirections, Directions, LowRankDirections, Scorer
+
+DAMPING = 0.1  # times the mean eigenvalue
+
+
+@dataclass
+class Steps:
+    """A workload's model, documents and what its steps give. Factors are fitted with labels `sampled` from the model,
+    or with the data's own."""
+
+    workload: Workload
+    sampled: bool = True
+    model: GPTNeoXForCausalLM = field(init=False)
+    maps: dict[str, LinearMap] = field(init=False)
+    batches: list[Batch] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = self.workload.model()
+        self.maps = find_linear_maps(self.model)
+        self.batches = self.workload.batches()
+
+    def train(self) -> None:
+        """Forward and full backward over all documents, and no optimizer: what a user's training step costs."""
+        self.model.requires_grad_(True)
+        for batch in self.batches:
+            labels = batch.input_ids.masked_fill(~batch.targets, -100)
+            mask = batch.attention_mask.long()
+            self.model(input_ids=batch.input_ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
+            self.model.zero_grad(set_to_none=True)
+
+    def passes(self) -> None:
+        """Forward and backward to the activations, which every step needs, and nothing else."""
+        with Capture(self.model, self.maps) as capture:
+            for batch in self.batches:
+                capture.run(batch)
+
+    def covariance(self) -> CovarianceSums:
+        sums = CovarianceSums()
+        with Capture(self.model, self.maps) as capture:
+            for batch in self.batches:
+                sums.add(capture.run(batch, _sample if self.sampled else None))
+        return sums
+
+    def bases(self, sums: CovarianceSums, names: Sequence[str]) -> dict[str, Basis]:
+        """Eigenbases, computed where the sums are, in the type of the sums."""
+        totals, found = sums.sums, {}
+        for name in names:
+            pair = [totals[f"{side}/{name}"] / sums.counts[f"{side}/{name}"] for side in ("A", "S")]
+            found[name] = Basis(*(eigenbasis(each)[1].to(each.dtype).contiguous() for each in pair))
+        return found
+
+    def random_basis(self, described: LinearMap) -> Basis:
+        """Random numbers in the place of a map's eigenbasis, which rotate in the same time."""
+        dtype = torch.promote_types(self.workload.dtype, torch.float32)
+        sides = (described.columns, described.out_features)
+        return Basis(*(torch.randn(n, n, dtype=dtype, device=self.workload.device) / n**0.5 for n in sides))
+
+    def correction(self, bases: dict[str, Basis]) -> dict[str, Tensor]:
+        """Corrected eigenvalues by map."""
+        sums = CorrectionSums(bases)
+        with Capture(self.model, self.maps) as capture:
+            for batch in self.batches:
+                sums.add(capture.run(batch, _sample if self.sampled else None))
+        return {name: sums.sums[f"E/{name}"] / self.workload.documents for name in self.maps}
+
+    def directions(
+        self, bases: Mapping[str, Basis], eigenvalues: Mapping[str, Tensor], queries: int, rank: int | None
+    ) -> dict[str, Directions]:
+        """Queries of random tokens, carried back through the one stage; with a `rank`, random numbers of that rank,
+        whose scores take the same time."""
+        if rank is not None:
+            return {name: _random(described, queries, rank, self.workload) for name, described in self.maps.items()}
+        gradients: dict[str, list[Tensor]] = {name: [] for name in self.maps}
+        with Capture(self.model, self.maps) as capture:
+            for batch in self.workload.queries(queries):
+                captured = capture.run(batch)
+                for row in range(len(batch.keys)):
+                    for name, tokens in query_tokens(captured, row).items():
+                        gradients[name].append(tokens.gradient)
+        found: dict[str, Directions] = {}
+        for name, stacked in gradients.items():
+            factor = Factor(bases[name], eigenvalues[name])
+            response = DampedInverse(DAMPING * factor.mean_eigenvalue)
+            found[name] = DenseDirections(carry_back(torch.stack(stacked), [(factor, response)]))
+        return found
+
+    def score(self, directions: Mapping[str, Directions]) -> Tensor:
+        """Scores `[documents, queries]`, on the CPU."""
+        scorer = Scorer(directions)
+        with Capture(self.model, self.maps) as capture:
+            return torch.cat([scorer.score(capture.run(batch))[0].cpu() for batch in self.batches])
+
+
+def _sample(logits: Tensor, batch: Batch) -> Tensor:
+    lengths = cast(list[int], batch.attention_mask.sum(1).tolist())
+    uniforms = [
+        window_uniforms(0, "benchmark", key.document_id, key.window, length)
+        for key, length in zip(batch.keys, lengths, strict=True)
+    ]
+    padded = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)
+    return sample_labels(logits, padded[batch.predicts.cpu()])
+
+
+def _random(described: LinearMap, queries: int, rank: int, workload: Workload) -> LowRankDirections:
+    out, columns = described.shape
+    dtype = torch.promote_types(workload.dtype, torch.float32)
+    left, right = (torch.randn(queries, rank, n, dtype=dtype, device=workload.device) for n in (out, columns))
+    return LowRankDirections(left, right)

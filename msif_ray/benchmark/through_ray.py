@@ -1,0 +1,113 @@
+"""The same work through Ray: actors, Ray Data, files and Parquet, against the same steps in one process."""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from msif_ray.benchmark.steps import Steps
+from msif_ray.benchmark.workload import Workload
+
+END = "<end>"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workload on disk: its model, its documents and queries as text, in a folder."""
+
+    workload: Workload
+    queries: int
+    folder: Path
+
+    def write(self) -> None:
+        model = self.workload.model()
+        model.save_pretrained(self.folder / "model")
+        vocabulary = {str(i): i for i in range(self.workload.shape.vocabulary)}
+        backend = Tokenizer(WordLevel(vocabulary, unk_token="0"))
+        backend.pre_tokenizer = WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0").save_pretrained(self.folder / "model")
+        _write_texts(self.folder / "documents.jsonl", self.workload.batches(), "text")
+        _write_texts(self.folder / "queries.jsonl", self.workload.queries(self.queries), "completion")
+
+    def description(self, replicas: int, threads: int, name: str) -> dict[str, Any]:
+        documents = {"path": str(self.folder / "documents.jsonl"), "id": "id", "text": "text", "append_eos": False}
+        return {
+            "run_dir": str(self.folder / name),
+            "stages": [
+                {
+                    "name": "pretrain",
+                    "model": str(self.folder / "model"),
+                    "documents": documents,
+                    "fit": {"max_tokens": self.workload.tokens},
+                }
+            ],
+            "queries": {"path": str(self.folder / "queries.jsonl"), "id": "id", "append_eos": False},
+            "score": [{"stage": "pretrain"}],
+            "cluster": {
+                "replicas": replicas,
+                "cpus_per_rank": threads,
+                "gpus_per_rank": 0,
+                "tokens_per_batch": self.workload.shape.tokens_per_batch,
+                "documents_per_block": 64,
+            },
+        }
+
+    def seconds(self, replicas: int, threads: int) -> float:
+        """A run to its scores, in a Ray session that is there already."""
+        from rich.console import Console
+
+        from msif_ray.config import parse_run
+        from msif_ray.progress import Reporter
+        from msif_ray.run import run
+
+        config = parse_run(self.description(replicas, threads, f"run-{replicas}x{threads}"))
+        with open(os.devnull, "w") as nowhere:
+            began = perf_counter()
+            run(config, until="score", reporter=Reporter(Console(file=nowhere)))
+            return perf_counter() - began
+
+
+def _write_texts(path: Path, batches: list[Any], column: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for batch in batches:
+            for row, key in enumerate(batch.keys):
+                ids = batch.input_ids[row][batch.attention_mask[row]].tolist()
+                line = {"id": key.document_id, column: " ".join(map(str, ids))}
+                file.write(json.dumps(line | ({"prompt": ""} if column == "completion" else {})) + "\n")
+
+
+def in_process_seconds(workload: Workload, queries: int) -> float:
+    """The same fit, carrying back and scoring in this process, model loading included."""
+    began = perf_counter()
+    steps = Steps(workload)
+    sums = steps.covariance()
+    bases = steps.bases(sums, list(steps.maps))
+    steps.score(steps.directions(bases, steps.correction(bases), queries, None))
+    return perf_counter() - began
+
+
+def compare(workload: Workload, queries: int, threads: int) -> dict[str, float]:
+    """`ray_overhead`: the Ray path's extra time over the same steps in process, as a share of these.
+    `replica_scaling`: one replica of one thread over two of them."""
+    from msif_ray.run import connected
+
+    with tempfile.TemporaryDirectory() as name, connected():
+        job = Job(workload, queries, Path(name))
+        job.write()
+        alone = in_process_seconds(workload, queries)
+        through = job.seconds(1, threads)
+        one, two = job.seconds(1, 1), job.seconds(2, 1)
+    return {
+        "in_process_s": alone,
+        "ray_s": through,
+        "ray_overhead": through / alone - 1,
+        "replica_scaling": one / two,
+    }
