@@ -1,0 +1,76 @@
+"""The benchmark's steps do the work that they are timed for, and its figures are what the job promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from msif_ray.benchmark.report import Options, measure
+from msif_ray.benchmark.steps import Steps
+from msif_ray.benchmark.workload import Shape, Workload
+from msif_ray.influence.scoring import DenseDirections
+
+ROOT = Path(__file__).parents[2]
+TINY = Shape(layers=2, hidden=16, heads=2, vocabulary=40, tokens_per_batch=48)
+PROMISED = {
+    "train_s", "covariance", "eigh_s", "correction", "score_q2", "score_q5", "fit_total", "peak_rss_mib",
+}  # fmt: skip
+
+
+def test_lengths_are_those_of_the_factbook_and_batches_hold_every_document_once() -> None:
+    workload = Workload(TINY, documents=60, tokens=44, ragged=True)
+    lengths = workload.lengths()
+    assert max(lengths) <= 44 and min(lengths) >= 2 and sorted(lengths)[30] == pytest.approx(6, abs=1)
+    batches = workload.batches()
+    assert sorted(int(n) for batch in batches for n in batch.attention_mask.sum(1)) == sorted(lengths)
+    assert len({key for batch in batches for key in batch.keys}) == 60
+    assert all(batch.attention_mask.numel() <= TINY.tokens_per_batch for batch in batches)
+
+
+def test_scores_are_inner_products_with_the_gradients_that_autograd_gives() -> None:
+    workload = Workload(TINY, documents=7, tokens=12, ragged=True, dtype=torch.float64)
+    steps = Steps(workload)
+    directions = {
+        name: DenseDirections(torch.randn(3, *described.shape, dtype=torch.float64))
+        for name, described in steps.maps.items()
+    }
+    found = steps.score(directions)
+    wanted = []
+    for batch in steps.batches:
+        for row in range(len(batch.keys)):
+            ids = batch.input_ids[row][batch.attention_mask[row]][None]
+            logits = steps.model(input_ids=ids, use_cache=False).logits[0, :-1]
+            functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+            score = torch.zeros(3, dtype=torch.float64)
+            for name, each in directions.items():
+                module = steps.model.get_submodule(name)
+                gradient = torch.cat([module.weight.grad, module.bias.grad[:, None]], 1)
+                score += (each.matrix * gradient).sum((1, 2))
+            wanted.append(score)
+            steps.model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rank", "eigh_maps"), [(None, None), (2, 4), (2, 0)])
+def test_every_promised_figure_is_there(rank: int | None, eigh_maps: int | None) -> None:
+    workload = Workload(TINY, documents=6, tokens=10)
+    found = measure(workload, Options(queries=(2, 5), rank=rank, repeats=1, eigh_maps=eigh_maps))
+    assert found.keys() >= PROMISED
+    wanted = PROMISED - ({"eigh_s", "fit_total"} if eigh_maps == 0 else set())
+    assert all(found[key] > 0 for key in wanted)
+    assert found["tokens"] == 60
+
+
+def test_the_job_writes_json_and_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['ray', 'deepspeed', 'datasets'])); "
+    blocked += "import runpy; runpy.run_path('jobs/benchmark.py', run_name='__main__')"
+    options = ["--documents", "2", "--tokens", "16", "--repeats", "1", "--queries", "1", "--rank", "2"]
+    command = [sys.executable, "-c", blocked, *options, "--eigh-maps", "0", "--json", str(tmp_path / "found.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "training pass" in done.stdout
+    assert json.loads((tmp_path / "found.json").read_text())["size"] == "small"
