@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.response import Identity, Response
-from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,24 @@ def truncate(directions: Tensor, rank: int | None = None, energy: float | None =
     of each query's squared norm that it keeps, `[queries]` in [0, 1].
 
     `rank` fixes the rank; `energy` takes each query's smallest rank that keeps that share of it, so that no query
-    depends on which others are asked. With neither, or where a query's vectors would be no smaller than itself, it
-    stays whole. The form is dense where that is smaller for all queries together.
+    depends on which others are asked. With neither, or where its vectors would be no smaller than itself, a query
+    stays whole: dense where all of them do, and by `energy` with all its vectors (see `smaller_form`).
     """
     queries, out, columns = directions.shape
     if (rank is None and energy is None) or (rank is not None and stays_dense(rank, out, columns)):
         return DenseDirections(directions), torch.ones(queries, dtype=torch.float64)
-    cut = [_cut(direction, rank, energy) for direction in directions]
-    ranks = torch.tensor([len(left) for left, _, _ in cut])
-    kept = torch.tensor([share for *_, share in cut], dtype=torch.float64)
-    if int(ranks.sum()) * (out + columns) < queries * out * columns:
-        left, right = torch.cat([left for left, _, _ in cut]), torch.cat([right for _, right, _ in cut])
-        return LowRankDirections(left, right, ranks), kept
-    whole = zip(directions, cut, strict=True)
-    dense = [direction if share == 1 else left.T @ right for direction, (left, right, share) in whole]
-    return DenseDirections(torch.stack(dense)), kept
+    left, right, kept = zip(*(_cut(direction, rank, energy) for direction in directions), strict=True)
+    ranks = torch.tensor([len(vectors) for vectors in left])
+    return LowRankDirections(torch.cat(left), torch.cat(right), ranks), torch.tensor(kept, dtype=torch.float64)
+
+
+def smaller_form(directions: Directions) -> Directions:
+    """The same directions, dense where their vectors are no smaller."""
+    if isinstance(directions, LowRankDirections):
+        out, columns = directions.shape
+        if directions.total_rank * (out + columns) >= len(directions) * out * columns:
+            return DenseDirections(directions.dense)
+    return directions
 
 
 def _cut(direction: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:

@@ -86,8 +86,7 @@ class Scorer:
         The entry of position t is the part of the gradient that flows through token t's own
         activations; over positions it sums to the score.
         """
-        rows, tokens = captured.batch.input_ids.shape
-        return self.pair_token_scores(captured, [(row, query) for row in range(rows)])
+        return self.pair_token_scores(captured, [(row, query) for row in range(len(captured.batch.keys))])
 
     def pair_token_scores(self, captured: Captured, pairs: Sequence[tuple[int, int]]) -> Tensor:
         """As `token_scores`, of chosen pairs `(row, query)`: `[pairs, tokens]`."""

@@ -9,7 +9,7 @@ import torch
 from msif_ray.influence import ekfac, scoring
 from msif_ray.influence.directions import PRODUCT_ENTRIES, DenseDirections, LowRankDirections, join
 from msif_ray.influence.ekfac import Basis, CorrectionSums
-from msif_ray.influence.queries import truncate
+from msif_ray.influence.queries import smaller_form, truncate
 from msif_ray.influence.scoring import Scorer, squared_norms
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
@@ -92,8 +92,9 @@ def test_energy_decides_each_query_by_itself():
         torch.testing.assert_close(together.dense, torch.cat([each.dense for each, _ in alone]), **CLOSE)
         torch.testing.assert_close(kept, torch.cat([share for _, share in alone]), **CLOSE)
         assert (kept >= energy).all()
-        vectors = sum(int(each.ranks.sum()) if isinstance(each, LowRankDirections) else 6 for each, _ in alone)
-        assert isinstance(together, LowRankDirections) or vectors * (6 + 9) >= 9 * 6 * 9
+        smaller = smaller_form(together)
+        assert isinstance(smaller, DenseDirections) == (together.total_rank * (6 + 9) >= 9 * 6 * 9)
+        torch.testing.assert_close(smaller.dense, together.dense, **CLOSE)
 
 
 def test_truncation_at_full_rank_is_exact():
