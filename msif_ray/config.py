@@ -117,7 +117,10 @@ class Stage(Strict):
 
 
 class Queries(Strict):
-    """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`."""
+    """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`.
+
+    `energy` is the share of its squared norm that each query keeps at each map, by the smallest rank that does.
+    """
 
     path: Locations
     prompt: Column = "prompt"
@@ -186,6 +189,8 @@ class Cluster(Strict):
 
     `factor_memory` (bytes, or a text such as 8GiB) is what a rank may use for the factors that it fits; what
     does not fit at once takes several passes. By default it is a share of what is free once the model is loaded.
+    `directions_memory` is what a rank may use for the carried-back queries that it scores with, in the same units and
+    with the same default; what does not fit is read from local disk for every batch.
     `offload` keeps the shards of a replica of several GPU ranks in the memory of their hosts.
 
     `dtype`, `tokens_per_batch` and `documents_per_block` take part in rounding, so they are part
@@ -198,6 +203,7 @@ class Cluster(Strict):
     cpus_per_rank: Annotated[int, Field(ge=1)] = 1
     offload: bool = False
     factor_memory: Annotated[ByteSize, Field(gt=0)] | None = None
+    directions_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
     documents_per_block: Annotated[int, Field(ge=1)] = 256

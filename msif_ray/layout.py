@@ -61,8 +61,14 @@ def directions(run_dir: str, scored: str) -> Path:
     return queries(run_dir) / f"stage={scored}"
 
 
-def direction_file(folder: Path, map_name: str) -> Path:
-    return folder / f"{map_name}.safetensors"
+def direction_file(folder: Path, map_name: str, queries: tuple[int, int]) -> Path:
+    """One map's shard of directions: the queries from the first number to before the second."""
+    return folder / f"{queries[0]:06d}-{queries[1]:06d}" / f"{map_name}.safetensors"
+
+
+def energy_file(folder: Path) -> Path:
+    """The rank of each query at each map, and the share of its squared norm that is kept."""
+    return folder / "energy.parquet"
 
 
 def directions_manifest(folder: Path) -> Path:

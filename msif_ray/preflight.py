@@ -24,6 +24,7 @@ class Resolved:
 
     `run` has absolute paths and every `max_tokens` filled in; `corpora` and `rows` (documents of each
     file) have a key `stages.<i>` for each stage to be fitted and `score.<i>` for each scored corpus.
+    `query_tokens` are the lengths of the queries.
     """
 
     run: Run
@@ -31,6 +32,7 @@ class Resolved:
     corpora: dict[str, list[CorpusFile]]
     rows: dict[str, tuple[int, ...]]
     queries: list[Document]
+    query_tokens: tuple[int, ...]
     maps: dict[str, tuple[int, int]]
 
     @property
@@ -54,8 +56,8 @@ def check(run: Run) -> Resolved:
     run = _fill_in(run, checkpoints)
     _check_reused_factors(run, checkpoints)
     _check_tokenizers(run, checkpoints, wanted)
-    _check_queries_fit(run, checkpoints[-1], queries)
-    return Resolved(run, checkpoints, corpora, counts, queries, checkpoints[0].maps)
+    lengths = _check_queries_fit(run, checkpoints[-1], queries)
+    return Resolved(run, checkpoints, corpora, counts, queries, lengths, checkpoints[0].maps)
 
 
 def _writable(run_dir: str) -> str:
@@ -228,9 +230,10 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")
 
 
-def _check_queries_fit(run: Run, checkpoint: Checkpoint, queries: list[Document]) -> None:
-    """Queries are not cut into windows, so each must fit the last model's context."""
+def _check_queries_fit(run: Run, checkpoint: Checkpoint, queries: list[Document]) -> tuple[int, ...]:
+    """The tokens of each query. Queries are not cut into windows, so each must fit the last model's context."""
     tokenizer = load_tokenizer(tokenizer_name(run.stages[-1], checkpoint), "tokenizer")
+    lengths = []
     for query in queries:
         encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)
         if isinstance(encoded, Skipped):
@@ -240,3 +243,5 @@ def _check_queries_fit(run: Run, checkpoint: Checkpoint, queries: list[Document]
                 f"queries: {query.id!r} has {len(encoded.ids)} tokens, more than the {checkpoint.context} of "
                 f"{checkpoint.name!r}'s context; shorten its prompt"
             )
+        lengths.append(len(encoded.ids))
+    return tuple(lengths)

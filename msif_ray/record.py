@@ -22,7 +22,15 @@ MEANING = {
 }
 
 # Keys of the cluster that say where a run is computed and not what.
-_PLACEMENT = ("replicas", "ranks_per_replica", "gpus_per_rank", "cpus_per_rank", "offload", "factor_memory")
+_PLACEMENT = (
+    "replicas",
+    "ranks_per_replica",
+    "gpus_per_rank",
+    "cpus_per_rank",
+    "offload",
+    "factor_memory",
+    "directions_memory",
+)
 
 
 def keep_record(resolved: Resolved) -> None:

@@ -10,17 +10,20 @@ from typing import Literal
 import ray
 
 from msif_ray import layout, stages
-from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried, query_gradients
+from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried
+from msif_ray.cluster.directions import shards
 from msif_ray.cluster.fit import FitTask, fit, is_fitted
 from msif_ray.cluster.jobs import ScoreJob
+from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
+from msif_ray.cluster.queries import query_blocks, query_gradients
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.score import ScoreTask, score
-from msif_ray.cluster.top import TopTask, top_rows
+from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
-from msif_ray.corpus.reader import Block, block_id
 from msif_ray.errors import UserError
+from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_record, keep_strengths
@@ -28,9 +31,6 @@ from msif_ray.results.parts import write_skipped
 from msif_ray.results.top import top_pairs, write_top
 from msif_ray.setup import model_setup
 from msif_ray.store import sweep
-
-# A query block is a unit of work too; queries are few and their gradients large.
-QUERIES_PER_BLOCK = 8
 
 
 def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Reporter | None = None) -> None:
@@ -167,29 +167,30 @@ class _Driver:
 
     def _carry(self, pool: ReplicaPool) -> None:
         folders = {entry.label: self._directions(entry) for entry in self.config.score}
-        queries = self.resolved.queries
-        ids = tuple(query.id for query in queries)
+        ids = tuple(query.id for query in self.resolved.queries)
         if not all(is_carried(folder) for folder in folders.values()):
-            last = len(self.config.stages) - 1
-            chunks = range(0, len(queries), QUERIES_PER_BLOCK)
-            blocks = [
-                Block(block_id(0, n), tuple(queries[start : start + QUERIES_PER_BLOCK]))
-                for n, start in enumerate(chunks)
-            ]
-            setup = self._setup(last, self.config.queries.documents, None)
-            step = layout.query_partials(self.config.run_dir)
-            with self.reporter.step("queries: gradients", len(queries)) as progress:
-                gradients = query_gradients(setup, ListedBlocks(blocks), step, pool, progress)
+            gradients = self._query_gradients(pool)
+            itemsize = accumulating_bytes(self.config.cluster.dtype)
+            memory = self.config.cluster.directions_memory
+            cut = shards(len(ids), self.resolved.maps, self.config.queries.rank, itemsize, memory)
             for entry in self.config.score:
                 variant, index = self.config.answering(entry), self.config.stage_index(entry.stage)
                 factors = {
                     stage: None if stages.is_identity(variant, stage) else self._factors(stage)
                     for stage in stages.carried_through(variant, index)
                 }
-                task = CarryTask(variant, index, factors, ids, folders[entry.label])
-                carry(task, gradients, list(self.resolved.maps))
+                task = CarryTask(variant, index, factors, ids, folders[entry.label], tuple(cut))
+                carry(task, gradients, self.resolved.maps)
                 self.reporter.say(f"queries: carried back to {entry.label}")
         keep_strengths(self.config.run_dir, {name: carried_strengths(folder) for name, folder in folders.items()})
+
+    def _query_gradients(self, pool: ReplicaPool) -> Coverage:
+        resolved, last = self.resolved, len(self.config.stages) - 1
+        itemsize = accumulating_bytes(self.config.cluster.dtype)
+        blocks = ListedBlocks(query_blocks(resolved.queries, resolved.query_tokens, resolved.maps, itemsize))
+        setup = self._setup(last, self.config.queries.documents, None)
+        with self.reporter.step("queries: gradients", len(resolved.queries)) as progress:
+            return query_gradients(setup, blocks, layout.query_partials(self.config.run_dir), pool, progress)
 
     def _directions(self, entry: Score) -> Path:
         return layout.directions(self.config.run_dir, entry.label)
@@ -207,7 +208,10 @@ class _Driver:
         return ScoreTask(
             run_dir=self.config.run_dir,
             setup=self._setup(index, documents, max_tokens),
-            job=ScoreJob(tuple(self._directions(entry) for entry in entries)),
+            job=ScoreJob(
+                tuple(self._directions(entry) for entry in entries),
+                self.config.cluster.directions_memory,
+            ),
             blocks=self._blocks(f"score.{position}", documents),
             queries=tuple(query.id for query in self.resolved.queries),
             labels=tuple(entry.label for entry in entries),
@@ -220,12 +224,14 @@ class _Driver:
             score(self._score_task(entries), self.config.cluster, step)
 
     def _top(self) -> None:
-        rows = []
         with ReplicaPool(self.config.cluster) as pool:
-            for entry in self.config.score:
-                pairs = top_pairs(self.config.run_dir, entry.label, self.config.top)
-                documents = len({pair.doc_id for pair in pairs})
-                with self.reporter.step(f"{entry.label}: top documents", documents) as progress:
-                    rows += top_rows(TopTask(self._score_task([entry]), pairs), pool, progress)
-        write_top(self.config.run_dir, rows)
+            write_top(self.config.run_dir, self._top_rows(pool))
         self.reporter.say(f"done: {self.config.run_dir}")
+
+    def _top_rows(self, pool: ReplicaPool) -> Iterator[Row]:
+        for entry in self.config.score:
+            pairs = top_pairs(self.config.run_dir, entry.label, self.config.top)
+            documents = len({pair.doc_id for pair in pairs})
+            with self.reporter.step(f"{entry.label}: top documents", documents) as progress:
+                rows = top_rows(TopTask(self._score_task([entry]), pairs), pool, progress)
+            yield from rows

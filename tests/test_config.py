@@ -90,6 +90,8 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("cluster.dtype", "float16", "cluster.dtype: "),
         ("cluster.offload", True, "cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica`"),
         ("cluster", {"offload": True, "ranks_per_replica": 0}, "cluster.ranks_per_replica: "),
+        ("cluster.directions_memory", 0, "cluster.directions_memory: input should be greater than 0"),
+        ("cluster.directions_memory", "much", "cluster.directions_memory: "),
         ("cluster.replicas", {"min": 3, "max": 2}, "cluster.replicas: min 3 is larger than max 2"),
     ],
 )

@@ -241,7 +241,9 @@ def test_a_deleted_file_of_a_finished_step_is_missed(bucket: str, tmp_path: Path
         store.delete(layout.basis_file(folder, "a.c"))
         assert not is_fitted(folder)
         carried = layout.directions(root, "s")
-        store.write_json(layout.directions_manifest(carried), {"maps": {"a.b": {}}})
-        assert not is_carried(carried)
-        store.save_tensors(layout.direction_file(carried, "a.b"), {"x": torch.ones(1)})
+        store.write_json(layout.directions_manifest(carried), {"maps": {"a.b": {}}, "shards": [[0, 2], [2, 3]]})
+        for shard in ((0, 2), (2, 3)):
+            assert not is_carried(carried)
+            store.save_tensors(layout.direction_file(carried, "a.b", shard), {"x": torch.ones(1)})
+        store.write_atomic(layout.energy_file(carried), b"")
         assert is_carried(carried)

@@ -10,12 +10,13 @@ from transformers import GPTNeoXForCausalLM
 
 from msif_ray.benchmark.workload import Workload
 from msif_ray.influence.capture import Batch, Capture
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
 from msif_ray.influence.labels import sample_labels, window_uniforms
 from msif_ray.influence.modules import LinearMap, find_linear_maps
 from msif_ray.influence.queries import carry_back, query_tokens
 from msif_ray.influence.response import DampedInverse
-from msif_ray.influence.scoring import DenseDirections, Directions, LowRankDirections, Scorer
+from msif_ray.influence.scoring import Scorer
 
 DAMPING = 0.1  # times the mean eigenvalue
 
@@ -122,4 +123,4 @@ def _random(described: LinearMap, queries: int, rank: int, workload: Workload) -
     out, columns = described.shape
     dtype = torch.promote_types(workload.dtype, torch.float32)
     left, right = (torch.randn(queries, rank, n, dtype=dtype, device=workload.device) for n in (out, columns))
-    return LowRankDirections(left, right)
+    return LowRankDirections.stacked(left, right)

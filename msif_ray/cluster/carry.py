@@ -1,95 +1,194 @@
-"""The query driver: gradients at the last stage's model, then carried back as one task per map."""
+"""Carrying queries back to a scored stage: one task per map, which carries some queries at a time, as many as their
+copies fit in its memory, and writes them in shards."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from msif_ray import layout, stages
+from msif_ray.cluster.directions import Shard, ShardFile, direction_entries, save_shard
 from msif_ray.cluster.fit import for_each_map, mean_eigenvalues
-from msif_ray.cluster.jobs import LOG_LIKELIHOODS, QueryJob, load_basis
+from msif_ray.cluster.jobs import load_basis
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.pool import Progress, ReplicaPool
-from msif_ray.cluster.rank import ModelSetup
-from msif_ray.config import Run
-from msif_ray.corpus.blocks import Blocks
+from msif_ray.cluster.queries import in_order, log_likelihoods
+from msif_ray.config import Queries, Run
+from msif_ray.influence.directions import LowRankDirections, join
 from msif_ray.influence.ekfac import Factor
-from msif_ray.influence.queries import QueryTokens, carry_back, truncate
+from msif_ray.influence.groups import Shapes, accumulating_bytes
+from msif_ray.influence.queries import QueryTokens, carry_back, smaller_form, stays_dense, truncate
 from msif_ray.influence.response import Response
-from msif_ray.influence.scoring import DenseDirections
 from msif_ray.paths import all_there, exists
-from msif_ray.store import load_tensors, read_json, save_tensors, write_json
+from msif_ray.store import load_tensors, read_json, replacing, write_json
 
-
-def query_gradients(setup: ModelSetup, blocks: Blocks, step: Path, pool: ReplicaPool, progress: Progress) -> Coverage:
-    """Every query's gradient at the last stage, written by the replicas that computed it."""
-    return pool.accumulate(setup, QueryJob(), blocks, step, progress)
-
-
-def log_likelihoods(gradients: Coverage, queries: Sequence[str]) -> dict[str, float]:
-    """Each query's completion log-likelihood under the last stage's model, in nats."""
-    found = gradients.total(LOG_LIKELIHOODS)
-    return {query: float(found[query]) for query in queries}
+# Bytes that a task takes for the copies of the queries that it carries at once, beside the factors that they meet
+# and the shard that it fills. A single query may take more.
+CARRY_BYTES = 2**30
+# Copies of a direction while it is carried: as it came, as the last stage left it, answered, half rotated back and
+# wholly.
+CARRY_COPIES = 5
+# What cutting one direction to low rank takes at once, in copies of it: in float64 itself, its Gram matrix, and what
+# the eigendecomposition of that works in.
+CUT_COPIES = 12
 
 
 @dataclass(frozen=True)
 class CarryTask:
-    """Queries carried back to one scored stage; `factors` is each passed stage's folder, None for an identity."""
+    """Queries carried back to one scored stage; `factors` is each passed stage's folder, None for an identity.
+
+    `shards` are the queries that share a file; `memory` (bytes, default CARRY_BYTES) is for the copies
+    of those carried at once.
+    """
 
     run: Run
     scored: int
     factors: dict[int, Path | None]
     queries: tuple[str, ...]
     folder: Path
+    shards: tuple[Shard, ...]
+    memory: int | None = None
 
 
-def carry(task: CarryTask, gradients: Coverage, maps: Sequence[str]) -> None:
-    """Writes the directions of every map and a manifest with what was kept and which strengths were used."""
+@dataclass(frozen=True)
+class Carried:
+    """What came of one map: each query's rank and the share of its squared norm kept, `[queries]`; of each shard the
+    vectors of all its queries together (None: it is dense); the strengths used."""
+
+    ranks: numpy.ndarray
+    kept: numpy.ndarray
+    vectors: tuple[int | None, ...]
+    strengths: dict[str, float]
+
+
+def carry(task: CarryTask, gradients: Coverage, maps: Shapes) -> None:
+    """Writes the directions of every map, what was kept of each query, and a manifest with the strengths used."""
     if is_carried(task.folder):
         return
     means = {index: mean_eigenvalues(folder) for index, folder in task.factors.items() if folder is not None}
-    done = for_each_map(write_directions, maps, task, gradients, means)
+    itemsize = accumulating_bytes(task.run.cluster.dtype)
+    memory = {name: task_bytes(shape, task, itemsize) for name, shape in maps.items()}
+    done = dict(
+        zip(maps, for_each_map(write_directions, list(maps), task, gradients, means, memory=memory), strict=True)
+    )
     strengths: dict[str, dict[str, float]] = {}
-    for name, about in zip(maps, done, strict=True):
-        for key, value in about["strengths"].items():
+    for name, about in done.items():
+        for key, value in about.strengths.items():
             strengths.setdefault(key, {})[name] = value
+    _write_energy(layout.energy_file(task.folder), task.queries, done)
     write_json(
         layout.directions_manifest(task.folder),
         {
             "queries": list(task.queries),
             "log_likelihood": log_likelihoods(gradients, task.queries),
             "strengths": strengths,
-            "maps": {
-                name: {
-                    "rank": about["rank"],
-                    "energy_kept": dict(zip(task.queries, about["kept"], strict=True)),
-                }
-                for name, about in zip(maps, done, strict=True)
-            },
+            "shards": [list(shard) for shard in task.shards],
+            "itemsize": itemsize,
+            "maps": {name: _summary(maps[name], about) for name, about in done.items()},
         },
     )
 
 
+def task_bytes(shape: tuple[int, int], task: CarryTask, itemsize: int) -> int:
+    """What carrying back takes at most at one map, beside the process itself and the query gradients it reads."""
+    met = sum(folder is not None for folder in task.factors.values())
+    return carry_bytes(shape, max(stop - start for start, stop in task.shards), met, itemsize, task.run.queries)
+
+
+def carry_bytes(shape: tuple[int, int], shard: int, stages_met: int, itemsize: int, queries: Queries) -> int:
+    """The factors of the stages met, the copies of the queries that are carried and cut at once, and a shard of so
+    many queries twice, as it comes and joined; by energy it may be twice as large as if it were dense."""
+    out, columns = shape
+    factors = stages_met * (out * out + columns * columns + out * columns)
+    cut = _cuts(queries, shape)
+    copies = CARRY_COPIES * at_once(shape, shard, itemsize, cut) + CUT_COPIES * cut
+    filled = (4 if queries.energy is not None else 2) * shard * direction_entries(shape, queries.rank)
+    return (factors + copies * out * columns + filled) * itemsize
+
+
+def _cuts(queries: Queries, shape: tuple[int, int]) -> bool:
+    """Whether directions of that shape are decomposed."""
+    return queries.energy is not None or (queries.rank is not None and not stays_dense(queries.rank, *shape))
+
+
+def at_once(shape: tuple[int, int], shard: int, itemsize: int, cut: bool, memory: int | None = None) -> int:
+    """How many of a shard's queries are carried at once, within `memory` bytes (default: CARRY_BYTES); at least one."""
+    copies = (CARRY_BYTES if memory is None else memory) // (shape[0] * shape[1] * itemsize)
+    return max(1, min(shard, (copies - CUT_COPIES * cut) // CARRY_COPIES))
+
+
+def _summary(shape: tuple[int, int], about: Carried) -> dict[str, Any]:
+    """A map in the manifest; each query's figures are in `energy.parquet`."""
+    ranks, kept = about.ranks, about.kept
+    return {
+        "shape": list(shape),
+        "vectors": list(about.vectors),
+        "rank": {"min": int(ranks.min()), "mean": float(ranks.mean()), "max": int(ranks.max())},
+        "energy_kept": {"min": float(kept.min()), "mean": float(kept.mean())},
+    }
+
+
+def _write_energy(path: Path, queries: Sequence[str], done: dict[str, Carried]) -> None:
+    """`map`, `query_id`, `rank` and `energy_kept` of every map and query; a row group per map."""
+    schema = pa.schema(
+        [("map", pa.string()), ("query_id", pa.string()), ("rank", pa.int32()), ("energy_kept", pa.float64())]
+    )
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for name, about in done.items():
+            columns = [[name] * len(queries), list(queries), about.ranks, about.kept]
+            writer.write_table(
+                pa.table([pa.array(column, kind.type) for column, kind in zip(columns, schema, strict=True)], schema)
+            )
+
+
 def is_carried(folder: Path) -> bool:
     """Whether queries are carried back there, and no file that the manifest names has been deleted since."""
-    manifest = layout.directions_manifest(folder)
-    if not exists(manifest):
+    path = layout.directions_manifest(folder)
+    if not exists(path):
         return False
-    return all_there([layout.direction_file(folder, name) for name in read_json(manifest)["maps"]])
+    manifest = read_json(path)
+    shards = [(start, stop) for start, stop in manifest["shards"]]
+    files = [layout.direction_file(folder, name, shard) for shard in shards for name in manifest["maps"]]
+    return all_there([layout.energy_file(folder), *files])
 
 
 def carried_strengths(folder: Path) -> dict[str, dict[str, float]]:
     """The damping and α of each stage at each map, as used (eigenvalue units)."""
-    return read_json(layout.directions_manifest(folder))["strengths"]
+    strengths: dict[str, dict[str, float]] = read_json(layout.directions_manifest(folder))["strengths"]
+    return strengths
 
 
 def write_directions(
     map_name: str, task: CarryTask, gradients: Coverage, means: dict[int, dict[str, float]]
-) -> dict[str, Any]:
-    """Carries all queries back at one map and writes them; gives the rank, the energy kept, the strengths."""
+) -> Carried:
+    """Carries all queries back at one map and writes those shards that are not there yet."""
     torch.set_num_threads(1)
+    chain, strengths = _chain(map_name, task, means)
+    stream = in_order(gradients, map_name, task.queries)
+    files = []
+    for shard in task.shards:
+        path = layout.direction_file(task.folder, map_name, shard)
+        tokens = islice(stream, shard[1] - shard[0])
+        if exists(path):
+            for _ in tokens:
+                pass
+        else:
+            _write_shard(path, tokens, chain, task, map_name)
+        files.append(ShardFile(path))
+    ranks, kept = (torch.cat([file.tensor(part) for file in files]).numpy() for part in ("ranks", "kept"))
+    vectors = tuple(None if file.dense else int(file.tensor("ranks").sum()) for file in files)
+    return Carried(ranks, kept, vectors, strengths)
+
+
+def _chain(
+    map_name: str, task: CarryTask, means: dict[int, dict[str, float]]
+) -> tuple[list[tuple[Factor | None, Response]], dict[str, float]]:
+    """The factor and the response of every stage passed, last stage first, and the strengths used."""
     chain: list[tuple[Factor | None, Response]] = []
     strengths: dict[str, float] = {}
     for index in stages.carried_through(task.run, task.scored):
@@ -100,29 +199,37 @@ def write_directions(
             kind = "damping" if index == task.scored else "alpha"
             strengths[f"{task.run.stages[index].name}.{kind}"] = strength
         chain.append((None if folder is None else load_factor(folder, map_name), response))
+    return chain, strengths
+
+
+def _write_shard(
+    path: Path,
+    tokens: Iterator[QueryTokens],
+    chain: Sequence[tuple[Factor | None, Response]],
+    task: CarryTask,
+    map_name: str,
+) -> None:
+    """Carries a shard's queries back, some at a time, and writes them once all are there."""
     queries = task.run.queries
-    full = _gradients(gradients, map_name, task.queries)
-    directions, kept = truncate(carry_back(full, chain), queries.rank, queries.energy)
-    if isinstance(directions, DenseDirections):
-        tensors, rank = {"matrix": directions.matrix.contiguous()}, None
+    parts, shares = [], []
+    for first in tokens:
+        shape = (first.gradients.shape[1], first.activations.shape[1])
+        some = at_once(shape, len(task.queries), first.gradients.element_size(), _cuts(queries, shape), task.memory)
+        full = torch.stack([first.gradient, *(each.gradient for each in islice(tokens, some - 1))])
+        directions, kept = truncate(carry_back(full, chain), queries.rank, queries.energy)
+        del full
+        parts.append(directions)
+        shares.append(kept)
+    joined = join(parts)
+    parts.clear()
+    if isinstance(joined, LowRankDirections):
+        ranks = joined.ranks
     else:
-        tensors = {"left": directions.left, "right": directions.right}
-        rank = directions.left.shape[1]
-    save_tensors(layout.direction_file(task.folder, map_name), tensors, {"map": map_name})
-    return {"rank": rank, "kept": kept.tolist(), "strengths": strengths}
+        ranks = torch.full((len(joined),), min(joined.dense.shape[1:]))
+    save_shard(path, smaller_form(joined), ranks, torch.cat(shares), {"map": map_name})
 
 
 def load_factor(folder: Path, map_name: str) -> Factor:
     """One map's factor as it is on storage, undamped."""
     eigenvalues = load_tensors(layout.eigenvalues_file(folder, map_name))["eigenvalues"]
     return Factor(load_basis(folder, map_name, torch.device("cpu")), eigenvalues)
-
-
-def _gradients(gradients: Coverage, map_name: str, queries: Sequence[str]) -> torch.Tensor:
-    """The queries' gradients at one map, `[queries, out, columns]`."""
-    found: dict[str, torch.Tensor] = {}
-    for tensors in gradients.each(map_name):
-        for query in queries:
-            if (activations := tensors.get(f"activations/{query}")) is not None:
-                found[query] = QueryTokens(activations, tensors[f"gradients/{query}"]).gradient
-    return torch.stack([found[query] for query in queries])

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy
 import torch
 from torch import Tensor
 
 from msif_ray import layout
+from msif_ray.cluster.directions import LoadedDirections, load
+from msif_ray.cluster.memory import free_memory
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
-from msif_ray.influence.queries import query_tokens
-from msif_ray.influence.scoring import DenseDirections, Directions, LowRankDirections, Scorer, join
+from msif_ray.influence.groups import FREE_SHARE
+from msif_ray.influence.queries import map_tokens
 from msif_ray.store import load_tensors
 
 
@@ -124,52 +127,67 @@ class _QueryWork:
     gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, captured: Captured) -> None:
-        for row, key in enumerate(captured.batch.keys):
-            query = key.document_id
-            for name, tokens in query_tokens(captured, row).items():
-                part = self.gathered.setdefault(name, {})
+        queries = [key.document_id for key in captured.batch.keys]
+        for name in captured.maps:
+            part = self.gathered.setdefault(name, {})
+            for query, tokens in zip(queries, map_tokens(captured, name), strict=True):
                 part[f"activations/{query}"] = tokens.activations.cpu().contiguous()
                 part[f"gradients/{query}"] = tokens.gradients.cpu().contiguous()
-            self.gathered.setdefault(LOG_LIKELIHOODS, {})[query] = -captured.losses[row].cpu()
+        for query, loss in zip(queries, captured.losses.cpu(), strict=True):
+            self.gathered.setdefault(LOG_LIKELIHOODS, {})[query] = -loss
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        yield from self.gathered.items()
+        """What has gathered, which is dropped: it is large, and nothing is added to it later."""
+        while self.gathered:
+            name = next(iter(self.gathered))
+            yield name, self.gathered.pop(name)
 
 
-@dataclass(frozen=True)
-class WindowScores:
-    """One window's scores `[queries]` (float64) and the squared norm of its gradient."""
+@dataclass
+class DocumentScores:
+    """One document's scores `[queries]` (float64) and the squared norm of its gradient, both sums over windows."""
 
     document_id: str
-    window: int
     scores: Tensor
-    squared_norm: float
+    squared_norm: float = 0.0
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """Scores against the queries of every folder of directions, one folder's after the other's."""
+    """Scores against the queries of every folder of directions, one folder's after the other's.
+
+    `memory`: bytes of a rank's for the directions; None: a share of what is free.
+    """
 
     directions: tuple[Path, ...]
+    memory: int | None = None
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
-        return _ScoreWork(load_scorer(self.directions, maps, device))
+        return _ScoreWork(load_directions(self.directions, maps, device, self.memory))
 
 
 @dataclass
 class _ScoreWork:
-    scorer: Scorer
-    windows: list[WindowScores] = field(default_factory=list)
+    """Sums over a document's windows as they come: of long documents there are many."""
+
+    loaded: LoadedDirections
+    documents: dict[str, DocumentScores] = field(default_factory=dict)
 
     def add(self, captured: Captured) -> None:
-        scores, norms = (tensor.cpu() for tensor in self.scorer.score(captured))
+        scored = [scorer.score(captured) for scorer in self.loaded.scorers]
+        scores, norms = torch.cat([scores for scores, _ in scored], dim=1).cpu(), scored[0][1].tolist()
         for row, key in enumerate(captured.batch.keys):
-            self.windows.append(WindowScores(key.document_id, key.window, scores[row], float(norms[row])))
+            found = self.documents.get(key.document_id)
+            if found is None:
+                found = DocumentScores(key.document_id, torch.zeros_like(scores[row]))
+                self.documents[key.document_id] = found
+            found.scores += scores[row]
+            found.squared_norm += norms[row]
 
-    def take(self) -> list[WindowScores]:
-        taken, self.windows = self.windows, []
+    def take(self) -> list[DocumentScores]:
+        taken, self.documents = list(self.documents.values()), {}
         return taken
 
 
@@ -183,11 +201,13 @@ class TokenJob:
     directions: tuple[Path, ...]
     queries_of: Mapping[str, tuple[int, ...]]
     stride: int
+    memory: int | None = None
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
-        return _TokenWork(load_scorer(self.directions, maps, device), self.queries_of, self.stride)
+        loaded = load_directions(self.directions, maps, device, self.memory)
+        return _TokenWork(loaded, self.queries_of, self.stride)
 
 
 @dataclass(frozen=True)
@@ -197,25 +217,33 @@ class WindowTokenScores:
     document_id: str
     start: int
     query: int
-    scores: list[float]
+    scores: numpy.ndarray
 
 
 @dataclass
 class _TokenWork:
-    scorer: Scorer
+    loaded: LoadedDirections
     queries_of: Mapping[str, tuple[int, ...]]
     stride: int
     windows: list[WindowTokenScores] = field(default_factory=list)
 
     def add(self, captured: Captured) -> None:
         keys = captured.batch.keys
-        for query in sorted({query for key in keys for query in self.queries_of[key.document_id]}):
-            scores = self.scorer.token_scores(captured, query).cpu()
-            for row, key in enumerate(keys):
-                if query in self.queries_of[key.document_id]:
-                    length = int(captured.batch.attention_mask[row].sum())
-                    by_token = scores[row, :length].tolist()
-                    self.windows.append(WindowTokenScores(key.document_id, key.window * self.stride, query, by_token))
+        lengths = captured.batch.attention_mask.sum(1).tolist()
+        first = 0
+        for scorer, queries in zip(self.loaded.scorers, self.loaded.queries, strict=True):
+            pairs = [
+                (row, query - first)
+                for row, key in enumerate(keys)
+                for query in self.queries_of[key.document_id]
+                if first <= query < first + queries
+            ]
+            scores = scorer.pair_token_scores(captured, pairs).float().cpu().numpy() if pairs else ()
+            for (row, query), by_token in zip(pairs, scores, strict=True):
+                start = keys[row].window * self.stride
+                own = by_token[: lengths[row]].copy()  # a view would keep the padding, and all other pairs
+                self.windows.append(WindowTokenScores(keys[row].document_id, start, first + query, own))
+            first += queries
 
     def take(self) -> list[WindowTokenScores]:
         taken, self.windows = self.windows, []
@@ -227,13 +255,9 @@ def load_basis(factors: Path, map_name: str, device: torch.device) -> Basis:
     return Basis(tensors["activation_basis"].to(device), tensors["gradient_basis"].to(device))
 
 
-def load_scorer(folders: Sequence[Path], maps: Sequence[str], device: torch.device) -> Scorer:
-    """The directions of several folders as one list of queries, folder after folder."""
-    return Scorer({name: join([_load_directions(folder, name, device) for folder in folders]) for name in maps})
-
-
-def _load_directions(folder: Path, map_name: str, device: torch.device) -> Directions:
-    tensors = load_tensors(layout.direction_file(folder, map_name))
-    if "matrix" in tensors:
-        return DenseDirections(tensors["matrix"].to(device))
-    return LowRankDirections(tensors["left"].to(device), tensors["right"].to(device))
+def load_directions(
+    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None
+) -> LoadedDirections:
+    """The directions of several folders as one list of queries, within `memory` bytes, or a share of what is free."""
+    budget = memory or int(FREE_SHARE * free_memory(device, torch.get_num_threads()))
+    return load(folders, maps, device, budget)

@@ -175,7 +175,8 @@ class ReplicaPool:
             reason = " ".join(str(death).split())[:500]
             raise UserError(
                 f"cluster: replicas died {self._deaths} times without a block done in between{during}; if they ran "
-                f"out of memory, lower cluster.tokens_per_batch or cluster.factor_memory. The last death: {reason}"
+                "out of memory, lower cluster.tokens_per_batch, cluster.factor_memory or cluster.directions_memory. "
+                f"The last death: {reason}"
             )
         ray.kill(worker.actor)
         free_ranks_of(worker.id)

@@ -20,7 +20,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from msif_ray.cluster import partials
-from msif_ray.cluster.jobs import Job
+from msif_ray.cluster.jobs import Job, QueryJob
 from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
 from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup, RankLostError, is_lost_rank
 from msif_ray.config import Cluster
@@ -68,20 +68,28 @@ class Replica:
         self._remote: list[Any] = []
         self._group: PlacementGroup | None = None
         self._sums = _Committed()
+        self._by_block = False
 
     def prepare(self, setup: ModelSetup, job: Job) -> int:
         """Loads the stage's model unless it is loaded, and starts the job; gives a rank's free memory in bytes."""
         if setup != self._setup:
             self._load(setup)
         self._sums = _Committed()
+        self._by_block = isinstance(job, QueryJob)
         self._on_ranks("start", job)
         return min(self._on_ranks("free_memory"))
 
     def accumulate(self, block: Block, step: Path) -> Outcome:
-        """Adds a block to the sums, and commits them when that costs little beside the work that it keeps."""
+        """Adds a block to the sums, and commits them when that costs little beside the work that it keeps.
+
+        What is gathered and not summed grows with every block: each block of it is a partial of its own.
+        """
         outcome = self._on_ranks("process", block.documents)[0]
         self._sums.outcomes.append((block.id, outcome))
-        if self._sums.is_due():
+        if self._by_block:
+            self.commit(step)
+            self._sums = _Committed()
+        elif self._sums.is_due():
             self.commit(step)
         return outcome
 

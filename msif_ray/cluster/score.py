@@ -5,14 +5,13 @@ by the actor that computed them: a block is all there or not at all, and none is
 """
 
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
 import ray
 
-from msif_ray.cluster.jobs import ScoreJob, WindowScores
+from msif_ray.cluster.jobs import DocumentScores, ScoreJob
 from msif_ray.cluster.pool import Progress
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.replica import DEATHS, RankResources, Replica, free_ranks
@@ -149,15 +148,15 @@ class ScoreReplica:
 
     def __call__(self, batch: Columns) -> Columns:
         block: Block = batch["block"][0]
-        outcome, windows = self._process(block)
-        write_scores(self._task, block, outcome, windows)
+        outcome, documents = self._process(block)
+        write_scores(self._task, block, outcome, documents)
         return {
             "documents": numpy.array([len(outcome.tokens)]),
             "tokens": numpy.array([sum(outcome.tokens.values())]),
             "skipped": numpy.array([len(outcome.skipped)]),
         }
 
-    def _process(self, block: Block) -> tuple[Outcome, list[WindowScores]]:
+    def _process(self, block: Block) -> tuple[Outcome, list[DocumentScores]]:
         """The block's scores; ranks that die are started anew, here and not by Ray Data, which does not see them."""
         for tried in range(RANK_RESTARTS + 1):
             try:
@@ -170,23 +169,22 @@ class ScoreReplica:
         raise lost
 
 
-def write_scores(task: ScoreTask, block: Block, outcome: Outcome, windows: Sequence[WindowScores]) -> None:
-    """Writes a block's part of each label: windows summed into documents, in the corpus's order."""
-    scores: dict[str, numpy.ndarray] = defaultdict(lambda: numpy.zeros(len(task.labels) * len(task.queries)))
-    squares: dict[str, float] = defaultdict(float)
-    for window in sorted(windows, key=lambda window: (window.document_id, window.window)):
-        scores[window.document_id] += window.scores.numpy()
-        squares[window.document_id] += window.squared_norm
+def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Sequence[DocumentScores]) -> None:
+    """Writes a block's part of each label, in the corpus's order; several ranks may have a document's windows."""
     ids = list(outcome.tokens)
-    shape = (len(ids), len(task.labels), len(task.queries))
-    table = numpy.array([scores[document] for document in ids]).reshape(shape)
+    places = {document: place for place, document in enumerate(ids)}
+    table = numpy.zeros((len(ids), len(task.labels) * len(task.queries)))
+    squares = numpy.zeros(len(ids))
+    for document in documents:
+        table[places[document.document_id]] += document.scores.numpy()
+        squares[places[document.document_id]] += document.squared_norm
     for index, label in enumerate(task.labels):
         write_part(
             part_path(task.run_dir, label, block.id),
             list(task.queries),
             ids,
-            table[:, index],
-            numpy.sqrt([squares[document] for document in ids]),
+            table[:, index * len(task.queries) : (index + 1) * len(task.queries)],
+            numpy.sqrt(squares),
             list(outcome.tokens.values()),
             [(skip.document_id, skip.reason) for skip in outcome.skipped],
             task.metadata | {"stage": task.setup.stage, "name": label},

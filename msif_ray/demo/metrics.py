@@ -55,3 +55,20 @@ def random_quality(states: Marks, k: int = 10) -> Quality:
             none_before *= 1 - here
         reciprocals.append(expected)
     return Quality(float(np.mean(reciprocals)), min(k / documents, 1.0))
+
+
+def spearman(scores: Scores, others: Scores) -> Scores:
+    """Each query's rank correlation of two scores over the documents, both `[queries, documents]`; `[queries]`.
+
+    Equal scores are ranked in the order of the documents in both.
+    """
+    ranks = [np.argsort(np.argsort(each, axis=1, kind="stable"), axis=1).astype(float) for each in (scores, others)]
+    first, second = (each - each.mean(axis=1, keepdims=True) for each in ranks)
+    found: Scores = (first * second).sum(axis=1) / np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
+    return found
+
+
+def overlap(scores: Scores, others: Scores, k: int) -> Scores:
+    """The share of each query's k highest documents by `others` that are among those by `scores`; `[queries]`."""
+    highest = [np.argsort(-each, axis=1, kind="stable")[:, :k] for each in (scores, others)]
+    return np.array([len(np.intersect1d(first, second)) / k for first, second in zip(*highest, strict=True)])

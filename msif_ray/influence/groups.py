@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import torch
+
 # Of the memory that is free on a rank with its model loaded, what goes to factors by default. The rest is for the
 # activations and gradients of a batch.
 FREE_SHARE = 0.6
@@ -31,3 +33,8 @@ def module_groups(shapes: Shapes, budget: int | None, itemsize: int = 4) -> list
         groups[-1].append(name)
         filled += size
     return [tuple(group) for group in groups]
+
+
+def accumulating_bytes(dtype: str) -> int:
+    """Bytes per entry of sums, factors and directions of a model of this type: float32's at least."""
+    return torch.promote_types(getattr(torch, dtype), torch.float32).itemsize

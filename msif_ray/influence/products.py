@@ -108,6 +108,14 @@ def outer(left: Tensor, right: Tensor, out: Tensor, narrow: torch.dtype | None =
     return torch.bmm(left.transpose(1, 2), right, out_dtype=out.dtype)
 
 
+def pairwise(vectors: Tensor) -> Tensor:
+    """Inner products of a row's vectors `[rows, t, n]` with each other, `[rows, t, t]`."""
+    vectors = operand(vectors)
+    if vectors.dtype == wide_type(vectors.dtype):
+        return vectors @ vectors.transpose(1, 2)
+    return torch.bmm(vectors, vectors.transpose(1, 2), out_dtype=wide_type(vectors.dtype))
+
+
 def _terms(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two matrices of a narrower type whose sum is the matrix, but for 2⁻¹⁷ of each entry in bfloat16."""
     high = matrix.to(dtype)

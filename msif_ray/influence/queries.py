@@ -4,16 +4,16 @@ A query's gradient has at most as many ranks as it has tokens, so it is kept as 
 activations and output gradients until it is carried back, one map at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.response import Identity, Response
-from msif_ray.influence.scoring import DenseDirections, LowRankDirections
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,17 @@ class QueryTokens:
 
 def query_tokens(captured: Captured, row: int) -> dict[str, QueryTokens]:
     """The tokens of one row of a captured batch, for every map, without those that carry no gradient."""
-    tokens = {}
-    for name in captured.maps:
-        gradients = captured.gradients(name)[row]
-        carrying = gradients.any(dim=1)
-        tokens[name] = QueryTokens(captured.activations(name)[row][carrying], gradients[carrying])
-    return tokens
+    return {name: _carrying(captured.activations(name)[row], captured.gradients(name)[row]) for name in captured.maps}
+
+
+def map_tokens(captured: Captured, name: str) -> Iterator[QueryTokens]:
+    """The tokens of every row of a captured batch at one map, without those that carry no gradient."""
+    yield from map(_carrying, captured.activations(name), captured.gradients(name))
+
+
+def _carrying(activations: Tensor, gradients: Tensor) -> QueryTokens:
+    carrying = gradients.any(dim=1)
+    return QueryTokens(activations[carrying], gradients[carrying])
 
 
 def carry_back(gradients: Tensor, stages: Sequence[tuple[Factor | None, Response]]) -> Tensor:
@@ -56,33 +61,64 @@ def carry_back(gradients: Tensor, stages: Sequence[tuple[Factor | None, Response
     return gradients
 
 
-def truncate(
-    directions: Tensor, rank: int | None = None, energy: float | None = None
-) -> tuple[DenseDirections | LowRankDirections, Tensor]:
+def truncate(directions: Tensor, rank: int | None = None, energy: float | None = None) -> tuple[Directions, Tensor]:
     """The best low-rank form of directions `[queries, out, columns]` (Eckart–Young), and the share
     of each query's squared norm that it keeps, `[queries]` in [0, 1].
 
-    `rank` fixes the rank; `energy` takes the smallest rank that keeps that share for every query.
-    With neither, or where the factors would be no smaller, the directions stay as they are.
+    `rank` fixes the rank; `energy` takes each query's smallest rank that keeps that share of it, so that no query
+    depends on which others are asked. With neither, or where its vectors would be no smaller than itself, a query
+    stays whole: dense where all of them do, and by `energy` with all its vectors (see `smaller_form`).
     """
-    out, columns = directions.shape[1:]
-    everything = torch.ones(len(directions), dtype=torch.float64)
-    if rank is None and energy is None:
-        return DenseDirections(directions), everything
-    if rank is not None and stays_dense(rank, out, columns):
-        return DenseDirections(directions), everything
-    left, values, right = torch.linalg.svd(directions, full_matrices=False)
-    squares = values.double().square()
-    total = squares.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    kept = squares.cumsum(1) / total[:, None]
-    if rank is None:
-        missing = (kept < float(energy or 1.0)) & (squares.sum(1) > 0)[:, None]
-        rank = min(int(missing.sum(1).max()) + 1, values.shape[1])
+    queries, out, columns = directions.shape
+    if (rank is None and energy is None) or (rank is not None and stays_dense(rank, out, columns)):
+        return DenseDirections(directions), torch.ones(queries, dtype=torch.float64)
+    left, right, kept = zip(*(_cut(direction, rank, energy) for direction in directions), strict=True)
+    ranks = torch.tensor([len(vectors) for vectors in left])
+    return LowRankDirections(torch.cat(left), torch.cat(right), ranks), torch.tensor(kept, dtype=torch.float64)
+
+
+def smaller_form(directions: Directions) -> Directions:
+    """The same directions, dense where their vectors are no smaller."""
+    if isinstance(directions, LowRankDirections):
+        out, columns = directions.shape
+        if directions.total_rank * (out + columns) >= len(directions) * out * columns:
+            return DenseDirections(directions.dense)
+    return directions
+
+
+def _cut(direction: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+    """One direction `[out, columns]` as u_r `[rank, out]` and v_r `[rank, columns]`, and the share kept."""
+    out, columns = direction.shape
+    wide = direction if out <= columns else direction.T
+    squares, vectors = singular_vectors(wide)
+    total = float(squares.sum())
+    shares = squares.cumsum(0) / (total or 1.0)
+    if energy is not None:
+        rank = min(int((shares < energy).sum()) + 1, len(squares))
         if stays_dense(rank, out, columns):
-            return DenseDirections(directions), everything
-    scaled = left[:, :, :rank] * values[:, None, :rank]
-    kept_shares = torch.where(squares.sum(1) > 0, kept[:, rank - 1], 1.0).clamp_max(1.0)
-    return LowRankDirections(scaled.transpose(1, 2).contiguous(), right[:, :rank].contiguous()), kept_shares
+            rank = len(squares)
+    rank = int(rank or 1) if total else 0
+    kept = 1.0 if rank in (0, len(squares)) else min(1.0, float(shares[rank - 1]))
+    short = vectors[:rank]
+    long = (short @ wide.double()).to(direction.dtype)
+    short = short.to(direction.dtype)
+    return (short, long, kept) if out <= columns else (long, short, kept)
+
+
+def singular_vectors(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values `[n]` of a matrix `[n, m]`, n ≤ m, the largest first, and its left singular vectors
+    as rows, `[n, n]`; both in float64. Their products with the matrix are the right ones, scaled.
+
+    For float32 they are the eigenvectors of the Gram matrix in float64, up to four times as fast as an SVD in
+    float32. That squares the condition number, which does no harm: it leaves alone what is above the square root
+    of float64's precision, and below that is only what rounding has put into a float32.
+    """
+    if wide.dtype == torch.float64:
+        left, values, _ = torch.linalg.svd(wide, full_matrices=False)
+        return values.square(), left.T
+    wide = wide.double()
+    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    return squares.flip(0).clamp_min(0), vectors.flip(1).T
 
 
 def stays_dense(rank: int, out: int, columns: int) -> bool:

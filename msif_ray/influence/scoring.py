@@ -7,76 +7,17 @@ cheaper is chosen per map and batch by counting multiplications.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.ekfac import window_gradients
-from msif_ray.influence.products import inner, wide, with_ones
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
+from msif_ray.influence.ekfac import GRADIENT_ENTRIES, window_gradients
+from msif_ray.influence.products import pairwise
 
-# Entries of dense directions that low-rank queries may be expanded to, all maps together (float32: 1 GB).
+# Entries of dense directions that low-rank queries may be expanded to and kept, all maps together (float32: 1 GB).
 DENSE_ENTRIES = 2**28
-
-
-@dataclass(frozen=True)
-class DenseDirections:
-    """Carried-back queries of one map as they are: `matrix` `[queries, out, columns]`."""
-
-    matrix: Tensor
-
-    def __len__(self) -> int:
-        return len(self.matrix)
-
-    @property
-    def dense(self) -> Tensor:
-        return self.matrix
-
-    def token_scores(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """g_tᵀ D a_t, `[queries, rows, tokens]`, whose sum over tokens is the score."""
-        return ((gradients @ self.matrix[:, None]) * activations).sum(-1)
-
-
-@dataclass(frozen=True)
-class LowRankDirections:
-    """Carried-back queries of one map as Σ_r u_r v_rᵀ: `left` holds the u_r `[queries, rank, out]`,
-    `right` the v_r `[queries, rank, columns]`."""
-
-    left: Tensor
-    right: Tensor
-
-    def __len__(self) -> int:
-        return len(self.left)
-
-    @cached_property
-    def dense(self) -> Tensor:
-        """`[queries, out, columns]`."""
-        return self.left.transpose(1, 2) @ self.right
-
-    def token_scores(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """Σ_r (g_t·u_r)(a_t·v_r), `[queries, rows, tokens]`, whose sum over tokens is the score."""
-        left = torch.einsum("bto,qro->qbtr", gradients, self.left)
-        right = torch.einsum("bti,qri->qbtr", activations, self.right)
-        return (left * right).sum(-1)
-
-
-Directions = DenseDirections | LowRankDirections
-
-
-def join(parts: Sequence[Directions]) -> Directions:
-    """The queries of all parts, in order; of low rank where all parts are, with zeros up to the largest rank."""
-    if len(parts) == 1:
-        return parts[0]
-    low_rank = [part for part in parts if isinstance(part, LowRankDirections)]
-    if len(low_rank) < len(parts):
-        return DenseDirections(torch.cat([part.dense for part in parts]))
-    rank = max(part.left.shape[1] for part in low_rank)
-    return LowRankDirections(
-        torch.cat([functional.pad(part.left, (0, 0, 0, rank - part.left.shape[1])) for part in low_rank]),
-        torch.cat([functional.pad(part.right, (0, 0, 0, rank - part.right.shape[1])) for part in low_rank]),
-    )
 
 
 def materialised_cost(tokens: int, out: int, columns: int, queries: int) -> int:
@@ -90,6 +31,14 @@ def token_cost(tokens: int, out: int, columns: int, queries: int, rank: int) -> 
     return tokens * rank * queries * (out + columns + 1) + norm
 
 
+def expansion_cost(directions: LowRankDirections, rows: int | None = None) -> float:
+    """Multiplications per window to expand directions of low rank anew for as many rows as are formed at once."""
+    out, columns = directions.shape
+    entries = GRADIENT_ENTRIES.get(directions.left.device.type, GRADIENT_ENTRIES["cpu"])
+    at_once = max(1, entries // (out * columns))
+    return directions.total_rank * out * columns / (at_once if rows is None else min(rows, at_once))
+
+
 def gram_cost(tokens: int, out: int, columns: int) -> int:
     """Multiplications per window of Σ_ts (a_t·a_s)(g_t·g_s)."""
     return tokens * tokens * (out + columns + 1)
@@ -99,23 +48,25 @@ def gram_cost(tokens: int, out: int, columns: int) -> int:
 class Scorer:
     """Scores batches against the directions of every map.
 
-    Directions of low rank are expanded to dense ones where that is cheaper and their total stays
-    within `dense_entries`.
+    Directions of low rank are multiplied as they are, or expanded where that is cheaper: once for all as long as
+    the total stays within `dense_entries`, anew for each product beyond that. With `dense_entries` 0 the mapping
+    may be one that reads its directions when asked: each is asked for once per batch.
     """
 
     directions: Mapping[str, Directions]
     dense_entries: int = DENSE_ENTRIES
-    _may_expand: frozenset[str] = field(init=False)
+    _may_keep: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         allowed, left = set(), self.dense_entries
-        for name, directions in self.directions.items():
+        for name, directions in self.directions.items() if left else ():
             if isinstance(directions, LowRankDirections):
-                entries = len(directions) * directions.left.shape[2] * directions.right.shape[2]
+                out, columns = directions.shape
+                entries = len(directions) * out * columns
                 if entries <= left:
                     allowed.add(name)
                     left -= entries
-        object.__setattr__(self, "_may_expand", frozenset(allowed))
+        object.__setattr__(self, "_may_keep", frozenset(allowed))
 
     def score(self, captured: Captured) -> tuple[Tensor, Tensor]:
         """Scores `[rows, queries]` (nats per unit of weight, DESIGN.md §2) and the squared Frobenius
@@ -135,50 +86,62 @@ class Scorer:
         The entry of position t is the part of the gradient that flows through token t's own
         activations; over positions it sums to the score.
         """
-        rows, tokens = captured.batch.input_ids.shape
-        total = torch.zeros(rows, tokens, dtype=torch.float64, device=captured.losses.device)
+        return self.pair_token_scores(captured, [(row, query) for row in range(len(captured.batch.keys))])
+
+    def pair_token_scores(self, captured: Captured, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """As `token_scores`, of chosen pairs `(row, query)`: `[pairs, tokens]`."""
+        tokens = captured.batch.input_ids.shape[1]
+        total = torch.zeros(len(pairs), tokens, dtype=torch.float64, device=captured.losses.device)
+        places: dict[int, list[int]] = {}
+        for place, (_, query) in enumerate(pairs):
+            places.setdefault(query, []).append(place)
         for name, directions in self.directions.items():
-            scores = _one_query(directions, query).token_scores(captured.activations(name), captured.gradients(name))[0]
-            total += scores.double().reshape(rows, -1, tokens).sum(1)
+            activations, gradients = captured.activations(name), captured.gradients(name)
+            for query, at in places.items():
+                rows = [pairs[place][0] for place in at]
+                scores = directions.part(query, query + 1).token_scores(activations[rows], gradients[rows])[0]
+                total[at] += scores.double().reshape(len(at), -1, tokens).sum(1)
         return total
 
-    def materialises(self, name: str, tokens: int) -> bool:
-        """Whether the map's window gradients of that many tokens are formed, or scored token by token."""
-        directions = self.directions[name]
+    def materialises(self, name: str, tokens: int, rows: int | None = None) -> bool:
+        """Whether the map's window gradients are formed, or scored token by token: of `rows` windows of so many
+        tokens each (None: of as many as are formed at once)."""
+        return self._materialises(name, self.directions[name], tokens, rows)
+
+    def keeps(self, name: str) -> bool:
+        """Whether the map's directions of low rank stay expanded where their window gradients are formed."""
+        return name in self._may_keep
+
+    def _materialises(self, name: str, directions: Directions, tokens: int, rows: int | None) -> bool:
         if isinstance(directions, DenseDirections):
             return True
-        queries, rank, out = directions.left.shape
-        columns = directions.right.shape[2]
-        return name in self._may_expand and materialised_cost(tokens, out, columns, queries) <= token_cost(
-            tokens, out, columns, queries, rank
-        )
+        out, columns = directions.shape
+        cost = float(materialised_cost(tokens, out, columns, len(directions)))
+        if not self.keeps(name):
+            cost += expansion_cost(directions, rows)
+        return cost <= token_cost(tokens, out, columns, 1, directions.total_rank)
 
     def score_map(
         self, name: str, directions: Directions, inputs: Tensor, gradients: Tensor, bias: bool = False
     ) -> tuple[Tensor, Tensor]:
         """One map's scores `[rows, queries]` and squared norms `[rows]` from vectors `[rows, positions, in]` and
         `[rows, positions, out]`; with `bias` the constant 1 is still to be put behind the inputs."""
-        if not self.materialises(name, inputs.shape[1]):
-            activations = with_ones(wide(inputs)) if bias else wide(inputs)
-            scores = directions.token_scores(activations, wide(gradients)).sum(2).T
-            return scores, squared_norms(activations, wide(gradients))
+        rows, tokens = inputs.shape[:2]
+        if isinstance(directions, LowRankDirections):
+            if not self._materialises(name, directions, tokens, rows):
+                return directions.scores(inputs, gradients, bias), squared_norms(inputs, gradients, bias)
+            if self.keeps(name):
+                directions = DenseDirections(directions.dense)
         parts = []
         for products in window_gradients(inputs, gradients, bias):
-            norms = torch.linalg.vector_norm(products.flatten(1), dim=1).square()
-            parts.append((inner(products, directions.dense), norms))
+            flat = products.flatten(1)
+            parts.append((directions.products(flat), torch.linalg.vector_norm(flat, dim=1).square()))
         return torch.cat([scores for scores, _ in parts]), torch.cat([norms for _, norms in parts])
 
 
-def squared_norms(activations: Tensor, gradients: Tensor) -> Tensor:
+def squared_norms(inputs: Tensor, gradients: Tensor, bias: bool = False) -> Tensor:
     """‖Σ_t g_t a_tᵀ‖² of each row, `[rows]`, by Gram matrices where the rows are short."""
-    tokens, out, columns = activations.shape[1], gradients.shape[2], activations.shape[2]
+    tokens, out, columns = inputs.shape[1], gradients.shape[2], inputs.shape[2] + int(bias)
     if gram_cost(tokens, out, columns) < materialised_cost(tokens, out, columns, queries=0):
-        gram = (activations @ activations.transpose(1, 2)) * (gradients @ gradients.transpose(1, 2))
-        return gram.sum((1, 2)).clamp_min(0)
-    return torch.cat([g.square().sum((1, 2)) for g in window_gradients(activations, gradients)])
-
-
-def _one_query(directions: Directions, query: int) -> Directions:
-    if isinstance(directions, DenseDirections):
-        return DenseDirections(directions.matrix[query : query + 1])
-    return LowRankDirections(directions.left[query : query + 1], directions.right[query : query + 1])
+        return ((pairwise(inputs) + float(bias)) * pairwise(gradients)).sum((1, 2)).clamp_min(0)
+    return torch.cat([g.square().sum((1, 2)) for g in window_gradients(inputs, gradients, bias)])

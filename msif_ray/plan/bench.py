@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from msif_ray.cluster.directions import kept_entries
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.corpus.reader import Document
@@ -28,7 +29,8 @@ Kind = Literal["covariance", "correction", "queries", "scoring"]
 
 @dataclass(frozen=True)
 class Trial:
-    """A job to be tried: how its documents are read, some of them, and for scoring how many queries of which rank."""
+    """A job to be tried: how its documents are read, some of them, and for scoring how many queries of which rank
+    and the bytes that they may take (None: a share of what is free)."""
 
     name: str
     kind: Kind
@@ -37,6 +39,7 @@ class Trial:
     sampled_labels: bool = False
     queries: int = 0
     rank: int | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class _Scoring:
 
 @dataclass
 class Bench:
-    """One trial on a loaded rank; maps are those of `shapes`."""
+    """One trial on a loaded rank; maps are those of `shapes`. `budget`: bytes for query directions."""
 
     rank: Rank
     trial: Trial
@@ -171,7 +174,9 @@ class Bench:
         if self.trial.kind == "queries":
             held = int(counts.gradient_bytes(shapes, seen.positions, dtype.itemsize))
             return QueryJob().start(list(shapes), device), held, 0.0
-        scorer = Scorer(counts.make_directions(shapes, self._queries, self.trial.rank, dtype, device))
+        directions = counts.make_directions(shapes, self._queries, self.trial.rank, dtype, device)
+        kept = kept_entries(counts.directions_bytes(directions), self.budget, dtype.itemsize)
+        scorer = Scorer(directions, kept)
         return _Scoring(scorer), counts.scorer_bytes(scorer, seen), counts.scoring_flops(scorer, seen)
 
     @property

@@ -5,6 +5,7 @@ norms and softmaxes are left out; they are a few percent of a language model's. 
 contractions are the code's own functions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from msif_ray.cluster.sharding import gathered
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import gradient_rotation_cost, rotates_vectors, vector_rotation_cost
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.modules import output_head
 from msif_ray.influence.products import gram_cost
 from msif_ray.influence.queries import stays_dense
-from msif_ray.influence.scoring import (
-    DenseDirections,
-    Directions,
-    LowRankDirections,
-    Scorer,
-    materialised_cost,
-    token_cost,
-)
+from msif_ray.influence.scoring import Scorer, expansion_cost, materialised_cost, token_cost
 from msif_ray.plan.tokens import Tally
 
 
@@ -97,9 +92,13 @@ def scoring_flops(scorer: Scorer, tally: Tally) -> float:
     for name, directions in scorer.directions.items():
         out, columns = direction_shape(directions)
         for n, windows in tally.lengths.items():
-            cost = materialised_cost(n, out, columns, len(directions))
-            if not scorer.materialises(name, n) and isinstance(directions, LowRankDirections):
-                cost = token_cost(n, out, columns, len(directions), directions.left.shape[1])
+            rows = math.ceil(windows)
+            cost = float(materialised_cost(n, out, columns, len(directions)))
+            if isinstance(directions, LowRankDirections):
+                if not scorer.materialises(name, n, rows):
+                    cost = token_cost(n, out, columns, 1, directions.total_rank)
+                elif not scorer.keeps(name):
+                    cost += expansion_cost(directions, rows)
             total += 2.0 * windows * cost
     return total
 
@@ -111,7 +110,7 @@ def token_score_flops(scorer: Scorer, positions: float) -> float:
         out, columns = direction_shape(directions)
         entries = out * columns
         if isinstance(directions, LowRankDirections):
-            entries = directions.left.shape[1] * (out + columns)
+            entries = directions.total_rank // len(directions) * (out + columns)
         total += 2.0 * positions * entries
     return total
 
@@ -141,7 +140,7 @@ def direction_shape(directions: Directions) -> tuple[int, int]:
     """`(out, columns)` of a map's directions."""
     if isinstance(directions, DenseDirections):
         return directions.matrix.shape[1], directions.matrix.shape[2]
-    return directions.left.shape[2], directions.right.shape[2]
+    return directions.shape
 
 
 def make_directions(
@@ -160,7 +159,7 @@ def make_directions(
         if rank is None or stays_dense(rank, out, columns):
             made[name] = DenseDirections(random(queries, out, columns))
         else:
-            made[name] = LowRankDirections(random(queries, rank, out), random(queries, rank, columns))
+            made[name] = LowRankDirections.stacked(random(queries, rank, out), random(queries, rank, columns))
     return made
 
 
@@ -175,10 +174,13 @@ def directions_bytes(directions: Mapping[str, Directions]) -> int:
 
 
 def scorer_bytes(scorer: Scorer, tally: Tally) -> int:
-    """What a rank holds to score: the directions, and those of low rank again where the scorer expands them."""
+    """What a rank holds to score with everything in memory: the directions, and those of low rank again where the
+    scorer expands and keeps them."""
     held = directions_bytes(scorer.directions)
     for name, directions in scorer.directions.items():
-        if isinstance(directions, LowRankDirections) and any(scorer.materialises(name, n) for n in tally.lengths):
+        if not isinstance(directions, LowRankDirections) or not scorer.keeps(name):
+            continue
+        if any(scorer.materialises(name, n) for n in tally.lengths):
             out, columns = direction_shape(directions)
             held += len(directions) * out * columns * directions.left.element_size()
     return held
@@ -203,16 +205,3 @@ def stored_factor_bytes(shapes: Shapes, itemsize: int) -> int:
 def gradient_bytes(shapes: Shapes, positions: float, itemsize: int) -> float:
     """Query gradients kept as their tokens: an activation and an output gradient per position and map."""
     return sum(positions * (out + columns) * itemsize for out, columns in shapes.values())
-
-
-def carry_task_bytes(shapes: Shapes, queries: int, stages: int, itemsize: int, truncated: bool) -> int:
-    """The most that carrying all queries back at one map takes: five copies of the directions (as they came, as the
-    last stage left them, answered, half rotated back and wholly), six where an SVD follows (its input, U and V in
-    place of the last three, and what it works in), and the factors of all stages passed."""
-    copies = 6 if truncated else 5
-    return max((copies * queries * o * c + stages * (o * o + c * c + o * c)) * itemsize for o, c in shapes.values())
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes per entry of sums, factors and directions of a model of this type."""
-    return torch.promote_types(getattr(torch, dtype), torch.float32).itemsize

@@ -8,10 +8,14 @@ from typing import Literal
 import torch
 
 from msif_ray import stages
+from msif_ray.cluster.carry import carry_bytes
+from msif_ray.cluster.directions import kept_entries, shards
 from msif_ray.cluster.fit import EIGEN_COPIES
+from msif_ray.cluster.queries import largest_block
 from msif_ray.config import Score
+from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
-from msif_ray.influence.scoring import Scorer, join
+from msif_ray.influence.scoring import Scorer
 from msif_ray.plan import counts
 from msif_ray.plan.measure import Calibration
 from msif_ray.plan.tokens import Tally
@@ -98,16 +102,29 @@ class Estimate:
         return module_groups(self.shapes, budget, self.itemsize)
 
     def scorer(self, entries: Sequence[Score]) -> Scorer:
-        """A scorer with the shapes of the entries' directions and no numbers."""
-        each = self.directions()
-        return Scorer({name: join([each.directions[name]] * len(entries)) for name in self.shapes})
+        """A scorer with the shapes of the entries' directions and no numbers, which keeps what fits in memory."""
+        directions = {name: join([each] * len(entries)) for name, each in self.directions().items()}
+        memory = self.directions_memory(entries)
+        if memory is None:
+            return Scorer(directions)
+        return Scorer(directions, kept_entries(counts.directions_bytes(directions), memory, self.itemsize))
 
-    def directions(self) -> Scorer:
-        queries = self.run.queries
-        made = counts.make_directions(
-            self.shapes, len(self.inputs.resolved.queries), queries.rank, self.dtype, torch.device("meta")
-        )
-        return Scorer(made)
+    def directions(self) -> dict[str, Directions]:
+        """One entry's directions, with shapes and no numbers."""
+        count, rank = len(self.inputs.resolved.queries), self.run.queries.rank
+        return counts.make_directions(self.shapes, count, rank, self.dtype, torch.device("meta"))
+
+    def directions_memory(self, entries: Sequence[Score]) -> int | None:
+        """What a rank uses for directions at most in the entries' pass; None where that is not known."""
+        index, given = self.run.stage_index(entries[0].stage), self.run.cluster.directions_memory
+        calibration = self.inputs.calibrations.get(index)
+        if given is not None or calibration is None:
+            return given
+        return max(1, int(FREE_SHARE * (calibration.free + self._not_held(index))))
+
+    def _directions_held(self, entries: Sequence[Score], needed: int) -> int:
+        memory = self.directions_memory(entries)
+        return needed if memory is None else min(needed, memory)
 
     def stored(self) -> list[Stored]:
         """What the run writes; partial sums are what it writes at most at any time."""
@@ -120,7 +137,7 @@ class Estimate:
             stored.append(Stored("partial sums, at most", 2 * ranks * max(sums)))
         gradients = counts.gradient_bytes(self.shapes, self.inputs.tallies["queries"].positions, self.itemsize)
         stored.append(Stored("query gradients", gradients))
-        directions = counts.directions_bytes(self.directions().directions)
+        directions = counts.directions_bytes(self.directions())
         stored += [Stored(f"query directions for {entry.label}", directions) for entry in self.run.score]
         for entries in stages.passes(self.run):
             seen = self._scored(entries)
@@ -208,7 +225,8 @@ class Estimate:
     def _queries(self) -> list[Step]:
         tally, last = self.inputs.tallies["queries"], len(self.run.stages) - 1
         flops = counts.pass_flops(self.inputs.sizes[last], tally)
-        held = counts.gradient_bytes(self.shapes, tally.positions, self.itemsize)
+        resolved, chosen = self.inputs.resolved, self.run.queries
+        held = largest_block(resolved.queries, resolved.query_tokens, self.shapes, self.itemsize)
         steps = [
             Step(
                 "queries: gradients",
@@ -220,12 +238,13 @@ class Estimate:
                 self._peak(last, "queries", held),
             )
         ]
-        queries = len(self.inputs.resolved.queries)
+        queries = len(resolved.queries)
         passed = [self._stages_passed(entry) for entry in self.run.score]
         product = counts.carry_flops(self.shapes, queries, sum(passed))
-        chosen = self.run.queries
         svd = len(self.run.score) * counts.truncation_flops(self.shapes, queries, chosen.rank, chosen.energy)
-        memory = counts.carry_task_bytes(self.shapes, queries, max(passed), self.itemsize, svd > 0)
+        cut = shards(queries, self.shapes, chosen.rank, self.itemsize, self.run.cluster.directions_memory)
+        shard = cut[0][1]
+        memory = max(carry_bytes(shape, shard, max(passed), self.itemsize, chosen) for shape in self.shapes.values())
         seconds = self._seconds(product=product, svd=svd)
         return [*steps, self._task("queries: carried back", product + svd, seconds, memory)]
 
@@ -260,7 +279,7 @@ class Estimate:
             1,
             flops,
             self._hours(index, job, flops),
-            self._peak(index, job, counts.scorer_bytes(scorer, tally)),
+            self._peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
         )
 
     def _top(self, entry: Score) -> Step:
@@ -281,7 +300,7 @@ class Estimate:
             1,
             flops,
             self._hours(index, job, flops),
-            self._peak(index, job, counts.directions_bytes(scorer.directions)),
+            self._peak(index, job, self._directions_held([entry], counts.directions_bytes(scorer.directions))),
         )
 
 

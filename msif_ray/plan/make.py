@@ -17,6 +17,7 @@ from msif_ray.config import Run
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.paths import is_remote
+from msif_ray.plan import counts
 from msif_ray.plan.bench import Trial
 from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, scoring_job
@@ -30,6 +31,7 @@ from msif_ray.setup import model_setup
 
 # Queries whose passes are timed: a block of the run's.
 QUERIES_TRIED = 8
+GIBI = 2**30
 # Rows of the Parquet file that tells the bytes of a row.
 ROWS_WRITTEN = 2**20
 
@@ -222,7 +224,8 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             documents = tuple(_first_block(resolved, f"score.{position}"))
             queries = len(entries) * len(resolved.queries)
             name = scoring_job(position)
-            trials.append(Trial(name, "scoring", setup, documents, queries=queries, rank=run.queries.rank))
+            memory = run.cluster.directions_memory
+            trials.append(Trial(name, "scoring", setup, documents, False, queries, run.queries.rank, memory))
     return trials
 
 
@@ -284,12 +287,13 @@ def _notes(estimate: Estimate) -> list[str]:
             "Queries are counted as dense: the rank that queries.energy asks for is known once they are carried."
         )
     for entries in stages.passes(run):
-        calibration = calibrations.get(run.stage_index(entries[0].stage))
-        wanted, name = len(entries) * len(estimate.inputs.resolved.queries), scoring_job(run.score.index(entries[0]))
-        if calibration is not None and calibration.jobs[name].queries < wanted:
+        needed = len(entries) * counts.directions_bytes(estimate.directions())
+        memory = estimate.directions_memory(entries)
+        if memory is not None and needed > memory:
             notes.append(
-                f"{entries[0].stage}: {wanted} query directions do not fit in memory; {calibration.jobs[name].queries} "
-                "were timed. Give queries.rank, or fewer queries or score entries."
+                f"{entries[0].stage}: of {needed / GIBI:.3g} GiB of query directions {memory / GIBI:.3g} GiB fit in "
+                "cluster.directions_memory; the rest is read from local disk for every batch, and the time of that is "
+                "not counted. Larger batches (cluster.tokens_per_batch) read less often."
             )
     if run.cluster.ranks_per_replica > 1 and calibrations:
         notes.append("The models were measured whole; the run shards them, and the time of its gathers is not counted.")

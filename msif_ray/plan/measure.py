@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model
-from msif_ray.influence.groups import FREE_SHARE, module_groups
+from msif_ray.influence.groups import FREE_SHARE, accumulating_bytes, module_groups
 from msif_ray.plan import counts
 from msif_ray.plan.bench import Bench, Measured, Trial
 from msif_ray.plan.memory import Gauge
@@ -106,12 +106,13 @@ def measure(request: Request) -> Calibration:
     loaded, free = gauge.now(), rank.free_memory()
     size = counts.ModelSize.of(local_model(setup.model))
     budget = request.factor_memory or int(FREE_SHARE * free)
-    group = module_groups(request.shapes, budget, counts.itemsize(setup.dtype))[0]
+    group = module_groups(request.shapes, budget, accumulating_bytes(setup.dtype))[0]
     shapes = {name: request.shapes[name] for name in group}
     jobs = {}
     for trial in request.trials:
         measured_shapes = shapes if trial.kind in ("covariance", "correction") else request.shapes
-        jobs[trial.name] = Bench(rank, trial, measured_shapes, size, gauge, loaded, budget).run()
+        allowed = trial.memory or int(FREE_SHARE * free)
+        jobs[trial.name] = Bench(rank, trial, measured_shapes, size, gauge, loaded, allowed).run()
     return Calibration(_device_name(setup), empty, loaded, loading, free, jobs, *_task_rates())
 
 

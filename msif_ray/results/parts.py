@@ -18,6 +18,9 @@ from msif_ray.store import replacing
 
 SKIPPED = b"skipped"
 
+# Pairs of a part that are made into rows, and read, at once: whole queries of its documents (about 50 MB).
+ROWS_AT_ONCE = 2**19
+
 UNITS = {
     "unit": "score: nats of the completion's log-likelihood per unit of weight on the document's loss inside "
     "the mean loss of its stage; leaving it out of N documents changes the log-likelihood by about -score/N",
@@ -81,19 +84,32 @@ def write_part(
     shape = (len(doc_ids), len(query_ids))
     if scores.shape != shape or len(norms) != shape[0] or len(n_tokens) != shape[0]:
         raise ValueError(f"scores {scores.shape}, norms {norms.shape}, n_tokens {len(n_tokens)} for {shape}")
-    documents, queries = np.arange(shape[0], dtype=np.int32), np.arange(shape[1], dtype=np.int32)
-    columns = [
-        pa.array(query_ids, pa.string()).take(pa.array(np.repeat(queries, shape[0]))),
-        pa.array(doc_ids, pa.string()).take(pa.array(np.tile(documents, shape[1]))),
-        pa.array(np.ascontiguousarray(scores.T, dtype=np.float32).reshape(-1)),
-        pa.array(np.tile(np.asarray(norms, dtype=np.float32), shape[1])),
-        pa.array(np.tile(np.asarray(n_tokens, dtype=np.int32), shape[1])),
-    ]
     about = {**UNITS, **metadata, SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
-    with replacing(path) as temporary:
-        pq.write_table(
-            pa.table(columns, schema=SCORES_SCHEMA.with_metadata(about)), temporary, write_page_checksum=True
-        )
+    schema = SCORES_SCHEMA.with_metadata(about)
+    of_documents = (np.asarray(norms, dtype=np.float32), np.asarray(n_tokens, dtype=np.int32))
+    at_once = max(1, ROWS_AT_ONCE // max(1, len(doc_ids)))
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
+    ):
+        for start in range(0, len(query_ids), at_once):
+            some = slice(start, start + at_once)
+            columns = _columns(query_ids[some], doc_ids, scores[:, some], *of_documents)
+            writer.write_table(pa.table(columns, schema))
+
+
+def _columns(
+    query_ids: Sequence[str], doc_ids: Sequence[str], scores: np.ndarray, norms: np.ndarray, n_tokens: np.ndarray
+) -> list[pa.Array]:
+    """The columns of every pair, by query and then by document."""
+    queries, documents = (np.arange(len(ids), dtype=np.int32) for ids in (query_ids, doc_ids))
+    return [
+        pa.array(query_ids, pa.string()).take(pa.array(np.repeat(queries, len(documents)))),
+        pa.array(doc_ids, pa.string()).take(pa.array(np.tile(documents, len(queries)))),
+        pa.array(np.ascontiguousarray(scores.T, dtype=np.float32).reshape(-1)),
+        pa.array(np.tile(norms, len(queries))),
+        pa.array(np.tile(n_tokens, len(queries))),
+    ]
 
 
 def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
@@ -118,6 +134,13 @@ def read_part(path: Path) -> pa.Table:
     """A part's rows. Raises UserError for a file that is not a part, or is damaged."""
     with _opened(path) as part:
         return part.read().cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
+
+
+def read_rows(path: Path) -> Iterator[pa.Table]:
+    """A part's rows in their order, some at a time. Raises UserError as `read_part` does."""
+    with _opened(path) as part:
+        for group in range(part.num_row_groups):
+            yield part.read_row_group(group).cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """The highest and lowest documents of each query, from the parts of a stage's scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_ray.paths import path_of
-from msif_ray.results.parts import UNITS, part_files, read_part
+from msif_ray.results.parts import UNITS, part_files, read_rows
 from msif_ray.store import replacing
 
 Side = Literal["highest", "lowest"]
+
+# Rows of `top.parquet` made at once: each has a document's tokens.
+ROWS_AT_ONCE = 1000
 
 TOP_SCHEMA = pa.schema(
     [
@@ -69,13 +72,14 @@ def top_pairs(run_dir: str | Path, stage: str, k: int) -> list[TopPair]:
     """The k highest and the k lowest documents of every query: by query in the order of the parts,
     highest first, then by rank.
 
-    One part at a time is in memory, and 2k candidates of each query. Equal scores are ordered by
+    A few rows of one part are in memory at a time, and 2k candidates of each query. Equal scores are ordered by
     document id; a score that is not a number has no rank. With fewer than 2k documents the two
     ends overlap.
     """
     ends: dict[str, _Ends] = {}
     for block, path in part_files(run_dir, stage):
-        _merge_part(ends, read_part(path), block, k)
+        for rows in read_rows(path):
+            _merge_part(ends, rows, block, k)
     return [
         TopPair(query, document, side, rank, -key if side == "highest" else key, norm, tokens, block)
         for query, end in ends.items()
@@ -89,16 +93,22 @@ def _sides(end: _Ends) -> tuple[tuple[Side, list[_Candidate]], tuple[Side, list[
 
 
 def _merge_part(ends: dict[str, _Ends], part: pa.Table, block: str, k: int) -> None:
-    """Takes one part's rows, which are sorted by query, into the candidates."""
+    """Takes a part's rows, which are sorted by query, into the candidates."""
+    if not len(part):
+        return
     scores = part["score"].to_numpy()
     queries = part["query_id"].combine_chunks().dictionary_encode()
-    codes = queries.indices.to_numpy()
-    bounds = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)] if len(codes) else []
-    for start, stop in pairwise(bounds):
-        end = ends.setdefault(queries.dictionary[int(codes[start])].as_py(), _Ends())
-        rows = part.slice(start, stop - start)
-        end.highest = _best(end.highest, -scores[start:stop], rows, block, k)
-        end.lowest = _best(end.lowest, scores[start:stop], rows, block, k)
+    starts = np.flatnonzero(np.diff(queries.indices.to_numpy(), prepend=-1))
+    found = [ends.setdefault(query, _Ends()) for query in queries.take(pa.array(starts)).to_pylist()]
+    bounds = list(pairwise([*starts.tolist(), len(scores)]))
+    for side, keys in (("highest", -scores), ("lowest", scores)):
+        kept = [end.highest if side == "highest" else end.lowest for end in found]
+        limits = np.array([each[-1][0] if len(each) == k else np.inf for each in kept])
+        # Of many queries, few find anything better in a part: the others cost no more than this comparison.
+        for index in np.flatnonzero(np.fmin.reduceat(keys, starts) <= limits).tolist():
+            start, stop = bounds[index]
+            rows = part.slice(start, stop - start)
+            setattr(found[index], side, _best(kept[index], keys[start:stop], rows, block, k))
 
 
 def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, k: int) -> list[_Candidate]:
@@ -116,14 +126,18 @@ def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, 
     return sorted([*kept, *new])[:k]
 
 
-def write_top(run_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `top.parquet` from rows with the columns of `TOP_SCHEMA`, in their order.
+def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes `top.parquet` from rows with the columns of `TOP_SCHEMA`, in their order, some at a time.
 
     Raises ValueError for a row whose keys are not those columns.
     """
-    for row in rows:
-        if row.keys() != set(TOP_SCHEMA.names):
-            raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(TOP_SCHEMA.names)}")
-    table = pa.Table.from_pylist(list(rows), TOP_SCHEMA)
-    with replacing(path_of(run_dir) / "top.parquet") as temporary:
-        pq.write_table(table, temporary)
+    left = iter(rows)
+    with (
+        replacing(path_of(run_dir) / "top.parquet") as temporary,
+        pq.ParquetWriter(temporary, TOP_SCHEMA) as writer,
+    ):
+        while some := list(islice(left, ROWS_AT_ONCE)):
+            for row in some:
+                if row.keys() != set(TOP_SCHEMA.names):
+                    raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(TOP_SCHEMA.names)}")
+            writer.write_table(pa.Table.from_pylist(some, TOP_SCHEMA))

@@ -12,7 +12,7 @@ from torch.nn import functional
 from msif_ray.benchmark.report import Options, measure
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.workload import Shape, Workload
-from msif_ray.influence.scoring import DenseDirections
+from msif_ray.influence.directions import DenseDirections
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape(layers=2, hidden=16, heads=2, vocabulary=40, tokens_per_batch=48)

@@ -71,3 +71,11 @@ def test_inner(device, dtype, rows, entries):
     left, right = (random(n, 2, entries, dtype=dtype, device=device, seed=n) for n in (rows, 5))
     wanted = left.double().flatten(1) @ right.double().flatten(1).T
     assert error(products.inner(left, right), wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_pairwise(device, dtype):
+    vectors = random(3, 6, 40, dtype=dtype, device=device)
+    found = products.pairwise(vectors)
+    assert found.dtype == products.wide_type(dtype)
+    assert error(found, vectors.double() @ vectors.double().transpose(1, 2)) < TOLERANCE[dtype]

@@ -7,9 +7,10 @@ import reference
 import torch
 
 from msif_ray.influence import ekfac, scoring
+from msif_ray.influence.directions import PRODUCT_ENTRIES, DenseDirections, LowRankDirections, join
 from msif_ray.influence.ekfac import Basis, CorrectionSums
-from msif_ray.influence.queries import truncate
-from msif_ray.influence.scoring import DenseDirections, LowRankDirections, Scorer, squared_norms
+from msif_ray.influence.queries import smaller_form, truncate
+from msif_ray.influence.scoring import Scorer, squared_norms
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 
@@ -30,9 +31,21 @@ def captured():
 
 def low_rank(captured, rank=3):
     return {
-        name: LowRankDirections(torch.randn(4, rank, m.shape[0]).double(), torch.randn(4, rank, m.shape[1]).double())
+        name: LowRankDirections.stacked(*(torch.randn(4, rank, size).double() for size in m.shape))
         for name, m in captured.maps.items()
     }
+
+
+def ragged(directions):
+    """The same directions with zero vectors added to one query and each query's number of vectors its own."""
+    found = {}
+    for name, each in directions.items():
+        parts = [each.part(query, query + 1) for query in range(len(each))]
+        added = parts[1]
+        left, right = (torch.cat([side, torch.zeros_like(side[:2])]) for side in (added.left, added.right))
+        parts[1] = LowRankDirections(left, right, added.ranks + 2)
+        found[name] = join(parts)
+    return found
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -41,14 +54,47 @@ def test_truncation_keeps_the_share_of_the_singular_values(seed):
     expected = torch.linalg.eigvalsh(directions @ directions.transpose(1, 2)).flip(1)  # squared singular values
     for rank in (1, 2, 3):
         kept, energy = truncate(directions, rank=rank)
-        assert isinstance(kept, LowRankDirections) and kept.left.shape[1] == rank
+        assert isinstance(kept, LowRankDirections) and kept.ranks.tolist() == [rank] * 4
         torch.testing.assert_close(energy, expected[:, :rank].sum(1) / expected.sum(1), **CLOSE)
         lost = (directions - kept.dense).square().sum((1, 2)) / directions.square().sum((1, 2))
         torch.testing.assert_close(energy, 1 - lost, **CLOSE)
-    kept, energy = truncate(directions, energy=float(energy.min()) - 1e-9)
-    assert kept.left.shape[1] == 3
+    wanted = float(energy.min()) - 1e-9
+    shares = expected.cumsum(1) / expected.sum(1, keepdim=True)
+    kept, energy = truncate(directions, energy=wanted)
+    assert kept.ranks.tolist() == ((shares < wanted).sum(1) + 1).tolist() and kept.ranks.max() == 3
     same, energy = truncate(directions, rank=6)
     assert isinstance(same, DenseDirections) and torch.equal(same.dense, directions) and (energy == 1).all()
+
+
+def test_float32_directions_are_cut_as_well_as_float32_allows():
+    """By Gram matrices in float64: compared with an SVD in float64, over eight orders of singular values."""
+    torch.manual_seed(0)
+    for out, columns in ((12, 30), (30, 12)):
+        scales = torch.logspace(0, -8, 12, dtype=torch.float64)
+        left, right = (torch.linalg.qr(torch.randn(3, size, 12).double())[0] for size in (out, columns))
+        directions = ((left * scales) @ right.transpose(1, 2)).float()
+        u, values, v = torch.linalg.svd(directions.double(), full_matrices=False)
+        for rank in (1, 3, 8):
+            kept, energy = truncate(directions, rank=rank)
+            best = (u[:, :, :rank] * values[:, None, :rank]) @ v[:, :rank]
+            torch.testing.assert_close(kept.dense.double(), best, rtol=0, atol=2e-7)
+            expected = values[:, :rank].square().sum(1) / values.square().sum(1)
+            torch.testing.assert_close(energy, expected, rtol=0, atol=1e-14)
+
+
+def test_energy_decides_each_query_by_itself():
+    """A query's direction does not depend on which others are cut with it, nor on the form they take together."""
+    directions = random_directions(4, queries=9, rank=2)
+    directions += 0.3 * random_directions(5, queries=9, rank=6) * torch.linspace(0, 1, 9).double()[:, None, None]
+    for energy in (0.5, 0.9, 0.99, 0.9999):
+        together, kept = truncate(directions, energy=energy)
+        alone = [truncate(directions[query : query + 1], energy=energy) for query in range(9)]
+        torch.testing.assert_close(together.dense, torch.cat([each.dense for each, _ in alone]), **CLOSE)
+        torch.testing.assert_close(kept, torch.cat([share for _, share in alone]), **CLOSE)
+        assert (kept >= energy).all()
+        smaller = smaller_form(together)
+        assert isinstance(smaller, DenseDirections) == (together.total_rank * (6 + 9) >= 9 * 6 * 9)
+        torch.testing.assert_close(smaller.dense, together.dense, **CLOSE)
 
 
 def test_truncation_at_full_rank_is_exact():
@@ -58,18 +104,22 @@ def test_truncation_at_full_rank_is_exact():
     torch.testing.assert_close(kept.dense, directions, **CLOSE)
     torch.testing.assert_close(energy, torch.ones(4).double(), **CLOSE)
     kept, energy = truncate(directions, energy=1 - 1e-12)
-    assert kept.left.shape[1] == 3
+    assert kept.ranks.tolist() == [3, 3, 0, 3]
 
 
-def test_both_contractions_agree(captured):
+@pytest.mark.parametrize("formed", (True, False))
+def test_both_contractions_agree(captured, monkeypatch, formed):
+    monkeypatch.setattr(Scorer, "_materialises", lambda self, name, directions, *_: formed)
     torch.manual_seed(0)
     directions = low_rank(captured)
     dense = {name: DenseDirections(d.dense) for name, d in directions.items()}
     scores, norms = Scorer(dense).score(captured)
-    for entries in (0, 10**9):
-        found = Scorer(directions, dense_entries=entries).score(captured)
-        torch.testing.assert_close(found[0], scores, **CLOSE)
-        torch.testing.assert_close(found[1], norms, **CLOSE)
+    for forms in (directions, ragged(directions)):
+        for entries, limit in ((10**9, 2**22), (0, 2**22), (0, 100)):
+            monkeypatch.setitem(PRODUCT_ENTRIES, "cpu", limit)  # one query or vector at once
+            found = Scorer(forms, dense_entries=entries).score(captured)
+            torch.testing.assert_close(found[0], scores, **CLOSE)
+            torch.testing.assert_close(found[1], norms, **CLOSE)
     for query in range(4):
         for kind in (directions, dense):
             tokens = Scorer(kind).token_scores(captured, query)
@@ -79,14 +129,16 @@ def test_both_contractions_agree(captured):
 
 
 def test_the_chooser_counts_multiplications(captured):
-    directions = {"m": LowRankDirections(torch.zeros(50, 2, 64), torch.zeros(50, 2, 32))}
+    directions = {"m": LowRankDirections.stacked(torch.zeros(50, 2, 64), torch.zeros(50, 2, 32))}
     scorer = Scorer(directions)
     norm = min(8 * 8 * 97, 9 * 64 * 32)
     assert scoring.materialised_cost(8, 64, 32, 50) == 59 * 64 * 32
     assert scoring.token_cost(8, 64, 32, 50, 2) == 8 * 2 * 50 * 97 + norm
     assert not scorer.materialises("m", 8)
     assert scorer.materialises("m", 200)
-    assert not Scorer(directions, dense_entries=0).materialises("m", 200)
+    # Expanded anew for each product, which pays when that serves enough windows.
+    assert not Scorer(directions, dense_entries=0).materialises("m", 16, rows=1)
+    assert Scorer(directions, dense_entries=0).materialises("m", 16, rows=50)
     for tokens in range(1, 300):
         cheaper = scoring.materialised_cost(tokens, 64, 32, 50) <= scoring.token_cost(tokens, 64, 32, 50, 2)
         assert scorer.materialises("m", tokens) == cheaper

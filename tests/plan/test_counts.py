@@ -114,7 +114,7 @@ def test_scores(captured: Captured, rank: int | None, dense_entries: int) -> Non
         scorer.score(captured)
     # The scorer counts elementwise multiplications too: 1 in T + Q + 1 of them, and 1 in out + columns + 1.
     assert planned == pytest.approx(count.get_total_flops(), rel=0.05)
-    expanded = [name for name in directions if rank is not None and scorer.materialises(name, TOKENS)]
+    expanded = [name for name in directions if scorer.keeps(name) and scorer.materialises(name, TOKENS)]
     entries = sum(7 * out * columns for name, (out, columns) in shapes_of(captured).items() if name in expanded)
     assert held == counts.directions_bytes(directions) + 8 * entries
 

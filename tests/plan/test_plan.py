@@ -42,11 +42,12 @@ def finished(description: Description, plan: Plan) -> Iterator[Path]:
 
 
 def entries_bytes(folder: Path) -> int:
-    """Bytes of all tensors under a folder, without the files' headers."""
+    """Bytes of all tensors under a folder, without the files' headers and what is kept of each query."""
     total = 0
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            total += sum(file.get_tensor(name).nbytes for name in list(file.keys()))
+            names = set(file.keys()) - {"ranks", "kept"}
+            total += sum(file.get_tensor(name).nbytes for name in names)
     return total
 
 

@@ -1,0 +1,14 @@
+"""What a process may still take of its device's memory."""
+
+import os
+
+import psutil
+import torch
+
+
+def free_memory(device: torch.device, threads: int) -> int:
+    """Bytes that a rank may still take: of its GPU, or the share of its threads in what its node has available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    share = threads / (os.cpu_count() or 1)
+    return int(psutil.virtual_memory().available * min(1.0, share))
