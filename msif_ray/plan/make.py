@@ -13,9 +13,10 @@ import torch
 
 from msif_ray import stages
 from msif_ray.checkpoint import load_tokenizer
-from msif_ray.config import Run
+from msif_ray.config import Cluster, Run
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.influence.groups import factor_bytes
+from msif_ray.machines import with_gpus
 from msif_ray.paths import is_remote
 from msif_ray.plan.bench import Trial
 from msif_ray.plan.counts import ModelSize
@@ -114,11 +115,13 @@ def _no_new_folder(run_dir: str) -> Iterator[None]:
                 break
 
 
+def decided(cluster: Cluster) -> Cluster:
+    """The cluster with GPUs as the run would decide them, were this machine all of it."""
+    return with_gpus(cluster, torch.cuda.device_count())
+
+
 def _with_device(resolved: Resolved) -> Resolved:
-    """GPUs as the run would decide them, were this machine the cluster."""
-    cluster = resolved.run.cluster
-    if cluster.gpus_per_rank is None:
-        cluster = cluster.model_copy(update={"gpus_per_rank": 1.0 if torch.cuda.is_available() else 0.0})
+    cluster = decided(resolved.run.cluster)
     return Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
 
 
