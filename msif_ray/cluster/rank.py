@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from msif_ray.cluster.jobs import Job, Sums, Work
+from msif_ray.cluster.node_memory import available_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
@@ -119,7 +119,7 @@ class Rank:
         if self.device.type == "cuda":
             return torch.cuda.mem_get_info()[0]
         share = self.setup.threads / (os.cpu_count() or 1)
-        return int(psutil.virtual_memory().available * min(1.0, share))
+        return int(available_memory() * min(1.0, share))
 
     def _started(self) -> Work | Sums:
         if self._work is None:
