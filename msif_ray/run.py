@@ -52,7 +52,7 @@ def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Rep
     with connected():
         cluster = _decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
-        keep_record(resolved)
+        keep_record(resolved, reporter.say)
         sweep(resolved.run.run_dir)
         _Driver(resolved, reporter).run(until)
 

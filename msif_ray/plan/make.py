@@ -24,7 +24,7 @@ from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, sc
 from msif_ray.plan.measure import Calibration, Request, calibrate
 from msif_ray.plan.memory import resident_peak
 from msif_ray.plan.tokens import Tally, corpus_tally, tally
-from msif_ray.preflight import Resolved, check, tokenizer_name
+from msif_ray.preflight import Resolved, check
 from msif_ray.record import MEANING
 from msif_ray.results.parts import write_part
 from msif_ray.setup import model_setup
@@ -139,9 +139,9 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
             continue
         if entry is None:
             count = min(count, stage.fit.documents or count)
-        tokenizer = load_tokenizer(tokenizer_name(stage, resolved.stages[index]), f"stages.{index}.tokenizer")
+        tokenizer = load_tokenizer(resolved.stages[index].tokenizer_path, f"stages.{index}.tokenizer")
         tallies[key] = corpus_tally(resolved.corpora[key], documents, count, f"{key}.documents", tokenizer, max_tokens)
-    last = load_tokenizer(tokenizer_name(run.stages[-1], resolved.stages[-1]), "tokenizer")
+    last = load_tokenizer(resolved.stages[-1].tokenizer_path, "tokenizer")
     tallies["queries"] = tally(resolved.queries, last, run.queries.documents.ends_with_eos, None)
     return tallies
 
