@@ -1,7 +1,7 @@
 """A stage's model as it is on disk: found, read once for its hash and its faults, never executed."""
 
 import hashlib
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,36 +11,49 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
-from msif_ray.fetch import MODEL_FILES, fetched, hub_folder, hub_source, local_tokenizer
+from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, folder_revision, obtain
 from msif_ray.influence.modules import find_linear_maps
-from msif_ray.paths import is_remote
 
 HASH_BYTES = 2**22
+# What decides how text becomes tokens, without what is for generating alone.
+TOKENIZER_IDENTITY = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model: its local folder, what it is, and the shapes of its tracked maps `(out, columns)`.
+    """A checked model and its tokenizer: their local folders, and the shapes of the tracked maps `(out, columns)`.
 
-    `source` is what another node gives to `fetch.local_model` for the same files.
+    Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
+    `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on.
     """
 
     name: str
     model_path: str
     source: str
+    tokenizer_path: str
+    tokenizer_source: str
     model_hash: str
+    files: dict[str, str]
     revision: str | None
     context: int | None
     maps: dict[str, tuple[int, int]]
 
 
 def check_checkpoint(stage: Stage, modules: list[str] | None, key: str) -> Checkpoint:
-    """Finds and checks a stage's model.
+    """Finds and checks a stage's model, and finds its tokenizer.
 
     Raises UserError, naming the key, file or tensor, for a model that is not there, has no
     safetensors, is of an unknown kind, or holds a number that is not finite.
     """
-    folder = locate(stage, key)
+    folder, source = _obtain(stage.model, stage.revision, MODEL_FILES, f"{key}.model")
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").exists():
         raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
@@ -49,50 +62,46 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str) -> Check
     context, maps = _describe(folder, modules, key)
     for file in files:
         _check_finite(file, key)
-    revision = stage.revision or folder_revision(folder)
-    return Checkpoint(stage.name, str(folder), source_of(stage, folder), _sha256(files), revision, context, maps)
+    tokenizer, tokenizer_source = folder, source
+    if stage.tokenizer is not None:
+        tokenizer, tokenizer_source = _obtain(stage.tokenizer, None, TOKENIZER_FILES, f"{key}.tokenizer")
+    return Checkpoint(
+        name=stage.name,
+        model_path=str(folder),
+        source=source,
+        tokenizer_path=str(tokenizer),
+        tokenizer_source=tokenizer_source,
+        model_hash=_sha256(files),
+        files=_small_files(folder, tokenizer),
+        revision=stage.revision or folder_revision(folder),
+        context=context,
+        maps=maps,
+    )
 
 
-def locate(stage: Stage, key: str) -> Path:
-    """The model's local folder, fetched when it is on object storage or the name of a model on the hub."""
-    if os.path.isdir(stage.model):
-        return Path(stage.model).resolve()
-    remote = is_remote(stage.model)
-    if not remote and (stage.model.startswith((".", "/", "~")) or stage.model.count("/") > 1):
-        raise UserError(f"{key}.model: {stage.model}: no such folder")
+def _obtain(name: str, revision: str | None, patterns: Sequence[str], key: str) -> tuple[Path, str]:
     try:
-        return fetched(stage.model, MODEL_FILES) if remote else hub_folder(stage.model, stage.revision)
-    except UserError as error:
-        raise UserError(f"{key}.model: {error}") from None
-
-
-def source_of(stage: Stage, folder: Path) -> str:
-    """What other nodes fetch: a URL as it is given, a hub model's commit that was found; a folder is theirs too."""
-    if is_remote(stage.model):
-        return stage.model
-    revision = folder_revision(folder)
-    return hub_source(stage.model, revision) if revision and not os.path.isdir(stage.model) else str(folder)
-
-
-def folder_revision(folder: Path) -> str | None:
-    """The commit of a hub snapshot, which its folder is named after."""
-    return folder.name if folder.parent.name == "snapshots" else None
-
-
-def load_tokenizer(name: str, key: str) -> PreTrainedTokenizerBase:
-    """A stage's tokenizer. Raises UserError, naming the key, when it does not load."""
-    try:
-        name = local_tokenizer(name)
+        return obtain(name, revision, patterns)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+
+
+def _small_files(model: Path, tokenizer: Path) -> dict[str, str]:
+    """The hashes of the model's configuration and of its tokenizer's files, by name."""
+    found = {file for pattern in TOKENIZER_IDENTITY for file in tokenizer.glob(pattern)}
+    return {file.name: _sha256([file]) for file in [model / "config.json", *sorted(found)]}
+
+
+def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder. Raises UserError, naming the key, when it does not load."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}: no tokenizer loads from {name}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{key}: no tokenizer loads from {folder}: {' '.join(str(error).split())[:200]}") from None
     # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
     vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if os.path.isdir(name) and not any((Path(name) / file).exists() for file in vocabularies):
-        raise UserError(f"{key}: {name} has no tokenizer.json; save the tokenizer there or name one with `tokenizer`")
+    if not any((Path(folder) / file).exists() for file in vocabularies):
+        raise UserError(f"{key}: {folder} has no tokenizer.json; save the tokenizer there or name one with `tokenizer`")
     return tokenizer
 
 

@@ -8,46 +8,76 @@ import uuid
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from msif_ray.errors import UserError
-from msif_ray.paths import filesystem, is_remote, path_of, reason, storage
+from msif_ray.paths import filesystem, is_remote, listing, path_of, reason, storage
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
-HUB = "hub://"
+# What a source begins with: a hub model at a commit, a URL in one state of its files.
+HUB, LISTED = "hub://", "listed://"
+
+Listing = list[tuple[str, int, str]]
 
 
-def hub_source(name: str, revision: str) -> str:
-    """A hub model's commit as one text that `local_model` takes on any node."""
-    return f"{HUB}{name}@{revision}"
+def obtain(name: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> tuple[Path, str]:
+    """The local folder of a model or tokenizer, and its source: what gives any node the same files, or an error.
+
+    `name` is a folder, a URL or a name of the hub. A folder is its own source, for it is the other nodes', too.
+    Raises UserError when there is none or it cannot be fetched.
+    """
+    if os.path.isdir(name):
+        folder = Path(name).resolve()
+        return folder, str(folder)
+    if is_remote(name):
+        files = _listed(name)
+        return _copy(name, _chosen(name, files, patterns)), f"{LISTED}{_digest(files)}@{name}"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such folder")
+    folder = _hub_folder(name, revision, patterns)
+    return folder, f"{HUB}{name}@{folder_revision(folder) or revision or ''}"
+
+
+def folder_revision(folder: Path) -> str | None:
+    """The commit of a hub snapshot, which its folder is named after."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def local_model(source: str) -> str:
-    """The folder, on this node, of a model: a path as it is, a URL's or a `hub_source`'s files fetched.
+    """The folder, on this node, of the model of a source of `obtain`.
 
-    Raises UserError when they cannot be fetched.
+    Raises UserError when its files cannot be fetched, and when they are no longer those that `obtain` found.
     """
     return _local(source, MODEL_FILES)
 
 
 def local_tokenizer(source: str) -> str:
-    """As `local_model`, without the weights. A name of the hub stays."""
+    """As `local_model`, without the weights."""
     return _local(source, TOKENIZER_FILES)
 
 
 def _local(source: str, patterns: Sequence[str]) -> str:
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).rpartition("@")
-        return str(hub_folder(name, revision, patterns))
-    return str(fetched(source, patterns)) if is_remote(source) else source
+        return str(_hub_folder(name, revision or None, patterns))
+    if not source.startswith(LISTED):
+        return source
+    digest, _, url = source.removeprefix(LISTED).partition("@")
+    files = _listed(url)
+    if _digest(files) != digest:
+        raise UserError(f"{url}: its files have changed since this run was started; put them back, or start it again")
+    return str(_copy(url, _chosen(url, files, patterns)))
 
 
-def hub_folder(name: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> Path:
+def _digest(files: Listing) -> str:
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:32]
+
+
+def _hub_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """A hub model's snapshot, downloaded unless it is there. Raises UserError with the hub's reason."""
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
@@ -58,11 +88,14 @@ def hub_folder(name: str, revision: str | None, patterns: Sequence[str] = MODEL_
 def fetched(url: str, patterns: Sequence[str] = ("*",)) -> Path:
     """A local copy of the files under `url` whose names match; fetched once per node and state of the files.
 
-    The copy is in `cache_folder()`, under a name made of the URL and the files' sizes and etags (or times), and is
-    whole or absent. Raises UserError when nothing is there or it cannot be fetched.
+    Raises UserError when nothing is there or it cannot be fetched.
     """
-    files = _listing(url, patterns)
-    name = hashlib.sha256(json.dumps([url, files]).encode()).hexdigest()[:32]
+    return _copy(url, _chosen(url, listing(url), patterns))
+
+
+def _copy(url: str, files: Listing) -> Path:
+    """A copy in `cache_folder()`, under a name made of the URL, the files and their state: whole or absent."""
+    name = _digest([(url, 0, ""), *files])
     folder = cache_folder() / name
     with storage(f"{url} (its local copy {folder})", "fetched"):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -78,31 +111,23 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MSIF_CACHE") or f"{user}/msif_ray").expanduser()
 
 
-def _listing(url: str, patterns: Sequence[str]) -> list[tuple[str, int, str]]:
-    """`(name relative to the URL, bytes, version)` of every file that matches, in the order of names."""
-    path = path_of(url)
-    files, root = filesystem(path)
-    root = root.rstrip("/")
-    with storage(url, "listed"):
-        found: dict[str, dict[str, Any]] = files.find(root, detail=True)
-    listing = []
-    for name, about in sorted(found.items()):
-        relative = name.removeprefix(f"{root}/")
-        if relative != name and any(fnmatchcase(relative, pattern) for pattern in patterns):
-            if ".." in relative.split("/"):  # an object's name is any text; it must not lead out of the cache
-                raise UserError(f"{url}: the object {relative!r} cannot be a file; rename it")
-            listing.append((relative, int(about["size"]), _version(about)))
-    if not listing:
+def _listed(url: str) -> Listing:
+    """The files under a model's URL that any part of it is made of."""
+    return _chosen(url, listing(url), MODEL_FILES)
+
+
+def _chosen(url: str, files: Listing, patterns: Sequence[str]) -> Listing:
+    """The files whose names match. Raises UserError when there is none, and for a name that leads elsewhere."""
+    chosen = [file for file in files if file[0] and any(fnmatchcase(file[0], pattern) for pattern in patterns)]
+    for name, _, _ in chosen:
+        if ".." in name.split("/"):  # an object's name is any text; it must not lead out of the cache
+            raise UserError(f"{url}: the object {name!r} cannot be a file; rename it")
+    if not chosen:
         raise UserError(f"{url}: there is no such folder, or no file in it that matches {', '.join(patterns)}")
-    return listing
+    return chosen
 
 
-def _version(about: dict[str, Any]) -> str:
-    """What changes when an object is written again: its etag, or the time of the last change."""
-    return str(about.get("ETag") or about.get("etag") or about.get("LastModified") or about.get("mtime"))
-
-
-def _fetch(url: str, files: Sequence[tuple[str, int, str]], folder: Path) -> None:
+def _fetch(url: str, files: Listing, folder: Path) -> None:
     """Downloads into a temporary folder, which is renamed when it is whole. Called under the folder's lock."""
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -114,7 +139,13 @@ def _fetch(url: str, files: Sequence[tuple[str, int, str]], folder: Path) -> Non
             target.parent.mkdir(parents=True, exist_ok=True)
             source.get_file(f"{root.rstrip('/')}/{name}", str(target))
             if target.stat().st_size != size:
-                raise UserError(f"{url}: {name} has changed while it was fetched; run the same command again")
+                raise _changed(url)
+        if not set(files) <= set(listing(url)):  # of one size, but written again meanwhile
+            raise _changed(url)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _changed(url: str) -> UserError:
+    return UserError(f"{url}: its files have changed while they were fetched; run the same command again")

@@ -1,5 +1,6 @@
 """Where a run keeps what: the paths under `run_dir` (DESIGN.md §4)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from msif_ray.paths import path_of
@@ -25,6 +26,11 @@ def basis_file(folder: Path, map_name: str) -> Path:
 def eigenvalues_file(folder: Path, map_name: str) -> Path:
     """The corrected eigenvalues Λ of one map."""
     return folder / "eigenvalues" / f"{map_name}.safetensors"
+
+
+def factor_files(folder: Path, maps: Iterable[str]) -> list[Path]:
+    """All files of the finished factors of these maps, but the manifest."""
+    return [file(folder, name) for name in maps for file in (basis_file, eigenvalues_file)]
 
 
 def partials(folder: Path, group: int, step: str) -> Path:

@@ -7,7 +7,7 @@ from the environment alone; none is read here, and none is ever part of a path o
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -110,20 +110,57 @@ def exists(path: Path) -> bool:
 def matching(folder: Path, pattern: str) -> list[Path]:
     """The files directly in a folder whose name matches, sorted; none where there is no folder.
 
-    Raises UserError when the storage does not list them.
+    On object storage one listing, whatever their number. Raises UserError when the storage does not list them.
     """
     with storage(folder, "listed"):
         try:
-            return sorted(path for path in folder.iterdir() if fnmatchcase(path.name, pattern) and path.is_file())
+            names = _file_names(folder)
         except (FileNotFoundError, NotADirectoryError):
             return []
+    return sorted(folder / name for name in names if fnmatchcase(name, pattern))
+
+
+def _file_names(folder: Path) -> list[str]:
+    if not is_remote(folder):
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_file()]
+    files, root = filesystem(folder)
+    prefix = root.rstrip("/") + "/"
+    below = (about["name"].removeprefix(prefix) for about in files.ls(root, detail=True) if about["type"] == "file")
+    return [name for name in below if name and "/" not in name]  # else the folder's own marker, or a file of its name
+
+
+def listing(url: str | Path) -> list[tuple[str, int, str]]:
+    """`(name below the URL, bytes, version)` of every object there, by name; an object at the URL itself has none.
+
+    Raises UserError when the storage does not list them.
+    """
+    files, root = filesystem(path_of(url))
+    root = root.rstrip("/")
+    with storage(url, "listed"):
+        found: dict[str, dict[str, Any]] = files.find(root, detail=True)
+    return [
+        (name[len(root) + 1 :], int(about["size"]), _version(about))
+        for name, about in sorted(found.items())
+        if f"{name}/".startswith(f"{root}/")
+    ]
+
+
+def _version(about: Mapping[str, Any]) -> str:
+    """What changes when an object is written again: its etag, or the time of the last change."""
+    return str(about.get("ETag") or about.get("etag") or about.get("LastModified") or about.get("mtime"))
+
+
+def missing(paths: Iterable[Path]) -> list[Path]:
+    """Those of the files that are not there, with one listing of each folder that they are in."""
+    wanted = list(paths)
+    present = {file for folder in {path.parent for path in wanted} for file in matching(folder, "*")}
+    return [path for path in wanted if path not in present]
 
 
 def all_there(paths: Iterable[Path]) -> bool:
-    """Whether all of the files are there, with one listing of each folder that they are in."""
-    wanted = set(paths)
-    present = {file for folder in {path.parent for path in wanted} for file in matching(folder, "*")}
-    return wanted <= present
+    """Whether all of the files are there, as `missing` finds them."""
+    return not missing(paths)
 
 
 def size_of(path: Path) -> int:

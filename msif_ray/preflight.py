@@ -1,17 +1,20 @@
 """Everything that can be wrong with a run, before any replica is asked for: one line each."""
 
+import hashlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
-from msif_ray.config import Documents, Run, Stage
-from msif_ray.corpus.reader import CorpusFile, Document, corpus_files, read_documents, read_rows, row_id
+from msif_ray.config import Documents, Run
+from msif_ray.corpus.census import Census, take_census
+from msif_ray.corpus.reader import CorpusFile, Document, read_documents
 from msif_ray.corpus.windows import Skipped, encode
 from msif_ray.errors import UserError
-from msif_ray.paths import exists, is_remote, path_of
+from msif_ray.paths import exists, is_remote, missing, path_of
 from msif_ray.store import delete, read_json, write_atomic
 
 # Windows are this long unless the run says otherwise, or the model's context is shorter.
@@ -22,18 +25,21 @@ DEFAULT_MAX_TOKENS = 512
 class Resolved:
     """A run that has been checked against the files it names.
 
-    `run` has absolute paths and every `max_tokens` filled in; `corpora` and `rows` (documents of each
-    file) have a key `stages.<i>` for each stage to be fitted and `score.<i>` for each scored corpus.
-    `query_tokens` are the lengths of the queries.
+    `run` has absolute paths and every `max_tokens` filled in; `corpora`, `rows` (documents of each file) and
+    `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted and
+    `score.<i>` for each scored corpus. `query_tokens` are the lengths of the queries. `reused` has the hash of the
+    manifest of each stage's `factors`.
     """
 
     run: Run
     stages: list[Checkpoint]
     corpora: dict[str, list[CorpusFile]]
     rows: dict[str, tuple[int, ...]]
+    contents: dict[str, tuple[str, ...]]
     queries: list[Document]
     query_tokens: tuple[int, ...]
     maps: dict[str, tuple[int, int]]
+    reused: dict[str, str]
 
     @property
     def documents(self) -> dict[str, int]:
@@ -48,16 +54,25 @@ def check(run: Run) -> Resolved:
     """
     run = run.model_copy(update={"run_dir": _writable(run.run_dir)})
     wanted = _wanted_corpora(run)
-    corpora = {key: corpus_files(documents, f"{key}.documents") for key, documents in wanted.items()}
-    counts = {key: _check_ids(corpora[key], documents, f"{key}.documents") for key, documents in wanted.items()}
+    corpora = _read_corpora(wanted)
     queries = _read_queries(run)
     checkpoints = [check_checkpoint(stage, run.modules, f"stages.{i}") for i, stage in enumerate(run.stages)]
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
-    _check_reused_factors(run, checkpoints)
+    reused = _check_reused_factors(run, checkpoints)
     _check_tokenizers(run, checkpoints, wanted)
     lengths = _check_queries_fit(run, checkpoints[-1], queries)
-    return Resolved(run, checkpoints, corpora, counts, queries, lengths, checkpoints[0].maps)
+    return Resolved(
+        run=run,
+        stages=checkpoints,
+        corpora={key: census.files for key, census in corpora.items()},
+        rows={key: census.rows for key, census in corpora.items()},
+        contents={key: census.contents for key, census in corpora.items()},
+        queries=queries,
+        query_tokens=lengths,
+        maps=checkpoints[0].maps,
+        reused=reused,
+    )
 
 
 def _writable(run_dir: str) -> str:
@@ -91,54 +106,23 @@ def _wanted_corpora(run: Run) -> dict[str, Documents]:
     return wanted
 
 
-def _check_ids(files: list[CorpusFile], documents: Documents, key: str) -> tuple[int, ...]:
-    """The number of documents of each file of a corpus with all its columns, whose ids are there and differ.
-
-    One pass over the id column, or over the first row's columns and a count where there is none.
-    """
-    seen: dict[str, tuple[int, int]] = {}
-    counts = []
-    for index, file in enumerate(files):
-        columns = [documents.id] if documents.id is not None else _one_column(documents)
-        _check_content_columns(file, documents, key)
-        counts.append(0)
-        for number, row in enumerate(read_rows(file, columns, key)):
-            counts[-1] += 1
-            if documents.id is None:
-                continue
-            document = row_id(file, number, row, documents, key)
-            first = seen.setdefault(document, (index, number))
-            if first != (index, number):
-                raise UserError(
-                    f"{key}.id: {file.path} row {number} has the id {document!r} "
-                    f"of {files[first[0]].path} row {first[1]}; ids must differ"
-                )
-    if sum(counts) == 0:
-        raise UserError(f"{key}.path: {documents.path}: there is no document in it")
-    return tuple(counts)
-
-
-def _one_column(documents: Documents) -> list[str]:
-    return [documents.completion or documents.text or ""]
-
-
-def _check_content_columns(file: CorpusFile, documents: Documents, key: str) -> None:
-    """Raises UserError when the content columns are not there (JSON lines: in no row)."""
-    rows: Iterator[Document] = read_documents(file, documents.model_copy(update={"id": None}), key)
-    if file.kind == "jsonl":
-        for _ in rows:
-            pass
-    else:
-        next(rows, None)
+def _read_corpora(wanted: dict[str, Documents]) -> dict[str, Census]:
+    """Each corpus read through once, however many keys name it. How documents end is none of its concern."""
+    found: dict[str, Census] = {}
+    censuses = {}
+    for key, documents in wanted.items():
+        read = documents.model_copy(update={"append_eos": None}).model_dump_json()
+        if read not in found:
+            found[read] = take_census(documents, f"{key}.documents")
+        censuses[key] = found[read]
+    return censuses
 
 
 def _read_queries(run: Run) -> list[Document]:
     key = "queries"
     documents = run.queries.documents
-    files = corpus_files(documents, key)
-    _check_ids(files, documents, key)
     queries = []
-    for file in files:
+    for file in take_census(documents, key).files:
         for number, query in enumerate(read_documents(file, documents, key)):
             for column, value in ((run.queries.prompt, query.prompt), (run.queries.completion, query.text)):
                 if not isinstance(value, str):
@@ -164,20 +148,38 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
                 )
 
 
-def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> None:
-    """Factors of another run are finished, and fitted to this model over these maps."""
+def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> dict[str, str]:
+    """Checks the factors of other runs that are needed; the hash of each stage's manifest."""
+    reused = {}
     for index in stages.stages_with_factors(run):
-        stage, checkpoint = run.stages[index], checkpoints[index]
-        if stage.factors is None:
-            continue
-        key, folder = f"stages.{index}.factors", layout.factors(stage.factors, stage.name)
-        if not exists(layout.factors_manifest(folder)):
-            raise UserError(f"{key}: {folder} holds no finished factors")
-        manifest = read_json(layout.factors_manifest(folder))
-        if manifest["model_sha256"] != checkpoint.model_hash:
-            raise UserError(f"{key}: {folder} was fitted to another model than {stage.model}")
-        if {name: tuple(about["shape"]) for name, about in manifest["maps"].items()} != checkpoint.maps:
-            raise UserError(f"{key}: {folder} was fitted over other maps; use the same `modules`")
+        stage = run.stages[index]
+        if stage.factors is not None:
+            folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
+            try:
+                reused[stage.name] = _check_factors(folder, checkpoints[index], mend)
+            except UserError as error:
+                raise UserError(f"stages.{index}.factors: {error}") from None
+    return reused
+
+
+def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
+    """Factors are whole, and fitted to this model over these maps; the hash of their manifest."""
+    path = layout.factors_manifest(folder)
+    if not exists(path):
+        raise UserError(f"{folder} holds no finished factors; {mend}")
+    manifest = read_json(path, mend)
+    try:
+        model, maps = manifest["model_sha256"], {name: tuple(m["shape"]) for name, m in manifest["maps"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: not a whole manifest; {mend}") from None
+    if model != checkpoint.model_hash:
+        raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
+    if maps != checkpoint.maps:
+        raise UserError(f"{folder} was fitted over other maps; use the same `modules`")
+    gone = missing(layout.factor_files(folder, maps))
+    if gone:
+        raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _shape(shape: tuple[int, int] | None) -> str:
@@ -214,15 +216,11 @@ def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str) -> int:
     return asked
 
 
-def tokenizer_name(stage: Stage, checkpoint: Checkpoint) -> str:
-    return stage.tokenizer or checkpoint.model_path
-
-
 def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str, Documents]) -> None:
     """Every tokenizer loads, and has an EOS token where one is to be appended."""
     for index, (stage, checkpoint) in enumerate(zip(run.stages, checkpoints, strict=True)):
         key = f"stages.{index}.tokenizer"
-        tokenizer = load_tokenizer(tokenizer_name(stage, checkpoint), key)
+        tokenizer = load_tokenizer(checkpoint.tokenizer_path, key)
         scored = [f"score.{i}" for i, score in enumerate(run.score) if score.stage == stage.name]
         appended = [wanted[name] for name in (f"stages.{index}", *scored) if name in wanted]
         appended += [run.queries.documents] if index == len(run.stages) - 1 else []
@@ -232,7 +230,7 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
 
 def _check_queries_fit(run: Run, checkpoint: Checkpoint, queries: list[Document]) -> tuple[int, ...]:
     """The tokens of each query. Queries are not cut into windows, so each must fit the last model's context."""
-    tokenizer = load_tokenizer(tokenizer_name(run.stages[-1], checkpoint), "tokenizer")
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
     lengths = []
     for query in queries:
         encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)

@@ -1,12 +1,14 @@
 """run.json: all that a score depends on, written before the first step and compared on every later one."""
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
 from msif_ray.errors import UserError
-from msif_ray.paths import exists, path_of, size_of
+from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
 from msif_ray.store import read_json, write_json
 
@@ -21,6 +23,9 @@ MEANING = {
     "n_tokens": "tokens of the document, with its prompt and an appended EOS",
 }
 
+# What a run.json must have, and of which type.
+_RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict}
+
 # Keys of the cluster that say where a run is computed and not what.
 _PLACEMENT = (
     "replicas",
@@ -33,32 +38,70 @@ _PLACEMENT = (
 )
 
 
-def keep_record(resolved: Resolved) -> None:
-    """Writes run.json, or checks it against the one that is there.
+def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
+    """Writes run.json, or checks it against the one that is there; other versions of libraries are said.
 
-    Raises UserError, naming the first key that differs, when the run directory holds another run.
+    Raises UserError, naming the first key that differs, when the run directory holds another run, and for results
+    without a run.json that says whose they are.
     """
-    path = layout.run_record(resolved.run.run_dir)
-    identity = _identity(resolved)
-    if exists(path):
-        difference = _first_difference(read_json(path)["identity"], identity)
-        if difference is not None:
-            raise UserError(
-                f"{path}: this directory holds another run: {difference}; name a new run_dir "
-                "(a stage's `factors:` can reuse this one's factors)"
-            )
+    run_dir = resolved.run.run_dir
+    path = layout.run_record(run_dir)
+    identity, device = _identity(resolved), _device(resolved)
+    if not exists(path):
+        _refuse_unrecorded(run_dir)
+        about = {"meaning": MEANING, "versions": versions(), "strengths": {}}
+        write_json(path, {"identity": identity, "device": device} | about)
         return
-    write_json(path, {"identity": identity, "meaning": MEANING, "versions": versions(), "strengths": {}})
+    record = _read_record(path)
+    difference = _first_difference(record["identity"], identity)
+    if difference is not None:
+        raise UserError(
+            f"{path}: this directory holds another run: {difference}; name a new run_dir "
+            "(a stage's `factors:` can reuse this one's factors)"
+        )
+    if record["device"] != device:
+        raise UserError(
+            f"cluster.gpus_per_rank: the run in {run_dir} was begun on {record['device']} and would go on on {device}; "
+            "set it as it was, or name a new run_dir"
+        )
+    now = versions()
+    other = {name: was for name, was in record["versions"].items() if was != now.get(name)}
+    if other:
+        changed = ", ".join(f"{name} {was} (now {now.get(name)})" for name, was in other.items())
+        say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
 
 
 def keep_strengths(run_dir: str, strengths: dict[str, Any]) -> None:
     """Adds the damping and α used, per scored stage, stage and map, to run.json."""
     path = layout.run_record(run_dir)
-    write_json(path, read_json(path) | {"strengths": strengths})
+    write_json(path, _read_record(path) | {"strengths": strengths})
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """A whole run.json. No advice to delete it: any configuration would then be taken for that of the results."""
+    mend = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
+    record = read_json(path, mend)
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
+        raise UserError(f"{path}: not the record of a run of this version; {mend}")
+    return record
+
+
+def _refuse_unrecorded(run_dir: str) -> None:
+    for name in ("factors", "queries", "scores"):
+        if exists(path_of(run_dir) / name):
+            raise UserError(
+                f"run_dir: {run_dir} has {name}/ but no run.json, so nothing says whose results these are; "
+                "put run.json back, or name a new run_dir"
+            )
 
 
 def versions() -> dict[str, str]:
     return {"msif_ray": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _device(resolved: Resolved) -> str:
+    """What computes, which takes part in rounding; how much of it a rank gets does not."""
+    return "cuda" if resolved.run.cluster.gpus_per_rank else "cpu"
 
 
 def _identity(resolved: Resolved) -> dict[str, Any]:
@@ -67,11 +110,13 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         run["cluster"].pop(key)
     return {
         "run": run,
-        "models": [
-            {"stage": stage.name, "revision": stage.revision, "sha256": stage.model_hash} for stage in resolved.stages
-        ],
+        "models": {
+            stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
+            for stage in resolved.stages
+        },
+        "factors": resolved.reused,
         "corpora": {
-            key: [{"path": file.path, "bytes": size_of(path_of(file.path))} for file in files]
+            key: {file.path: content for file, content in zip(files, resolved.contents[key], strict=True)}
             for key, files in resolved.corpora.items()
         },
         "documents": resolved.documents,

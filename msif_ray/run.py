@@ -1,6 +1,8 @@
 """A run from description to Parquet: every step in order, none twice (DESIGN.md §4)."""
 
 import os
+import re
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ from msif_ray.config import Cluster, Documents, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
 from msif_ray.errors import UserError
 from msif_ray.influence.groups import accumulating_bytes
+from msif_ray.machines import check_room, cluster_address, with_gpus
+from msif_ray.paths import reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_record, keep_strengths
@@ -31,6 +35,9 @@ from msif_ray.results.parts import write_skipped
 from msif_ray.results.top import top_pairs, write_top
 from msif_ray.setup import model_setup
 from msif_ray.store import sweep
+
+# A cluster that is there answers at once; a name or a route that leads nowhere may never.
+ANSWER_SECONDS = 10.0
 
 
 def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Reporter | None = None) -> None:
@@ -46,7 +53,7 @@ def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Rep
     with connected():
         cluster = _decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
-        keep_record(resolved)
+        keep_record(resolved, reporter.say)
         sweep(resolved.run.run_dir)
         _Driver(resolved, reporter).run(until)
 
@@ -60,8 +67,9 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False, logging_level="ERROR")
+    address = cluster_address()
+    if address is not None:
+        _join(address)
     else:
         # The core's own log lines are for Ray's developers; what fails here is raised.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -74,21 +82,25 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
+def _join(address: str) -> None:
+    try:
+        # Ray itself tries for minutes, and prints a page about it.
+        if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
+            socket.create_connection((found[1], int(found[2])), timeout=ANSWER_SECONDS).close()
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason(error)}); start it, or unset RAY_ADDRESS to "
+            "run on this machine"
+        ) from None
+
+
 def _decide_gpus(cluster: Cluster) -> Cluster:
     resources = ray.cluster_resources()
-    present = resources.get("GPU", 0)
-    if cluster.gpus_per_rank is None:
-        return cluster.model_copy(update={"gpus_per_rank": 1.0 if present else 0.0})
-    local = "RAY_ADDRESS" not in os.environ
-    if local and cluster.gpus_per_rank > present:
-        raise UserError(
-            f"cluster.gpus_per_rank: {cluster.gpus_per_rank:g} is asked for, this machine has {present:g}; set it to 0"
-        )
-    needed = cluster.cpus_per_rank * cluster.ranks_per_replica
-    if local and needed > resources.get("CPU", 0):
-        raise UserError(
-            f"cluster.cpus_per_rank: a replica needs {needed} cores and this machine has {resources.get('CPU', 0):g}"
-        )
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    cluster = with_gpus(cluster, gpus)
+    if cluster_address() is None:  # another cluster may grow when the replicas ask for it
+        check_room(cluster, cpus, gpus)
     return cluster
 
 

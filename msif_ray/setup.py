@@ -8,11 +8,11 @@ from msif_ray.preflight import Resolved
 def model_setup(resolved: Resolved, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
     """How stage `index`'s model reads these documents, in windows of `max_tokens` (None: one window each)."""
     run = resolved.run
-    stage, cluster, model = run.stages[index], run.cluster, resolved.stages[index].source
+    stage, cluster, model = run.stages[index], run.cluster, resolved.stages[index]
     return ModelSetup(
         stage=stage.name,
-        model=model,
-        tokenizer=stage.tokenizer or model,
+        model=model.source,
+        tokenizer=model.tokenizer_source,
         modules=None if run.modules is None else tuple(run.modules),
         dtype=cluster.dtype,
         max_tokens=max_tokens,

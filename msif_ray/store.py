@@ -106,15 +106,15 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, (text + "\n").encode("utf-8"))
 
 
-def read_json(path: str | Path) -> Any:
-    """What `write_json` wrote. Raises UserError for a file that cannot be read or is not whole JSON."""
+def read_json(path: str | Path, mend: str = "delete it, and run the same command again") -> Any:
+    """What `write_json` wrote. Raises UserError, which says how to `mend` it, for a file that is not whole JSON."""
     with storage(path, "read"):
         data = path_of(path).read_bytes()
     try:
         return json.loads(data)
     except ValueError as error:
         fault = " ".join(str(error).split())
-        raise UserError(f"{path}: not whole JSON: {fault}; delete it, and run the same command again") from None
+        raise UserError(f"{path}: not whole JSON: {fault}; {mend}") from None
 
 
 def delete(path: str | Path) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from msif_ray import layout, store
 from msif_ray.config import parse_run
+from msif_ray.corpus import reader
 from msif_ray.errors import UserError
 from msif_ray.preflight import Resolved, check
 
@@ -241,29 +243,71 @@ def test_a_fault_in_the_description_is_one_line(folder: Path, key: str, value: A
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({}, None),
-        ({"model_sha256": "another"}, r"was fitted to another model than"),
-        ({"maps": {}}, r"was fitted over other maps; use the same `modules`"),
-        (None, r"holds no finished factors"),
-    ],
-)
-def test_factors_of_another_run_are_checked(folder: Path, change: dict[str, Any] | None, message: str | None) -> None:
-    resolved = resolve(describe(folder))
-    other = folder / "other" / "factors" / "pre"
-    if change is not None:
-        manifest = {
-            "model_sha256": resolved.stages[0].model_hash,
-            "maps": {name: {"shape": list(shape)} for name, shape in resolved.maps.items()},
-        }
-        other.mkdir(parents=True)
-        (other / "manifest.json").write_text(json.dumps(manifest | change))
+def save_factors(folder: Path, resolved: Resolved, **changes: Any) -> Path:
+    """Factors of the first stage as a run in `other` leaves them, but empty; its folder."""
+    other = layout.factors(str(folder / "other"), "pre")
+    manifest = {
+        "model_sha256": resolved.stages[0].model_hash,
+        "maps": {name: {"shape": list(shape)} for name, shape in resolved.maps.items()},
+    }
+    for path in layout.factor_files(other, resolved.maps):
+        store.write_atomic(path, b"")
+    store.write_json(layout.factors_manifest(other), manifest | changes)
+    return other
+
+
+def reusing(folder: Path) -> Description:
     description = describe(folder)
     description["stages"][0]["factors"] = str(folder / "other")
-    if message is None:
-        assert "stages.0" not in resolve(description).corpora
-    else:
-        with pytest.raises(UserError, match=rf"^stages\.0\.factors: {other} {message}"):
-            resolve(description)
+    return description
+
+
+def test_factors_of_another_run_are_taken_instead_of_its_corpus(folder: Path) -> None:
+    save_factors(folder, resolve(describe(folder)))
+    resolved = resolve(reusing(folder))
+    assert "stages.0" not in resolved.corpora and resolved.reused.keys() == {"pre"}
+
+
+BASIS = "basis/gpt_neox.layers.1.mlp.dense_4h_to_h.safetensors"
+FACTORS: dict[str, tuple[Callable[[Path, Resolved], object], str]] = {
+    "another model": (lambda f, r: save_factors(f, r, model_sha256="x"), "{other} was fitted to another model than"),
+    "other maps": (lambda f, r: save_factors(f, r, maps={}), "{other} was fitted over other maps; use the same"),
+    "none": (lambda f, r: None, "{other} holds no finished factors"),
+    "half a manifest": (
+        lambda f, r: save_factors(f, r, maps=[]),
+        "{other}/manifest.json: not a whole manifest; finish or repeat the run in {run}",
+    ),
+    "a broken manifest": (
+        lambda f, r: (save_factors(f, r) / "manifest.json").write_text('{"maps'),
+        "{other}/manifest.json: not whole JSON: .*; finish or repeat the run in {run}",
+    ),
+    "a lost file": (
+        lambda f, r: (save_factors(f, r) / BASIS).unlink(),
+        f"{{other}}/{BASIS} is not there .*; finish or repeat the run in {{run}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+def test_factors_of_another_run_are_checked(folder: Path, case: str) -> None:
+    spoil, message = FACTORS[case]
+    spoil(folder, resolve(describe(folder)))
+    message = message.format(other=folder / "other" / "factors" / "pre", run=folder / "other")
+    with pytest.raises(UserError, match=rf"^stages\.0\.factors: {message}") as error:
+        resolve(reusing(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_corpus_is_read_once_whatever_it_is_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    lines = reader._lines
+    monkeypatch.setattr(reader, "_lines", lambda path: opened.append(Path(path).name) or lines(path))
+    description = describe(folder)
+    documents = description["stages"][1]["documents"]
+    description["score"] += [
+        {"stage": "tune"},
+        {"stage": "tune", "name": "b", "documents": documents | {"append_eos": 0}},
+    ]
+    resolved = resolve(description)
+    assert resolved.documents == {"stages.0": 4, "stages.1": 3, "score.0": 4, "score.1": 3, "score.2": 3}
+    assert sorted(opened) == ["base.jsonl", "queries.jsonl", "queries.jsonl", "tune.jsonl"]

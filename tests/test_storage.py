@@ -18,11 +18,10 @@ from datasets import Dataset
 from test_preflight import describe, write_lines
 from upath import UPath
 
-from msif_ray import checkpoint, fetch, layout, paths, store
-from msif_ray.checkpoint import check_checkpoint
+from msif_ray import fetch, layout, paths, store
 from msif_ray.cluster.carry import is_carried
 from msif_ray.cluster.fit import is_fitted
-from msif_ray.config import Documents, Stage, parse_run
+from msif_ray.config import Documents, parse_run
 from msif_ray.corpus.reader import corpus_files, read_documents
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
@@ -126,34 +125,25 @@ def test_parquet_is_read_by_the_columns_asked_for(bucket: str, tmp_path: Path, m
     assert 0 < sum(fetched) < 300_000 < (tmp_path / "x.parquet").stat().st_size
 
 
-def test_a_model_is_fetched_once_for_each_state_of_its_files(bucket: str, tmp_path: Path) -> None:
-    saved = models.save(models.build_model("gpt_neox", 1), models.build_tokenizer(), tmp_path / "model")
-    (saved / "code.py").write_text("raise SystemExit")
-    (saved / "old.bin").write_bytes(b"pickle")
-    url = object_storage.put_folder(saved, bucket, "models/one")
-    checked = check_checkpoint(Stage(name="s", model=url), None, "stages.0")
-    local = check_checkpoint(Stage(name="s", model=str(saved)), None, "stages.0")
-    assert (checked.model_hash, checked.maps) == (local.model_hash, local.maps)
-    assert (checked.source, local.source) == (url, str(saved))
-    folder = Path(fetch.local_model(url))
-    assert folder == Path(checked.model_path) and {file.suffix for file in folder.iterdir()} == {
-        ".json",
-        ".safetensors",
-    }
-    written = (folder / "config.json").stat().st_mtime_ns
-    assert fetch.local_model(url) == str(folder) and (folder / "config.json").stat().st_mtime_ns == written
-    assert not list(Path(fetch.local_tokenizer(url)).glob("*.safetensors"))
-    boto3.client("s3").put_object(Bucket=bucket, Key="models/one/config.json", Body=b"{}")
-    assert Path(fetch.local_model(url), "config.json").read_bytes() == b"{}"
-    assert not list(fetch.cache_folder().glob("*.tmp"))
-    with pytest.raises(UserError, match=r"stages\.1\.model: s3://.*none: there is no such folder"):
-        check_checkpoint(Stage(name="s", model=f"s3://{bucket}/none"), None, "stages.1")
+def test_many_files_are_listed_by_one_request(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = paths.path_of(f"s3://{bucket}/scores")
+    client = boto3.client("s3")
+    names = [f"part-{i}.parquet" for i in range(9)]
+    for name in (*names, "", "deep/part-x.parquet"):
+        client.put_object(Bucket=bucket, Key=f"scores/{name}", Body=b"1")
+    asked: list[str] = []
+    call = s3fs.S3FileSystem._call_s3
 
+    async def counting(self: Any, method: str, *arguments: Any, **options: Any) -> Any:
+        asked.append(method)
+        return await call(self, method, *arguments, **options)
 
-def test_an_object_cannot_lead_out_of_the_cache(bucket: str) -> None:
-    boto3.client("s3").put_object(Bucket=bucket, Key="m/../../evil.json", Body=b"{}")
-    with pytest.raises(UserError, match=r"'\.\./\.\./evil\.json' cannot be a file"):
-        fetch.local_model(f"s3://{bucket}/m")
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counting)
+    assert [path.name for path in paths.matching(folder, "part-*")] == names and asked == ["list_objects_v2"]
+    asked.clear()
+    assert paths.missing([*(folder / name for name in names), folder / "none"]) == [folder / "none"]
+    assert asked == ["list_objects_v2"]
+    assert paths.matching(folder / names[0], "*") == [] == paths.matching(folder / "nowhere", "*")
 
 
 def test_preflight_passes_with_everything_on_object_storage(bucket: str, tmp_path: Path) -> None:
@@ -207,26 +197,11 @@ def test_google_s_storage_works_in_the_same_way(tmp_path: Path, monkeypatch: pyt
         assert paths.matching(folder, "*.json") == [folder / "a.json"]
         store.write_atomic(folder / "rows.jsonl", b'{"text": "a"}\n{"text": "b"}\n')
         assert read_all("gs://bucket/run/*.jsonl") == 2
-        assert Path(fetch.local_model("gs://bucket/run"), "a.json").read_bytes() == (folder / "a.json").read_bytes()
+        assert (fetch.obtain("gs://bucket/run", None)[0] / "a.json").read_bytes() == (folder / "a.json").read_bytes()
         store.delete(folder / "a.json")
         assert not paths.exists(folder / "a.json")
         with pytest.raises(UserError, match=r"gs://none/x: cannot be written: no such file or bucket"):
             store.write_atomic("gs://none/x", b"1")
-
-
-def test_a_node_fetches_the_commit_that_the_driver_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def download(name: str, revision: str, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, "*.safetensors" in allow_patterns))
-        return "/cache/snapshots/abc"
-
-    monkeypatch.setattr(fetch, "snapshot_download", download)
-    stage = Stage(name="s", model="org/model")
-    source = checkpoint.source_of(stage, checkpoint.locate(stage, "stages.0"))
-    assert fetch.local_model(source) == fetch.local_tokenizer(source) == "/cache/snapshots/abc"
-    assert asked[1:] == [("org/model", "abc", True), ("org/model", "abc", False)]
-    assert fetch.local_model("/some/folder") == "/some/folder" and fetch.local_tokenizer("org/model") == "org/model"
 
 
 def test_a_deleted_file_of_a_finished_step_is_missed(bucket: str, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def is_fitted(folder: Path) -> bool:
 
 
 def _are_there(folder: Path, maps: Iterable[str]) -> bool:
-    return all_there([file(folder, name) for name in maps for file in (layout.basis_file, layout.eigenvalues_file)])
+    return all_there(layout.factor_files(folder, maps))
 
 
 def fit(task: FitTask, pool: ReplicaPool, steps: Steps) -> None:

@@ -2,8 +2,9 @@
 
 import os
 
-import psutil
 import torch
+
+from msif_ray.cluster.node_memory import available_memory
 
 
 def free_memory(device: torch.device, threads: int) -> int:
@@ -11,4 +12,4 @@ def free_memory(device: torch.device, threads: int) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     share = threads / (os.cpu_count() or 1)
-    return int(psutil.virtual_memory().available * min(1.0, share))
+    return int(available_memory() * min(1.0, share))

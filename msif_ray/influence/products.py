@@ -113,7 +113,7 @@ def outer(left: Tensor, right: Tensor, out: Tensor, narrow: torch.dtype | None =
 
 
 def _aligned(matrices: Tensor) -> Tensor:
-    """With zeros up to a multiple of 8 columns: tensor cores take others (a bias makes them) at a fifth of the speed."""
+    """With zeros up to a multiple of 8 columns; others, as a bias makes them, take tensor cores five times as long."""
     extra = -matrices.shape[-1] % 8
     return functional.pad(matrices, (0, extra)) if extra else matrices
 

@@ -13,9 +13,10 @@ import torch
 
 from msif_ray import stages
 from msif_ray.checkpoint import load_tokenizer
-from msif_ray.config import Run
+from msif_ray.config import Cluster, Run
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.influence.groups import factor_bytes
+from msif_ray.machines import with_gpus
 from msif_ray.paths import is_remote
 from msif_ray.plan import counts
 from msif_ray.plan.bench import Trial
@@ -24,7 +25,7 @@ from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, sc
 from msif_ray.plan.measure import Calibration, Request, calibrate
 from msif_ray.plan.memory import resident_peak
 from msif_ray.plan.tokens import Tally, corpus_tally, tally
-from msif_ray.preflight import Resolved, check, tokenizer_name
+from msif_ray.preflight import Resolved, check
 from msif_ray.record import MEANING
 from msif_ray.results.parts import write_part
 from msif_ray.setup import model_setup
@@ -116,11 +117,13 @@ def _no_new_folder(run_dir: str) -> Iterator[None]:
                 break
 
 
+def decided(cluster: Cluster) -> Cluster:
+    """The cluster with GPUs as the run would decide them, were this machine all of it."""
+    return with_gpus(cluster, torch.cuda.device_count())
+
+
 def _with_device(resolved: Resolved) -> Resolved:
-    """GPUs as the run would decide them, were this machine the cluster."""
-    cluster = resolved.run.cluster
-    if cluster.gpus_per_rank is None:
-        cluster = cluster.model_copy(update={"gpus_per_rank": 1.0 if torch.cuda.is_available() else 0.0})
+    cluster = decided(resolved.run.cluster)
     return Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
 
 
@@ -138,9 +141,9 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
             continue
         if entry is None:
             count = min(count, stage.fit.documents or count)
-        tokenizer = load_tokenizer(tokenizer_name(stage, resolved.stages[index]), f"stages.{index}.tokenizer")
+        tokenizer = load_tokenizer(resolved.stages[index].tokenizer_path, f"stages.{index}.tokenizer")
         tallies[key] = corpus_tally(resolved.corpora[key], documents, count, f"{key}.documents", tokenizer, max_tokens)
-    last = load_tokenizer(tokenizer_name(run.stages[-1], resolved.stages[-1]), "tokenizer")
+    last = load_tokenizer(resolved.stages[-1].tokenizer_path, "tokenizer")
     tallies["queries"] = tally(resolved.queries, last, run.queries.documents.ends_with_eos, None)
     return tallies
 

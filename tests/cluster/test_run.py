@@ -63,7 +63,7 @@ def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str)
 def test_run_json_says_what_changes_a_score(one_process: str) -> None:
     record = read_json(Path(one_process) / "run.json")
     assert record["identity"]["run"]["stages"][0]["damping"] == {"absolute": None, "relative": 0.001}
-    assert len(record["identity"]["models"][0]["sha256"]) == 64
+    assert len(record["identity"]["models"]["pretrain"]["sha256"]) == 64
     strengths = record["strengths"]["pretrain"]
     assert set(strengths) == {"pretrain.damping", "tune.alpha"}
     assert all(value > 0 for value in strengths["pretrain.damping"].values())

@@ -49,14 +49,15 @@ def submit() -> Iterator[Callable[..., str]]:
              f"--temp-dir={folder}/ray"],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        stack.callback(lambda: (os.killpg(head.pid, signal.SIGTERM), head.wait(30)))
+        stack.callback(lambda: (os.killpg(head.pid, signal.SIGTERM), head.wait(60)))
 
         def job(*arguments: str) -> str:
             command = [RAY, "job", arguments[0], "--address", f"http://127.0.0.1:{dashboard}", *arguments[1:]]
             found = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
             return found.stdout + found.stderr
 
-        until(lambda: "Traceback" not in job("list"), "the head's dashboard answers")
+        # The dashboard answers before the agent is there that starts jobs.
+        until(lambda: "succeeded" in job("submit", "--", "true"), "the head takes jobs")
         yield job
 
 
@@ -88,3 +89,14 @@ def test_a_job_that_was_stopped_goes_on_when_submitted_again(submit: Callable[..
     command = [sys.executable, "jobs/attribute.py", str(tmp_path / "undisturbed.yaml")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=200)
     assert runs.largest_error(scores, runs.read_scores(undisturbed["run_dir"], "pretrain")) < 1e-5
+
+
+def test_a_job_on_a_cluster_without_a_gpu_must_say_that_it_wants_none(
+    submit: Callable[..., str], tmp_path: Path
+) -> None:
+    description = runs.two_stages(tmp_path, "run")
+    del description["cluster"]["gpus_per_rank"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(description))
+    said = submit("submit", "--working-dir", ".", "--", sys.executable, "jobs/attribute.py", str(tmp_path / "run.yaml"))
+    assert "msif: cluster.gpus_per_rank: the cluster has no GPU now" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "run.json").exists()

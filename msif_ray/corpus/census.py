@@ -1,0 +1,121 @@
+"""A corpus seen once before a run: its files, their rows and what is in them, and ids that differ."""
+
+from array import array
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import xxhash
+
+from msif_ray.config import Documents
+from msif_ray.corpus.reader import CorpusFile, corpus_files, document_columns, read_documents, read_rows, row_id
+from msif_ray.errors import UserError
+from msif_ray.paths import is_remote, listing, path_of, storage
+
+HASH_BYTES = 2**20
+# Repeated hashes whose ids are looked at; a corpus with so many has a repeated id among them.
+LOOKED_AT = 100_000
+
+
+@dataclass(frozen=True)
+class Census:
+    """A corpus's files, and for each of them its documents' number and its content's `fingerprint`."""
+
+    files: list[CorpusFile]
+    rows: tuple[int, ...]
+    contents: tuple[str, ...]
+
+
+def take_census(documents: Documents, key: str) -> Census:
+    """Reads a corpus through, once: the id column, or of JSON lines and of a corpus without ids what there is to read.
+
+    Raises UserError, naming `key`, file and row, for a column that is not there, an id that is missing or repeated,
+    what cannot be read, and a corpus without a document.
+    """
+    files = corpus_files(documents, key)
+    ids, rows, contents = _Ids(), [], []
+    for file in files:
+        contents.append(fingerprint(path_of(file.path)))
+        rows.append(_count(file, documents, key, ids))
+    if sum(rows) == 0:
+        raise UserError(f"{key}.path: {documents.path}: there is no document in it")
+    repeated = ids.repeated(LOOKED_AT)
+    if repeated:
+        _refuse_repeat(files, documents, key, repeated)
+    return Census(files, tuple(rows), tuple(contents))
+
+
+def fingerprint(path: Path) -> str:
+    """What changes when a file's content does, or that of a saved `datasets` folder.
+
+    Local: a hash of the bytes. XXH3 is not cryptographic, and is not asked to be: whoever can write the corpus needs
+    no collision. It is as fast as the disk, where SHA-256 takes a second per gigabyte. On object storage: sizes and
+    etags (or times) of the listing.
+    """
+    digest = xxhash.xxh3_128()
+    if is_remote(path):
+        digest.update(repr(listing(path)).encode())
+        return digest.hexdigest()
+    with storage(path, "read"):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.name.startswith((".", "cache-")) or not file.is_file():
+                continue  # in a saved folder: what `datasets` keeps of its own there
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb", buffering=0) as content:
+                while chunk := content.read(HASH_BYTES):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Ids:
+    """Ids of any number of documents, at 8 bytes each: enough to know those that may be there twice.
+
+    Python's hash of a text has 64 bits and a key that differs between processes: of a hundred million ids two
+    have the same one in three runs of ten thousand, and no corpus can be made to have many.
+    """
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+
+    def add(self, document: str) -> None:
+        self._hashes.append(hash(document))
+
+    def repeated(self, at_most: int) -> frozenset[int]:
+        """Hashes that are there twice, or some of them. Nothing can be added after that."""
+        hashes = numpy.frombuffer(self._hashes, dtype=numpy.int64)
+        hashes.sort()  # in place: a copy would double the memory
+        return frozenset(hashes[1:][hashes[1:] == hashes[:-1]][:at_most].tolist())
+
+
+def _count(file: CorpusFile, documents: Documents, key: str, ids: _Ids) -> int:
+    """The documents of a file that has all the columns; their ids are added."""
+    columns = [documents.completion or documents.text or ""] if documents.id is None else [documents.id]
+    if file.kind == "jsonl":
+        columns = document_columns(documents)  # each line is parsed whole in any case
+    else:
+        next(read_documents(file, documents.model_copy(update={"id": None}), key), None)
+    count = 0
+    for row in read_rows(file, columns, key):
+        if documents.id is not None:
+            ids.add(row_id(file, count, row, documents, key))
+        count += 1
+    return count
+
+
+def _refuse_repeat(files: Sequence[CorpusFile], documents: Documents, key: str, hashes: AbstractSet[int]) -> None:
+    """A second look, at the ids of these hashes alone: UserError for the first that is there twice."""
+    seen: dict[str, tuple[CorpusFile, int]] = {}
+    for file in files:
+        for number, row in enumerate(read_rows(file, [documents.id or ""], key)):
+            document = row_id(file, number, row, documents, key)
+            if hash(document) not in hashes:
+                continue
+            if document in seen:
+                first, at = seen[document]
+                raise UserError(
+                    f"{key}.id: {file.path} row {number} has the id {document!r} "
+                    f"of {first.path} row {at}; ids must differ"
+                )
+            seen[document] = (file, number)
