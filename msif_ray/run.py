@@ -9,9 +9,9 @@ from typing import Literal
 
 import ray
 
-from msif_ray import layout, stages
+from msif_ray import layout, lease, stages
 from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried, query_gradients
-from msif_ray.cluster.fit import FitTask, fit, is_fitted
+from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted
 from msif_ray.cluster.jobs import ScoreJob
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
@@ -25,7 +25,7 @@ from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_record, keep_strengths
 from msif_ray.results.parts import write_skipped
-from msif_ray.results.top import top_pairs, write_top
+from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import model_setup
 from msif_ray.store import sweep
 
@@ -46,9 +46,10 @@ def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Rep
     with connected():
         cluster = _decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
-        keep_record(resolved)
-        sweep(resolved.run.run_dir)
-        _Driver(resolved, reporter).run(until)
+        with lease.held(resolved.run.run_dir, reporter.say):
+            keep_record(resolved)
+            sweep(resolved.run.run_dir)
+            _Driver(resolved, reporter).run(until)
 
 
 @contextmanager
@@ -131,6 +132,7 @@ class _Driver:
         if stage.factors is not None:
             return  # of another run, and checked before this one began
         if is_fitted(folder):
+            drop_partials(folder)  # of a driver that died when it had written the manifest
             self.reporter.say(f"{stage.name}: factors are there")
             return
         documents, cluster = stage.documents, self.config.cluster
@@ -141,6 +143,7 @@ class _Driver:
             self._setup(index, documents, stage.fit.max_tokens),
             stage.fit.labels,
             blocks,
+            sum(self.resolved.rows[f"stages.{index}"]),
             folder,
             self.resolved.maps,
             cluster.factor_memory,
@@ -152,7 +155,7 @@ class _Driver:
                 "dtype": cluster.dtype,
             },
         )
-        fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count))
+        fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count), self.reporter.say)
 
     def _blocks(self, corpus: str, documents: Documents, limit: int | None = None) -> CorpusBlocks:
         resolved = self.resolved
@@ -180,6 +183,8 @@ class _Driver:
             step = layout.query_partials(self.config.run_dir)
             with self.reporter.step("queries: gradients", len(queries)) as progress:
                 gradients = query_gradients(setup, ListedBlocks(blocks), step, pool, progress)
+            for query, reason in gradients.skipped:
+                raise UserError(f"queries: {query!r} has no gradient: {reason}")
             for entry in self.config.score:
                 variant, index = self.config.answering(entry), self.config.stage_index(entry.stage)
                 factors = {
@@ -220,6 +225,9 @@ class _Driver:
             score(self._score_task(entries), self.config.cluster, step)
 
     def _top(self) -> None:
+        if has_top(self.config.run_dir, self.config.top):
+            self.reporter.say("top documents are there")
+            return
         rows = []
         with ReplicaPool(self.config.cluster) as pool:
             for entry in self.config.score:
@@ -227,5 +235,5 @@ class _Driver:
                 documents = len({pair.doc_id for pair in pairs})
                 with self.reporter.step(f"{entry.label}: top documents", documents) as progress:
                     rows += top_rows(TopTask(self._score_task([entry]), pairs), pool, progress)
-        write_top(self.config.run_dir, rows)
+        write_top(self.config.run_dir, rows, self.config.top)
         self.reporter.say(f"done: {self.config.run_dir}")

@@ -10,11 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_ray.paths import path_of
+from msif_ray.paths import exists, path_of, storage
 from msif_ray.results.parts import UNITS, part_files, read_part
 from msif_ray.store import replacing
 
 Side = Literal["highest", "lowest"]
+
+TOP = "top.parquet"
+K = b"k"  # under which the file's metadata has the number of documents at each end
 
 TOP_SCHEMA = pa.schema(
     [
@@ -116,14 +119,26 @@ def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, 
     return sorted([*kept, *new])[:k]
 
 
-def write_top(run_dir: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `top.parquet` from rows with the columns of `TOP_SCHEMA`, in their order.
+def has_top(run_dir: str | Path, k: int) -> bool:
+    """Whether `top.parquet` is there with k documents at each end; a run directory has no other run's."""
+    path = path_of(run_dir) / TOP
+    if not exists(path):
+        return False
+    with storage(path, "read"), path.open("rb") as file:
+        try:
+            return pq.read_schema(file).metadata.get(K) == str(k).encode()
+        except (pa.ArrowException, AttributeError):  # not Parquet, or without metadata: to be written anew
+            return False
+
+
+def write_top(run_dir: str | Path, rows: Sequence[Mapping[str, Any]], k: int) -> None:
+    """Writes `top.parquet`, of k documents at each end, from rows with the columns of `TOP_SCHEMA`, in their order.
 
     Raises ValueError for a row whose keys are not those columns.
     """
     for row in rows:
         if row.keys() != set(TOP_SCHEMA.names):
             raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(TOP_SCHEMA.names)}")
-    table = pa.Table.from_pylist(list(rows), TOP_SCHEMA)
-    with replacing(path_of(run_dir) / "top.parquet") as temporary:
+    table = pa.Table.from_pylist(list(rows), TOP_SCHEMA.with_metadata({**TOP_SCHEMA.metadata, K: str(k)}))
+    with replacing(path_of(run_dir) / TOP) as temporary:
         pq.write_table(table, temporary)
