@@ -4,6 +4,7 @@ A row of the stream is one block. Its scores are written as one Parquet file, na
 by the actor that computed them: a block is all there or not at all, and none is there twice.
 """
 
+import gc
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -56,24 +57,40 @@ def score(task: ScoreTask, cluster: Cluster, progress: Progress) -> None:
     progress.resume(*_documents_done(task, done))
     tries = 0
     while left := task.blocks.ids - done:
-        try:
-            _stream(task, cluster, frozenset(done), progress)
-            lost: Exception | None = None
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            if not isinstance(error.cause, DEATHS):
-                raise
-            lost = error
-        except DEATHS as error:
-            lost = error
-        finally:
-            free_ranks()
+        ended = _attempt(task, cluster, frozenset(done), progress)
+        # A stream that broke off keeps its replicas, and the room they take, as long as anything refers to it.
+        gc.collect()
+        if isinstance(ended, UserError):
+            raise ended
         done = _done(task)
         tries = tries + 1 if task.blocks.ids - done == left else 0
         if tries == FRUITLESS_TRIES:
-            reason = " ".join(str(lost).split())[:500]
-            raise UserError(f"scores: no block could be scored on this cluster; what was lost last: {reason}")
+            raise UserError(f"scores: no block could be scored on this cluster; what was lost last: {ended}")
+
+
+def _attempt(task: ScoreTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> UserError | str | None:
+    """One stream over the blocks that are not done: what the user is to mend, or what was lost, where it broke off.
+
+    Given and not raised, because the exceptions of a stream refer to it.
+    """
+    try:
+        _stream(task, cluster, done, progress)
+        return None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            # Ray Data puts lines of its own, on its retries, after ours.
+            return UserError(str(error.cause).partition("\n")[0])
+        if not isinstance(error.cause, DEATHS):
+            raise
+        return _short(error)
+    except DEATHS as error:
+        return _short(error)
+    finally:
+        free_ranks()
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _done(task: ScoreTask) -> set[str]:
