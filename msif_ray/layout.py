@@ -10,6 +10,11 @@ def run_record(run_dir: str) -> Path:
     return path_of(run_dir) / "run.json"
 
 
+def lease(run_dir: str) -> Path:
+    """Which driver is at work here."""
+    return path_of(run_dir) / "lease.json"
+
+
 def factors(run_dir: str, stage: str) -> Path:
     return path_of(run_dir) / "factors" / stage
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 import ray
 
-from msif_ray import layout, stages
+from msif_ray import layout, lease, stages
 from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried
 from msif_ray.cluster.directions import shards
-from msif_ray.cluster.fit import FitTask, fit, is_fitted
+from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted
 from msif_ray.cluster.jobs import ScoreJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
@@ -32,7 +32,7 @@ from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_record, keep_strengths
 from msif_ray.results.parts import write_skipped
-from msif_ray.results.top import top_pairs, write_top
+from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import model_setup
 from msif_ray.store import sweep
 
@@ -53,9 +53,10 @@ def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Rep
     with connected():
         cluster = _decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
-        keep_record(resolved, reporter.say)
-        sweep(resolved.run.run_dir)
-        _Driver(resolved, reporter).run(until)
+        with lease.held(resolved.run.run_dir, reporter.say):
+            keep_record(resolved, reporter.say)
+            sweep(resolved.run.run_dir)
+            _Driver(resolved, reporter).run(until)
 
 
 @contextmanager
@@ -143,6 +144,7 @@ class _Driver:
         if stage.factors is not None:
             return  # of another run, and checked before this one began
         if is_fitted(folder):
+            drop_partials(folder)  # of a driver that died when it had written the manifest
             self.reporter.say(f"{stage.name}: factors are there")
             return
         documents, cluster = stage.documents, self.config.cluster
@@ -153,6 +155,7 @@ class _Driver:
             self._setup(index, documents, stage.fit.max_tokens),
             stage.fit.labels,
             blocks,
+            sum(self.resolved.rows[f"stages.{index}"]),
             folder,
             self.resolved.maps,
             cluster.factor_memory,
@@ -164,7 +167,7 @@ class _Driver:
                 "dtype": cluster.dtype,
             },
         )
-        fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count))
+        fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count), self.reporter.say)
 
     def _blocks(self, corpus: str, documents: Documents, limit: int | None = None) -> CorpusBlocks:
         resolved = self.resolved
@@ -182,6 +185,8 @@ class _Driver:
         ids = tuple(query.id for query in self.resolved.queries)
         if not all(is_carried(folder) for folder in folders.values()):
             gradients = self._query_gradients(pool)
+            for query, why in gradients.skipped:
+                raise UserError(f"queries: {query!r} has no gradient: {why}")
             itemsize = accumulating_bytes(self.config.cluster.dtype)
             memory = self.config.cluster.directions_memory
             cut = shards(len(ids), self.resolved.maps, self.config.queries.rank, itemsize, memory)
@@ -236,8 +241,11 @@ class _Driver:
             score(self._score_task(entries), self.config.cluster, step)
 
     def _top(self) -> None:
+        if has_top(self.config.run_dir, self.config.top):
+            self.reporter.say("top documents are there")
+            return
         with ReplicaPool(self.config.cluster) as pool:
-            write_top(self.config.run_dir, self._top_rows(pool))
+            write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
         self.reporter.say(f"done: {self.config.run_dir}")
 
     def _top_rows(self, pool: ReplicaPool) -> Iterator[Row]:

@@ -160,11 +160,22 @@ def load_tensors(path: str | Path, part_of: Path | None = None) -> dict[str, tor
     Raises UserError for a file that cannot be read, is not whole or does not fit its checksums. Then what is to
     be deleted is the file, or the folder that is worthless without it.
     """
-    try:
+    with _damage_to_mend("it" if part_of is None else f"the folder {part_of}"):
         file = TensorFile(path_of(path))
         return {name: file.tensor(name) for name in file.names}
+
+
+def checksums(path: str | Path) -> dict[str, int]:
+    """Each tensor's checksum, as its file's header has it. Raises UserError as `load_tensors` does."""
+    with _damage_to_mend("it"):
+        return TensorFile(path_of(path)).checksums
+
+
+@contextmanager
+def _damage_to_mend(what: str) -> Iterator[None]:
+    try:
+        yield
     except DamagedError as error:
-        what = "it" if part_of is None else f"the folder {part_of}"
         raise UserError(f"{error}; delete {what}, and run the same command again") from None
 
 

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob
+from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum, check_bases
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
@@ -22,7 +22,7 @@ from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import eigenbasis
 from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
 from msif_ray.paths import all_there, exists
-from msif_ray.store import delete_folder, read_json, save_tensors, write_json
+from msif_ray.store import delete, delete_folder, read_json, save_tensors, write_json
 
 # Copies of a matrix, in float64, that its eigendecomposition holds at once: itself, its symmetric part, the
 # eigenvectors and LAPACK's work space.
@@ -34,11 +34,15 @@ TASK_RETRIES = 8
 
 @dataclass(frozen=True)
 class FitTask:
-    """A stage's fit: its model, its blocks and where its factors go. `memory` in bytes, None: what is free."""
+    """A stage's fit: its model, its blocks and where its factors go. `memory` in bytes, None: what is free.
+
+    `corpus` is how many documents the stage's corpus has, of which the blocks may be a part.
+    """
 
     setup: ModelSetup
     labels: str
     blocks: Blocks
+    corpus: int
     folder: Path
     maps: dict[str, tuple[int, int]]
     memory: int | None
@@ -47,6 +51,9 @@ class FitTask:
 
 Steps = Callable[[str], AbstractContextManager[Progress]]
 """Begins a step of that name."""
+
+Say = Callable[[str], None]
+"""Tells the user one line."""
 
 
 def is_fitted(folder: Path) -> bool:
@@ -59,23 +66,31 @@ def _are_there(folder: Path, maps: Iterable[str]) -> bool:
     return all_there(layout.factor_files(folder, maps))
 
 
-def fit(task: FitTask, pool: ReplicaPool, steps: Steps) -> None:
+def fit(task: FitTask, pool: ReplicaPool, steps: Steps, say: Say) -> None:
     """Fits one stage's EK-FAC factors; what is on storage already is not computed again."""
-    groups = _groups(task, pool)
+    groups = _groups(task, pool, say)
     for index in range(len(groups)):
         if not (exists(layout.group_record(task.folder, index)) and _are_there(task.folder, groups[index])):
             _fit_group(task, pool, steps, groups, index)
     _write_manifest(task, [read_json(layout.group_record(task.folder, index)) for index in range(len(groups))])
-    delete_folder(task.folder / "partials")
+    drop_partials(task.folder)
 
 
-def _groups(task: FitTask, pool: ReplicaPool) -> list[list[str]]:
+def drop_partials(folder: Path) -> None:
+    """Deletes what is left of a finished stage's partial sums."""
+    delete_folder(folder / "partials")
+
+
+def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[list[str]]:
     """The groups of maps as they were first decided: a pass that has begun holds for its group alone."""
     path = layout.groups(task.folder)
     if not exists(path):
         budget = task.memory
         if budget is None:
-            budget = int(FREE_SHARE * pool.free_memory(task.setup, CovarianceJob(False, ())))
+            free = pool.free_memory(
+                task.setup, CovarianceJob(False, ()), lambda reason: say(f"{task.setup.stage}: waiting: {reason}")
+            )
+            budget = int(FREE_SHARE * free)
         itemsize = 8 if task.setup.dtype == "float64" else 4
         groups = module_groups(task.maps, budget, itemsize)
         write_json(path, {"factor_memory": budget, "groups": [list(group) for group in groups]})
@@ -97,15 +112,19 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
                 layout.partials(folder, index, "covariance"),
                 progress,
             )
+        _forget(folder, index, maps)
         for_each_map(write_basis, missing, folder, covariance, memory=_eigen_memory(task.maps))
+    bases = bases_checksum(folder, maps)
     with steps(f"correction{of_group}") as progress:
         correction = pool.accumulate(
             task.setup,
-            CorrectionJob(sampled, folder, maps),
+            CorrectionJob(sampled, folder, bases, maps),
             task.blocks,
             layout.partials(folder, index, "correction"),
             progress,
+            inputs=bases,
         )
+    check_bases(folder, maps, bases)
     means = for_each_map(write_eigenvalues, maps, folder, correction)
     write_json(
         layout.group_record(folder, index),
@@ -118,6 +137,15 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
         },
     )
     delete_folder(layout.partials(folder, index, "covariance").parent)
+
+
+def _forget(folder: Path, index: int, maps: Sequence[str]) -> None:
+    """Deletes what was made of bases that are about to be replaced, in the order in which it would be believed."""
+    delete(layout.factors_manifest(folder))
+    delete(layout.group_record(folder, index))
+    for name in maps:
+        delete(layout.eigenvalues_file(folder, name))
+    delete_folder(layout.partials(folder, index, "correction"))
 
 
 def _eigen_memory(maps: Shapes) -> dict[str, int]:
@@ -155,11 +183,17 @@ def for_each_map(
 
 
 def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
-    """Reduces one map's covariances and writes their eigenbases and eigenvalues (of means over positions)."""
+    """Reduces one map's covariances and writes their eigenbases and eigenvalues (of means over positions).
+
+    A basis that is there stays: sums over it may have begun, and a task that Ray runs again, or one that outlived
+    its driver, would give another basis of the same matrix.
+    """
+    if exists(layout.basis_file(folder, map_name)):
+        return
     torch.set_num_threads(1)
     total = covariance.total(map_name)
     if not total:
-        raise UserError(f"{map_name}: no document had a target, so there is nothing to fit")
+        raise UserError(f"{map_name}: no document had a target and a finite loss, so there is nothing to fit")
     tensors: dict[str, torch.Tensor] = {}
     for side, key in (("activation", "A"), ("gradient", "S")):
         summed = total.pop(key)
@@ -168,13 +202,16 @@ def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
         values, vectors = eigenbasis(summed.double() / total[f"{key}_positions"])
         tensors[f"{side}_basis"] = vectors.to(summed.dtype).contiguous()
         tensors[f"{side}_eigenvalues"] = values.to(summed.dtype)
-    save_tensors(layout.basis_file(folder, map_name), tensors, {"map": map_name})
+    if not exists(layout.basis_file(folder, map_name)):  # nor meanwhile
+        save_tensors(layout.basis_file(folder, map_name), tensors, {"map": map_name})
 
 
 def write_eigenvalues(map_name: str, folder: Path, correction: Coverage) -> float:
     """Reduces and writes one map's corrected eigenvalues, undamped; gives their mean."""
     torch.set_num_threads(1)
     eigenvalues = correction.total(map_name)["E"] / correction.documents
+    if not torch.isfinite(eigenvalues).all():
+        raise UserError(f"{map_name}: the corrected eigenvalues are not finite; the model's numbers overflow")
     save_tensors(layout.eigenvalues_file(folder, map_name), {"eigenvalues": eigenvalues}, {"map": map_name})
     return float(eigenvalues.double().mean())
 
@@ -187,7 +224,7 @@ def _write_manifest(task: FitTask, groups: Sequence[dict[str, Any]]) -> None:
         task.record
         | {key: first[key] for key in ("documents", "windows", "tokens", "skipped")}
         | {
-            "share_covered": 1.0,
+            "share_covered": first["documents"] / task.corpus,
             "maps": {name: {"shape": list(shape), "mean_eigenvalue": means[name]} for name, shape in task.maps.items()},
         },
     )

@@ -4,6 +4,8 @@ A job is data that travels to the rank; `start` turns it into work that takes ca
 gives back what has gathered.
 """
 
+import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +18,12 @@ from torch import Tensor
 from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections, load
 from msif_ray.cluster.memory import free_memory
+from msif_ray.errors import UserError
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
 from msif_ray.influence.groups import FREE_SHARE
 from msif_ray.influence.queries import map_tokens
-from msif_ray.store import load_tensors
+from msif_ray.store import checksums, load_tensors
 
 
 class Work(Protocol):
@@ -82,14 +85,20 @@ class _CovarianceWork:
 
 @dataclass(frozen=True)
 class CorrectionJob:
-    """Σ of squared rotated gradients of a group of maps, whose bases are in the folder of factors."""
+    """Σ of squared rotated gradients of a group of maps, whose bases are in the folder of factors.
+
+    `bases` is those bases' `bases_checksum`: sums over others would not add up to anything.
+    """
 
     sampled_labels: bool
     factors: Path
+    bases: str
     tracked: tuple[str, ...] | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Sums:
-        return _CorrectionWork(CorrectionSums({name: load_basis(self.factors, name, device) for name in maps}))
+        found = {name: load_basis(self.factors, name, device) for name in maps}
+        check_bases(self.factors, maps, self.bases)
+        return _CorrectionWork(CorrectionSums(found))
 
 
 @dataclass
@@ -248,6 +257,21 @@ class _TokenWork:
     def take(self) -> list[WindowTokenScores]:
         taken, self.windows = self.windows, []
         return taken
+
+
+def bases_checksum(factors: Path, maps: Sequence[str]) -> str:
+    """One checksum of the bases of these maps, as they are on storage."""
+    sums = {name: checksums(layout.basis_file(factors, name)) for name in maps}
+    return f"{zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"
+
+
+def check_bases(factors: Path, maps: Sequence[str], expected: str) -> None:
+    """Raises UserError where the bases are no longer those that a step began with."""
+    if bases_checksum(factors, maps) != expected:
+        raise UserError(
+            f"{layout.basis_file(factors, maps[0]).parent}: the bases were replaced while they were in use; see that "
+            "no other run writes there, and run the same command again"
+        )
 
 
 def load_basis(factors: Path, map_name: str, device: torch.device) -> Basis:

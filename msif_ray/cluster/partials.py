@@ -23,7 +23,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Partial:
-    """One partial: the parts that each rank wrote, the blocks covered, and what was counted over them."""
+    """One partial: the parts that each rank wrote, the blocks covered, and what was counted over them.
+
+    `inputs` says what the sums were computed by: sums of different inputs do not add up.
+    """
 
     folder: Path
     parts: tuple[frozenset[str], ...]
@@ -32,6 +35,7 @@ class Partial:
     tokens: int
     windows: int
     skipped: tuple[tuple[str, str], ...]
+    inputs: str
 
     def tensors(self, part: str) -> Iterator[dict[str, torch.Tensor]]:
         """One part's tensors from each rank that has it."""
@@ -46,7 +50,11 @@ def new_folder(step: Path, first_block: str) -> Path:
 
 
 def publish(
-    folder: Path, parts: Sequence[Sequence[str]], outcomes: Sequence[tuple[str, Outcome]], replaces: Path | None
+    folder: Path,
+    parts: Sequence[Sequence[str]],
+    outcomes: Sequence[tuple[str, Outcome]],
+    replaces: Path | None,
+    inputs: str = "",
 ) -> None:
     """Makes a folder that all ranks have written count, then drops the partial whose blocks it holds too.
 
@@ -61,21 +69,23 @@ def publish(
             "tokens": sum(sum(outcome.tokens.values()) for _, outcome in outcomes),
             "windows": sum(outcome.windows for _, outcome in outcomes),
             "skipped": [[skip.document_id, skip.reason] for _, outcome in outcomes for skip in outcome.skipped],
+            "inputs": inputs,
         },
     )
     if replaces is not None:
         delete_folder(replaces, first=MANIFEST)
 
 
-def read_disjoint(step: Path) -> list[Partial]:
-    """Partials that share no block, those of many blocks first: a replica that died between its new partial and
-    the end of its old one leaves both.
+def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
+    """Partials of these inputs that share no block, those of many blocks first: a replica that died between its new
+    partial and the end of its old one leaves both.
 
     Raises UserError for a manifest that is damaged.
     """
     with storage(step, "listed"):
         manifests = list(step.glob(f"*/{MANIFEST}")) if step.exists() else []
-    found = sorted((_read(path) for path in manifests), key=lambda p: (-len(p.blocks), p.folder.name))
+    of_inputs = [partial for path in manifests if (partial := _read(path)).inputs == inputs]
+    found = sorted(of_inputs, key=lambda p: (-len(p.blocks), p.folder.name))
     chosen: list[Partial] = []
     covered: set[str] = set()
     for partial in found:
@@ -96,6 +106,7 @@ def _read(manifest: Path) -> Partial:
             about["tokens"],
             about["windows"],
             tuple((document, reason) for document, reason in about["skipped"]),
+            about["inputs"],
         )
     except (UserError, KeyError, TypeError, ValueError):
         raise UserError(

@@ -1,6 +1,6 @@
 """A pool of replicas on Ray: blocks go to whichever is idle, those that die are replaced, new ones join in."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +12,7 @@ from ray.exceptions import RayTaskError
 from msif_ray.cluster import partials
 from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.replica import DEATHS, RankResources, Replica, free_ranks, free_ranks_of
+from msif_ray.cluster.replica import DEATHS, Destination, RankResources, Replica, free_ranks, free_ranks_of
 from msif_ray.config import Cluster
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block
@@ -40,7 +40,10 @@ class Progress(Protocol):
 
 @dataclass(eq=False)
 class _Worker:
+    """A replica, and the step that it has said to be ready for: what it has summed belongs there."""
+
     actor: Any
+    ready_for: Destination | None = None
 
     @property
     def id(self) -> str:
@@ -56,7 +59,10 @@ class _Turn:
 
 
 class ReplicaPool:
-    """At most `replicas.max` replicas; those that the cluster has no room for yet wait, and join when it has."""
+    """At most `replicas.max` replicas; those that the cluster has no room for yet wait, and join when it has.
+
+    They are asked for when there is work: a run that has none left takes no machine.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -65,8 +71,6 @@ class ReplicaPool:
         self._deaths = 0
 
     def __enter__(self) -> Self:
-        # All at once: what waits for room is the demand that an autoscaler sees.
-        self._workers = [self._spawn() for _ in range(self._cluster.replicas.max)]
         return self
 
     def __exit__(
@@ -74,37 +78,47 @@ class ReplicaPool:
     ) -> None:
         for worker in self._workers:
             ray.kill(worker.actor)
-        free_ranks()
+        if self._workers:
+            free_ranks()
 
-    def free_memory(self, setup: ModelSetup, job: Job) -> int:
-        """Bytes that each rank has left with the stage's model loaded, on the first replica that is ready."""
+    def free_memory(self, setup: ModelSetup, job: Job, waiting: Callable[[str], None]) -> int:
+        """Bytes that each rank has left with the stage's model loaded, on the first replica that is ready.
+
+        Tells `waiting` what it waits for while there is none.
+        """
+        self._fill()
         refs = {worker.actor.prepare.remote(setup, job): worker for worker in self._workers}
-        while True:
-            (ref,), _ = ray.wait(list(refs), num_returns=1)
-            worker = refs.pop(ref)
+        free: int | None = None
+        while free is None:
+            done, _ = ray.wait(list(refs), num_returns=1, timeout=WAIT_SECONDS)
+            if not done:
+                waiting(self._wanted(0, 1))
+                continue
+            worker = refs.pop(done[0])
             try:
-                free: int = _get(ref)
-                break
+                free = _get(done[0])
             except DEATHS as death:
-                replacement = self._replace(worker, death)
-                refs[replacement.actor.prepare.remote(setup, job)] = replacement
-        for waiting in refs:
-            ray.cancel(waiting)
+                worker = self._replace(worker, death)
+            if free is None:
+                refs[worker.actor.prepare.remote(setup, job)] = worker
+        for ref in refs:
+            ray.cancel(ref)
         return free
 
     def accumulate(
-        self, setup: ModelSetup, job: Job, blocks: Blocks, step: Path, progress: Progress
+        self, setup: ModelSetup, job: Job, blocks: Blocks, step: Path, progress: Progress, inputs: str = ""
     ) -> partials.Coverage:
         """Sums the job over all blocks into partials under `step`, and gives those that together cover every
-        block once. Blocks that partials already cover are not done again."""
-        found = partials.read_disjoint(step)
+        block once. Blocks that partials of the same `inputs` already cover are not done again."""
+        destination = Destination(step, inputs)
+        found = partials.read_disjoint(step, inputs)
         progress.resume(sum(p.documents for p in found), sum(len(p.skipped) for p in found))
         while blocks.ids - partials.covered_blocks(found):
             done = partials.covered_blocks(found)
-            for _, outcome in self._stream("accumulate", setup, job, blocks.left(done), progress, step):
+            for _, outcome in self._stream("accumulate", setup, job, blocks.left(done), progress, destination):
                 progress.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
-            self._commit(step)
-            found = partials.read_disjoint(step)
+            self._commit(destination)
+            found = partials.read_disjoint(step, inputs)
         return partials.Coverage(tuple(found), blocks.ids)
 
     def map(
@@ -119,17 +133,31 @@ class ReplicaPool:
                 yield block, outcome, taken
 
     def _stream(
-        self, method: str, setup: ModelSetup, job: Job, blocks: Iterable[Block], progress: Progress, *arguments: Any
+        self,
+        method: str,
+        setup: ModelSetup,
+        job: Job,
+        blocks: Iterable[Block],
+        progress: Progress,
+        destination: Destination | None = None,
     ) -> Iterator[tuple[Block, Any]]:
         """One pass over the blocks, begun when `replicas.min` are ready. What a dead replica had is left out."""
+        self._fill()
         left = iter(blocks)
-        turns = {worker.actor.prepare.remote(setup, job): _Turn(worker) for worker in self._workers}
+        turns: dict[Any, _Turn] = {}
+
+        def prepare(worker: _Worker) -> None:
+            worker.ready_for = None
+            turns[worker.actor.prepare.remote(setup, job, destination)] = _Turn(worker)
+
+        for worker in self._workers:
+            prepare(worker)
         idle: list[_Worker] = []
         ready, fewest = 0, self._cluster.replicas.min
         exhausted = False
         while not exhausted or any(turn.block is not None for turn in turns.values()):
             if ready < fewest:
-                progress.wait(f"{ready} of {fewest} replicas are ready; each takes {self._resources}")
+                progress.wait(self._wanted(ready, fewest))
             done, _ = ray.wait(list(turns), num_returns=1, timeout=WAIT_SECONDS)
             if not done:
                 continue
@@ -137,10 +165,13 @@ class ReplicaPool:
             try:
                 result = _get(done[0])
             except DEATHS as death:
-                replacement = self._replace(turn.worker, death, turn.block)
-                turns[replacement.actor.prepare.remote(setup, job)] = _Turn(replacement)
+                prepare(self._replace(turn.worker, death, turn.block))
+                continue
+            if turn.block is None and result is None:  # no room yet
+                prepare(turn.worker)
                 continue
             if turn.block is None:
+                turn.worker.ready_for = destination
                 ready += 1
             else:
                 self._deaths = 0
@@ -151,18 +182,27 @@ class ReplicaPool:
                 exhausted = following is None
                 if following is not None:
                     worker = idle.pop()
-                    turns[getattr(worker.actor, method).remote(following, *arguments)] = _Turn(worker, following)
+                    turns[getattr(worker.actor, method).remote(following)] = _Turn(worker, following)
         for waiting in turns:
             ray.cancel(waiting)  # or a replica that comes later would load one step's model after another's
 
-    def _commit(self, step: Path) -> None:
+    def _commit(self, destination: Destination) -> None:
         """Writes what replicas have summed; a dead one's blocks stay uncovered and are done again."""
-        refs = {worker.actor.commit.remote(step): worker for worker in self._workers if _is_placed(worker)}
+        ready = [worker for worker in self._workers if worker.ready_for == destination]
+        refs = {worker.actor.commit.remote(destination): worker for worker in ready}
         for ref, worker in refs.items():
             try:
                 _get(ref)
             except DEATHS as death:
                 self._replace(worker, death)
+
+    def _fill(self) -> None:
+        """Asks for all replicas at once: what waits for room is the demand that an autoscaler sees."""
+        while len(self._workers) < self._cluster.replicas.max:
+            self._workers.append(self._spawn())
+
+    def _wanted(self, ready: int, fewest: int) -> str:
+        return f"{ready} of {fewest} replicas are ready; each takes {self._resources}"
 
     def _spawn(self) -> _Worker:
         resources = self._resources
@@ -184,11 +224,6 @@ class ReplicaPool:
         replacement = self._spawn()
         self._workers.append(replacement)
         return replacement
-
-
-def _is_placed(worker: _Worker) -> bool:
-    """Whether the cluster has had room for the replica; one that waits has nothing to commit."""
-    return bool(ray.wait([worker.actor.__ray_ready__.remote()], timeout=5.0)[0])
 
 
 def _get(ref: Any) -> Any:

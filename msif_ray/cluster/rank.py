@@ -5,7 +5,8 @@ hold one model together.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,50 +54,78 @@ class ModelSetup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one block: documents' token counts in order, and those skipped with the reason."""
+    """What came of one block: documents' token counts in order, and those skipped with the reason.
+
+    Of one rank, `not_finite` names documents that have a window whose loss is not finite, and `held` the windows
+    that were left out for sharing a batch with one: they are to be processed again.
+    """
 
     tokens: dict[str, int]
     skipped: tuple[Skipped, ...]
     windows: int
+    not_finite: frozenset[str] = frozenset()
+    held: frozenset[WindowKey] = frozenset()
+
+    def without(self, not_finite: Set[str]) -> "Outcome":
+        """The same with these documents skipped."""
+        tokens = {document: count for document, count in self.tokens.items() if document not in not_finite}
+        found = tuple(Skipped(document, "its loss is not finite") for document in self.tokens if document in not_finite)
+        return Outcome(tokens, self.skipped + found, self.windows)
 
 
 class Rank:
-    """A loaded model, its tokenizer and the work under way."""
+    """A model, its tokenizer and the work under way.
+
+    `place` is the rank's in a group that holds one model together: it joins and loads when told to, since an actor
+    whose constructor fails cannot say why. Without one, the model is loaded here and now.
+    """
 
     def __init__(self, setup: ModelSetup, place: RankGroup | None = None) -> None:
-        transformers_logging.set_verbosity_error()
-        # Two cores are quickly oversubscribed: torch and the tokenizers each take all there are.
-        torch.set_num_threads(setup.threads)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.setup, self.place = setup, place or RankGroup(0, 1, "127.0.0.1", 0)
         self.device = torch.device("cuda" if setup.cuda else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(setup.tokenizer), trust_remote_code=False)
-        self.model = self._load()
-        self.maps = find_linear_maps(self.model, setup.modules)
         self._work: Work | Sums | None = None
         self._sampled = False
-        self._tracked = self.maps
+        if place is None:
+            self.load()
+
+    def load(self) -> None:
+        """Loads the model, or this rank's shard of it, and the tokenizer."""
+        transformers_logging.set_verbosity_error()
+        # Two cores are quickly oversubscribed: torch and the tokenizers each take all there are.
+        torch.set_num_threads(self.setup.threads)
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(self.setup.tokenizer), trust_remote_code=False)
+        with self._memory("loaded"):
+            self.model = self._load()
+        self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules)
 
     def start(self, job: Job) -> None:
         """Begins a job; what an earlier one gathered is dropped."""
         self._work = None
         self._sampled = job.sampled_labels
         self._tracked = self.maps if job.tracked is None else {name: self.maps[name] for name in job.tracked}
-        self._work = job.start(list(self._tracked), self.device)
+        with self._memory("given the step's factors"):
+            self._work = job.start(list(self._tracked), self.device)
 
-    def process(self, documents: Sequence[Document]) -> Outcome:
-        """Captures this rank's share of the documents' batches and adds them to the work.
+    def process(self, documents: Sequence[Document], only: Set[WindowKey] | None = None) -> Outcome:
+        """Captures this rank's share of the documents' batches and adds them to the work: of all their windows,
+        or `only` of some.
 
         Batches depend on the documents alone. Ranks take them in turn; one that runs out makes
-        empty steps, since all ranks of a sharded model must take the same number.
+        empty steps, since all ranks of a sharded model must take the same number. A batch with a loss that is not
+        finite is left out as a whole, and what is sound of it named in the outcome.
         """
         encoded, skipped = self._encode(documents)
         windows = [window for document in encoded for window in self._windows(document)]
-        batches = pack(windows, self.setup.tokens_per_batch)
+        batches = pack([w for w in windows if only is None or w.key in only], self.setup.tokens_per_batch)
         mine = batches[self.place.rank :: self.place.world]
         steps = -(-len(batches) // self.place.world)
-        self._capture(mine, empty_steps=steps - len(mine))
-        return Outcome({document.document_id: len(document.ids) for document in encoded}, tuple(skipped), len(windows))
+        with self._memory("used for a batch"):
+            refused = self._capture(mine, empty_steps=steps - len(mine))
+        not_finite = frozenset(key.document_id for key, finite in refused.items() if not finite)
+        held = frozenset(key for key in refused if key.document_id not in not_finite)
+        tokens = {document.document_id: len(document.ids) for document in encoded}
+        return Outcome(tokens, tuple(skipped), len(windows), not_finite, held)
 
     def take(self) -> Any:
         """What the work has gathered since the last `take`."""
@@ -144,21 +173,34 @@ class Rank:
     def _windows(self, document: Encoded) -> Iterable[Window]:
         return document.windows(self.setup.max_tokens or len(document.ids))
 
-    def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> None:
+    @contextmanager
+    def _memory(self, what: str) -> Iterator[None]:
+        """Turns a GPU's want of memory into what the user can do about it."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"cluster.tokens_per_batch: {self.setup.model} cannot be {what}: the GPU's memory is full; lower "
+                "cluster.tokens_per_batch or cluster.factor_memory, or raise cluster.ranks_per_replica "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from None
+
+    def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> dict[WindowKey, bool]:
+        """The windows of batches that were left out, and whether each one's own loss is finite."""
         work = self._started()
         labels = self._sample if self._sampled else None
-        fault: str | None = None
+        refused: dict[WindowKey, bool] = {}
         with Capture(self.model, self._tracked) as capture:
             for windows in batches:
                 captured = capture.run(to_batch(windows).to(self.device), labels)
-                if not torch.isfinite(captured.losses).all():
-                    fault = fault or windows[0].key.document_id
-                work.add(captured)
+                finite: list[bool] = torch.isfinite(captured.losses).tolist()
+                if all(finite):
+                    work.add(captured)
+                else:
+                    refused |= zip(captured.batch.keys, finite, strict=True)
             for _ in range(empty_steps):
                 capture.run(to_batch([_EMPTY]).to(self.device))
-        # Only now: ranks that hold one model wait for each other's steps.
-        if fault is not None:
-            raise UserError(f"{self.setup.model}: a loss is not finite, at or near document {fault!r}")
+        return refused
 
     @property
     def _sample(self) -> LabelChoice:

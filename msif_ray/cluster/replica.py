@@ -1,6 +1,7 @@
 """A replica: one copy of a stage's model, in this process or sharded over several rank actors."""
 
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -9,7 +10,14 @@ from time import monotonic
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util.placement_group import (
     PlacementGroup,
     get_placement_group,
@@ -25,15 +33,27 @@ from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
 from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup, RankLostError, is_lost_rank
 from msif_ray.config import Cluster
 from msif_ray.corpus.reader import Block
+from msif_ray.errors import UserError
 
-# What tells of the end of a replica, or of a rank of it.
-DEATHS = (ActorDiedError, ActorUnavailableError, RankLostError)
+# What tells of the end of a replica, of a rank of it, or of a node or an object that it stood on. A worker that
+# Ray's memory monitor ends is an OutOfMemoryError; a lost object's kinds (its owner's death) are ObjectLostErrors.
+DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, RankLostError)
 
 # A replica commits when it has worked this many times as long as its last commit took: a twentieth of its time
 # goes into commits, and a death loses as little as that allows.
 COMMIT_EVERY = 20.0
 # However long a commit takes, a death loses no more than this many seconds of work.
 COMMIT_SECONDS = 900.0
+# How long a replica waits for room before it says that it has none yet, and may be told of another step.
+ROOM_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a step's partial sums go, and by what beside the run they are computed (`inputs`: checksums)."""
+
+    folder: Path
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,46 +87,63 @@ class Replica:
         self._local: Rank | None = None
         self._remote: list[Any] = []
         self._group: PlacementGroup | None = None
+        self._destination: Destination | None = None
         self._sums = _Committed()
         self._by_block = False
 
-    def prepare(self, setup: ModelSetup, job: Job) -> int:
-        """Loads the stage's model unless it is loaded, and starts the job; gives a rank's free memory in bytes."""
+    def has_room(self) -> bool:
+        """Whether there is room for the ranks; asks for it, and waits a little. One rank has its actor's own."""
+        if self._resources.ranks == 1:
+            return True
+        if self._group is None:
+            self._group = self._reserve()
+        return self._group.wait(ROOM_SECONDS)
+
+    def prepare(self, setup: ModelSetup, job: Job, destination: Destination | None = None) -> int | None:
+        """Loads the stage's model unless it is loaded, and starts the job; gives a rank's free memory in bytes.
+
+        None where there is no room for the ranks yet: to be asked again, if the step is still under way by then.
+        """
         if setup != self._setup:
+            if self._setup is not None or self._remote:
+                self.unload()
+            if not self.has_room():
+                return None
             self._load(setup)
-        self._sums = _Committed()
+        self._sums, self._destination = _Committed(), destination
         self._by_block = isinstance(job, QueryJob)
         self._on_ranks("start", job)
         return min(self._on_ranks("free_memory"))
 
-    def accumulate(self, block: Block, step: Path) -> Outcome:
+    def accumulate(self, block: Block) -> Outcome:
         """Adds a block to the sums, and commits them when that costs little beside the work that it keeps.
 
         What is gathered and not summed grows with every block: each block of it is a partial of its own.
         """
-        outcome = self._on_ranks("process", block.documents)[0]
+        outcome = self._do(block)
         self._sums.outcomes.append((block.id, outcome))
-        if self._by_block:
-            self.commit(step)
-            self._sums = _Committed()
-        elif self._sums.is_due():
-            self.commit(step)
+        if self._destination is not None and (self._by_block or self._sums.is_due()):
+            self.commit(self._destination)
+            if self._by_block:
+                self._sums = _Committed()
         return outcome
 
     def process(self, block: Block) -> tuple[Outcome, Any]:
         """What one block gives, all ranks together."""
-        outcome = self._on_ranks("process", block.documents)[0]
+        outcome = self._do(block)
         return outcome, list(chain.from_iterable(self._on_ranks("take")))
 
-    def commit(self, step: Path) -> None:
+    def commit(self, destination: Destination) -> None:
         """Writes the sums since the job began, with the blocks that they cover, in place of the last commit."""
+        if destination != self._destination:
+            raise RuntimeError(f"the sums here belong in {self._destination}, not in {destination}")
         sums = self._sums
         if len(sums.outcomes) == sums.covered:
             return
         began = monotonic()
-        folder = partials.new_folder(step, sums.outcomes[0][0])
+        folder = partials.new_folder(destination.folder, sums.outcomes[0][0])
         parts = self._on_ranks("write_sums", folder)
-        partials.publish(folder, parts, sums.outcomes, sums.folder)
+        partials.publish(folder, parts, sums.outcomes, sums.folder, destination.inputs)
         self._sums = _Committed(sums.outcomes, len(sums.outcomes), folder, monotonic() - began)
 
     def unload(self) -> None:
@@ -120,32 +157,46 @@ class Replica:
             self._group = None
         self._setup = None
 
+    def _do(self, block: Block) -> Outcome:
+        """One block on all ranks: documents whose loss is not finite are skipped, and what was in a batch with one
+        is done again without it."""
+        outcomes = self._on_ranks("process", block.documents)
+        outcome, bad, held = outcomes[0], _union(outcomes, "not_finite"), _union(outcomes, "held")
+        while held := frozenset(key for key in held if key.document_id not in bad):
+            again = self._on_ranks("process", block.documents, held)
+            bad, held = bad | _union(again, "not_finite"), _union(again, "held")
+        return outcome.without(bad) if bad else outcome
+
     def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
-        """What a method gives on each rank. Raises one of DEATHS when one has died."""
+        """What a method gives on each rank. Raises one of DEATHS when one has died, and a user's mistake as such."""
         if self._local is not None:
             return [getattr(self._local, method)(*arguments)]
         try:
             return ray.get([getattr(rank, method).remote(*arguments) for rank in self._remote])
         except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
             if is_lost_rank(error.cause):
                 raise RankLostError(" ".join(str(error.cause).split())) from None
             raise
 
     def _load(self, setup: ModelSetup) -> None:
-        self.unload()
         if self._resources.ranks == 1:
             self._local = Rank(setup)
         else:
             self._spawn(setup)
         self._setup = setup
 
-    def _spawn(self, setup: ModelSetup) -> None:
+    def _reserve(self) -> PlacementGroup:
+        """The demand for the ranks' room, which an autoscaler sees."""
         resources = self._resources
         bundle = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
         name = _group_name(ray.get_runtime_context().get_actor_id())
         free_ranks(name)  # of this actor's earlier life, where Ray has restarted it
-        self._group = placement_group([bundle] * resources.ranks, strategy="PACK", name=name)
-        ray.get(self._group.ready())
+        return placement_group([bundle] * resources.ranks, strategy="PACK", name=name)
+
+    def _spawn(self, setup: ModelSetup) -> None:
+        resources = self._resources
 
         def options(index: int) -> dict[str, Any]:
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
@@ -162,7 +213,11 @@ class Replica:
             actor.options(**options(index)).remote(setup, RankGroup(index, resources.ranks, address, port))
             for index in range(resources.ranks)
         ]
-        ray.get([rank.__ray_ready__.remote() for rank in self._remote])
+        self._on_ranks("load")
+
+
+def _union(outcomes: Sequence[Outcome], what: str) -> frozenset[Any]:
+    return frozenset().union(*(getattr(outcome, what) for outcome in outcomes))
 
 
 @dataclass

@@ -4,15 +4,18 @@ A row of the stream is one block. Its scores are written as one Parquet file, na
 by the actor that computed them: a block is all there or not at all, and none is there twice.
 """
 
+import gc
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Event, Thread
 
 import numpy
 import ray
 
 from msif_ray.cluster.jobs import DocumentScores, ScoreJob
-from msif_ray.cluster.pool import Progress
+from msif_ray.cluster.pool import WAIT_SECONDS, Progress
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.replica import DEATHS, RankResources, Replica, free_ranks
 from msif_ray.config import Cluster
@@ -21,15 +24,6 @@ from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
 from msif_ray.results.parts import done_blocks, part_path, write_part
 
-# What Ray raises when what a stream stood on is gone: workers, nodes, or objects that only they had.
-LOSSES = (
-    *DEATHS,
-    ray.exceptions.RayActorError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.OutOfMemoryError,
-)
 # A block that kills the ranks this often is at fault itself.
 RANK_RESTARTS = 4
 # Streams begun in a row without a block scored, after which the machines are not to blame.
@@ -62,24 +56,40 @@ def score(task: ScoreTask, cluster: Cluster, progress: Progress) -> None:
     progress.resume(*_documents_done(task, done))
     tries = 0
     while left := task.blocks.ids - done:
-        try:
-            _stream(task, cluster, frozenset(done), progress)
-            lost: Exception | None = None
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            if not isinstance(error.cause, LOSSES):
-                raise
-            lost = error
-        except LOSSES as error:
-            lost = error
-        finally:
-            free_ranks()
+        ended = _attempt(task, cluster, frozenset(done), progress)
+        # A stream that broke off keeps its replicas, and the room they take, as long as anything refers to it.
+        gc.collect()
+        if isinstance(ended, UserError):
+            raise ended
         done = _done(task)
         tries = tries + 1 if task.blocks.ids - done == left else 0
         if tries == FRUITLESS_TRIES:
-            reason = " ".join(str(lost).split())[:500]
-            raise UserError(f"scores: no block could be scored on this cluster; what was lost last: {reason}")
+            raise UserError(f"scores: no block could be scored on this cluster; what was lost last: {ended}")
+
+
+def _attempt(task: ScoreTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> UserError | str | None:
+    """One stream over the blocks that are not done: what the user is to mend, or what was lost, where it broke off.
+
+    Given and not raised, because the exceptions of a stream refer to it.
+    """
+    try:
+        _stream(task, cluster, done, progress)
+        return None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            # Ray Data puts lines of its own, on its retries, after ours.
+            return UserError(str(error.cause).partition("\n")[0])
+        if not isinstance(error.cause, DEATHS):
+            raise
+        return _short(error)
+    except DEATHS as error:
+        return _short(error)
+    finally:
+        free_ranks()
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 def _done(task: ScoreTask) -> set[str]:
@@ -110,8 +120,29 @@ def _stream(task: ScoreTask, cluster: Cluster, done: frozenset[str], progress: P
         compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas.min, max_size=cluster.replicas.max),
         **resources.actor,
     )
-    for row in scored.iter_rows():
-        progress.add(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
+    with _told_to_wait(progress, f"no replica has scored a block yet; each takes {resources}") as begun:
+        for row in scored.iter_rows():
+            begun.set()
+            progress.add(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
+
+
+@contextmanager
+def _told_to_wait(progress: Progress, reason: str) -> Iterator[Event]:
+    """Tells the reason for waiting now and then until the event that it gives is set: Ray Data says nothing while
+    the cluster has no room."""
+    begun = Event()
+
+    def tell() -> None:
+        while not begun.wait(WAIT_SECONDS):
+            progress.wait(reason)
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield begun
+    finally:
+        begun.set()
+        teller.join()
 
 
 def _quiet_ray_data() -> None:
@@ -139,12 +170,20 @@ class BlockReader:
 
 
 class ScoreReplica:
-    """A replica in Ray Data's actor pool: scores a block and writes its part."""
+    """A replica in Ray Data's actor pool: scores a block and writes its part.
+
+    It has room for its ranks when it begins, or Ray Data would give it blocks that others could do meanwhile. It
+    loads with its first block: what fails in a block arrives as itself, in a constructor as a death without a cause.
+    """
 
     def __init__(self, task: ScoreTask, resources: RankResources) -> None:
         self._task = task
+        self._ready = False
         self._replica = Replica(resources)
-        self._replica.prepare(task.setup, task.job)
+        self._await_room()
+
+    def __del__(self) -> None:
+        self._replica.unload()  # or the ranks' room would stay taken when Ray Data drops the actor
 
     def __call__(self, batch: Columns) -> Columns:
         block: Block = batch["block"][0]
@@ -158,15 +197,22 @@ class ScoreReplica:
 
     def _process(self, block: Block) -> tuple[Outcome, list[DocumentScores]]:
         """The block's scores; ranks that die are started anew, here and not by Ray Data, which does not see them."""
-        for tried in range(RANK_RESTARTS + 1):
+        for _ in range(RANK_RESTARTS + 1):
             try:
-                if tried:
-                    self._replica.unload()
+                if not self._ready:
+                    self._await_room()
                     self._replica.prepare(self._task.setup, self._task.job)
+                    self._ready = True
                 return self._replica.process(block)
             except DEATHS as death:
                 lost = death
+                self._ready = False
+                self._replica.unload()
         raise lost
+
+    def _await_room(self) -> None:
+        while not self._replica.has_room():
+            pass
 
 
 def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Sequence[DocumentScores]) -> None:

@@ -54,7 +54,7 @@ def join(group: RankGroup, device: torch.device, timeout: timedelta = timedelta(
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     backend = "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)  # which refuses a device without an index
         backend = "nccl"
     distributed.init_process_group(
         backend,

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_ray.paths import path_of
+from msif_ray.paths import exists, path_of, storage
 from msif_ray.results.parts import UNITS, part_files, read_rows
 from msif_ray.store import replacing
 
@@ -18,6 +18,9 @@ Side = Literal["highest", "lowest"]
 
 # Rows of `top.parquet` made at once: each has a document's tokens.
 ROWS_AT_ONCE = 1000
+
+TOP = "top.parquet"
+K = b"k"  # under which the file's metadata has the number of documents at each end
 
 TOP_SCHEMA = pa.schema(
     [
@@ -126,18 +129,29 @@ def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, 
     return sorted([*kept, *new])[:k]
 
 
-def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes `top.parquet` from rows with the columns of `TOP_SCHEMA`, in their order, some at a time.
+def has_top(run_dir: str | Path, k: int) -> bool:
+    """Whether `top.parquet` is there with k documents at each end; a run directory has no other run's."""
+    path = path_of(run_dir) / TOP
+    if not exists(path):
+        return False
+    with storage(path, "read"), path.open("rb") as file:
+        try:
+            return pq.read_schema(file).metadata.get(K) == str(k).encode()
+        except (pa.ArrowException, AttributeError):  # not Parquet, or without metadata: to be written anew
+            return False
+
+
+def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]], k: int) -> None:
+    """Writes `top.parquet`, of k documents at each end, from rows with the columns of `TOP_SCHEMA`, in their order,
+    some at a time.
 
     Raises ValueError for a row whose keys are not those columns.
     """
     left = iter(rows)
-    with (
-        replacing(path_of(run_dir) / "top.parquet") as temporary,
-        pq.ParquetWriter(temporary, TOP_SCHEMA) as writer,
-    ):
+    schema = TOP_SCHEMA.with_metadata({**TOP_SCHEMA.metadata, K: str(k)})
+    with replacing(path_of(run_dir) / TOP) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while some := list(islice(left, ROWS_AT_ONCE)):
             for row in some:
                 if row.keys() != set(TOP_SCHEMA.names):
                     raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(TOP_SCHEMA.names)}")
-            writer.write_table(pa.Table.from_pylist(some, TOP_SCHEMA))
+            writer.write_table(pa.Table.from_pylist(some, schema))

@@ -92,7 +92,7 @@ class Job:
     folder: Path
     address: str
     process: subprocess.Popen[bytes] | None = None
-    seconds_per_block: float = 0.15
+    seconds_per_block: float = 0.25
     starts: int = 0
 
     @property
@@ -146,47 +146,66 @@ class Job:
 
 @dataclass
 class Kill:
-    """One kill to come: in which step, at which of its units of work, after how long, and of what."""
+    """One kill to come: in which step, at which of its units of work, after how long, and of what.
+
+    `hit` names the unit that was under way when it came.
+    """
 
     step: str
     unit: int
     delay: float
     kind: str
-    done: bool = False
+    hit: str | None = None
 
 
 @dataclass
 class Killer:
-    """Kills once in each step, as its plan says."""
+    """Kills once in each step, as its plan says, and only what is in the middle of a unit of work."""
 
     job: Job
     machines: Machines
     plan: list[Kill]
+    choose: random.Random
 
     def __call__(self, events: list[Event]) -> None:
         for kill in self.plan:
-            units = [e for e in events if e["step"] == kill.step and e["role"] in ("computes", "task")]
-            if not kill.done and len(units) > kill.unit:
+            if kill.hit is None and len(begun(events, kill.step, ("computes", "task"))) > kill.unit:
                 time.sleep(kill.delay)
-                kill.done = self._kill(kill, units[-1], events)
+                # Of several ranks, a replica is the actor over them; of one, that which computes.
+                victims = under_way(self.job.events(), kill.step, "replica" if kill.kind == "replica" else "rank")
+                if victims:
+                    victim = self.choose.choice(victims)
+                    kill.hit = victim["unit"] if self._kill(kill.kind, victim["pid"]) else None
 
-    def _kill(self, kill: Kill, last: Event, events: list[Event]) -> bool:
-        if kill.kind == "driver":
+    def _kill(self, kind: str, pid: int) -> bool:
+        if kind == "driver":
             self.job.kill()
             return True
-        if kill.kind == "replica":  # of several ranks: the actor over them; of one: that which computes
-            last = next((e for e in reversed(events) if e["role"] == "replica" and e["step"] == kill.step), last)
-        if kill.kind == "node":
-            node = self.machines.of(last["pid"])
-            if node is None:
-                return False
-            self.machines.kill(node)
-            self.machines.add()
-            return True
+        if kind == "node":
+            node = self.machines.of(pid)
+            if node is not None:
+                self.machines.kill(node)
+                self.machines.add()
+            return node is not None
         with suppress(ProcessLookupError):
-            os.kill(last["pid"], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             return True
         return False
+
+
+def begun(events: list[Event], step: str, roles: tuple[str, ...]) -> list[Event]:
+    return [event for event in events if event["step"] == step and event["role"] in roles]
+
+
+def under_way(events: list[Event], step: str, role: str) -> list[Event]:
+    """What living processes have begun in the step as that role, or as a task of the driver, and not ended."""
+    open_units: dict[tuple[int, str], Event] = {}
+    for event in begun(events, step, (role, "task", "done")):
+        if event["role"] == "done":
+            open_units.pop((event["pid"], event["unit"]), None)
+        else:
+            open_units[event["pid"], event["unit"]] = event
+    return [event for event in open_units.values() if psutil.pid_exists(event["pid"])]
 
 
 KINDS = ("rank", "replica", "node", "driver")
@@ -201,7 +220,7 @@ def random_plan(seed: int, baseline: list[Event], kills: int) -> list[Kill]:
     for index in range(seed * kills, (seed + 1) * kills):
         step = order[index % len(order)]
         kind = KINDS[(index + index // len(order)) % len(KINDS)]
-        plan.append(Kill(step, choose.randrange(units[step]), choose.uniform(0, 0.3), kind))
+        plan.append(Kill(step, choose.randrange(max(1, units[step] - 1)), choose.uniform(0, 0.15), kind))
     return plan
 
 

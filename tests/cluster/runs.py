@@ -1,16 +1,36 @@
 """Small runs on disk and what they should have said, by the dense reference."""
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import models
 import numpy
 import pyarrow.parquet as pq
+import ray
 import reference
 import torch
 
 Pair = tuple[str, str]
+TESTS = Path(__file__).parents[1]
+
+
+@contextmanager
+def local_cluster(hook: Callable[[], None] | None = None) -> Iterator[None]:
+    """A Ray of this machine with two cores, whose workers find the tests' modules, and call `hook` when they start."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{TESTS}:{TESTS / 'cluster'}:{before}"
+    environment = {"worker_process_setup_hook": hook} if hook else None
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        os.environ["PYTHONPATH"] = before
+
 
 BASE = [
     *models.random_documents(1, 14, (3, 30), prefix="base"),

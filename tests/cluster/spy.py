@@ -11,12 +11,15 @@ from typing import Any
 EVENTS = "MSIF_TEST_EVENTS"
 # Seconds that each unit of work takes at least.
 SECONDS = "MSIF_TEST_SECONDS"
+# Elements above which a sharded replica's weights are sharded here: all matrices of the small models of the tests.
+KEPT_WHOLE = 50
 
 
 def install() -> None:
     """Ray's worker_process_setup_hook."""
     from msif_ray.cluster import carry, fit, rank, replica
 
+    shard_small_weights()
     wrap_rank(rank.Rank)
     wrap_replica(replica.Replica)
     for module, name, step in (
@@ -25,6 +28,25 @@ def install() -> None:
         (carry, "write_directions", "carry"),
     ):
         wrap_task(module, name, step)
+
+
+def shard_small_weights() -> None:
+    """A worker_process_setup_hook of its own: ranks that hold one model do shard a small one, too, or fail."""
+    from msif_ray.cluster import rank, sharding
+
+    sharding._KEPT_WHOLE = KEPT_WHOLE
+    load = rank.load_sharded
+
+    def checked(*arguments: Any) -> Any:
+        model = load(*arguments)
+        weights: list[Any] = list(model.parameters())
+        share = sum(w.ds_tensor.numel() for w in weights) / sum(w.ds_numel for w in weights)
+        assert share < 0.6, f"a rank holds {share:.2f} of the model"
+        if EVENTS in os.environ:
+            say("load", f"{share:.2f}", "shard")
+        return model
+
+    rank.load_sharded = checked
 
 
 def say(step: str, unit: str, role: str) -> None:
@@ -45,12 +67,14 @@ def wrap_rank(rank: Any) -> None:
         self.spied_step = step_of(self.setup.stage, job)
         start(self, job)
 
-    def spied_process(self: Any, documents: Any) -> Any:
+    def spied_process(self: Any, documents: Any, *only: Any) -> Any:
         if self.place.rank == 0:
             say(self.spied_step, str(documents[0].id), "computes")
         say(self.spied_step, str(documents[0].id), "rank")
         time.sleep(float(os.environ[SECONDS]))
-        return process(self, documents)
+        outcome = process(self, documents, *only)
+        say(self.spied_step, str(documents[0].id), "done")
+        return outcome
 
     rank.start, rank.process = spied_start, spied_process
 
@@ -58,9 +82,9 @@ def wrap_rank(rank: Any) -> None:
 def wrap_replica(replica: Any) -> None:
     prepare = replica.prepare
 
-    def spied_prepare(self: Any, setup: Any, job: Any) -> int:
+    def spied_prepare(self: Any, setup: Any, job: Any, *destination: Any) -> Any:
         self.spied_step = step_of(setup.stage, job)
-        return prepare(self, setup, job)
+        return prepare(self, setup, job, *destination)
 
     replica.prepare = spied_prepare
     for name in ("accumulate", "process"):
@@ -72,7 +96,9 @@ def wrap_block(replica: Any, name: str) -> None:
 
     def spied(self: Any, block: Any, *arguments: Any) -> Any:
         say(self.spied_step, block.id, "replica")
-        return method(self, block, *arguments)
+        result = method(self, block, *arguments)
+        say(self.spied_step, block.id, "done")
+        return result
 
     setattr(replica, name, spied)
 
@@ -82,7 +108,9 @@ def wrap_task(module: Any, name: str, step: str) -> None:
 
     def spied(map_name: str, *arguments: Any) -> Any:
         say(step, map_name, "task")
-        time.sleep(0.15)
-        return function(map_name, *arguments)
+        time.sleep(float(os.environ[SECONDS]))
+        result = function(map_name, *arguments)
+        say(step, map_name, "done")
+        return result
 
     setattr(module, name, spied)

@@ -1,5 +1,6 @@
 """kill -9 of ranks, replicas, nodes and the driver, at random moments in every step."""
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from cluster import chaos, runs
 
 DOCUMENTS = 30
+# Two seeds reach each of the ten steps once.
 KILLS = 5
 
 
@@ -24,11 +26,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def description(folder: Path, run_dir: str, ranks: int) -> dict[str, Any]:
-    """A run of some ten blocks a step, and two groups of maps."""
+    """A run of eight blocks a step, and two groups of maps of the one stage that is fitted."""
     cluster = {"replicas": {"min": 1, "max": 3 - ranks}, "ranks_per_replica": ranks, "documents_per_block": 4}
     found = runs.two_stages(folder, run_dir, dtype="float64", **cluster, factor_memory=60_000)
     documents = models.random_documents(1, DOCUMENTS, (3, 30), prefix="base")
     found["stages"][0]["documents"]["path"] = runs.write_lines(folder / "more.jsonl", [*documents, *runs.BASE[-2:]])
+    found["stages"][1]["response"] = {"kind": "identity"}
     found["score"] = [{"stage": "pretrain"}]
     return found
 
@@ -47,24 +50,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("seed", range(metafunc.config.getoption("--kill-seeds")))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_nothing_is_lost_or_doubled(seed: int, folder: Path, machines: chaos.Machines, undisturbed: chaos.Job) -> None:
     ranks = 1 + seed % 2  # two replicas of one rank, or one of two that hold one model
     here = folder / f"seed-{seed}"
     here.mkdir()
     job = chaos.Job(description(folder, f"seed-{seed}/run", ranks), here, machines.cluster.address)
-    killer = chaos.Killer(job, machines, chaos.random_plan(seed, undisturbed.events(), KILLS))
+    killer = chaos.Killer(job, machines, chaos.random_plan(seed, undisturbed.events(), KILLS), random.Random(seed))
     job.start()
-    job.finish(killer, seconds=580)
+    job.finish(killer, seconds=1100)
 
     found, wanted = (runs.read_scores(j.description["run_dir"], "pretrain") for j in (job, undisturbed))
     assert runs.largest_error(found, wanted) < 1e-5
+    assert any(event["role"] == "shard" for event in job.events()) == (ranks > 1)
     times = chaos.computed(job.events())
     assert times.keys() == chaos.computed(undisturbed.events()).keys()
     assert max(times.values()) <= 2, [unit for unit, count in times.items() if count > 2]
-    kills = [kill for kill in killer.plan if kill.done]
-    again = sum(times.values()) - len(times)
-    for kill in kills:
-        print(f"seed {seed}: killed a {kill.kind} of {ranks} rank(s) in {kill.step}")
-    print(f"seed {seed}: {len(kills)} kills of {KILLS} planned, {again} of {len(times)} units of work done twice")
-    assert kills
+    again = chaos.Counter(step for (step, _), count in times.items() if count > 1)
+    for kill in killer.plan:
+        print(f"seed {seed}: killed a {kill.kind} of {ranks} rank(s) in {kill.step}, in the middle of {kill.hit}; "
+              f"{again[kill.step]} units of the step were begun twice")  # fmt: skip
+    print(f"seed {seed}: {sum(again.values())} of {len(times)} units of work begun twice")
+    # A step may be over, for once, before the test's own process sees it.
+    assert sum(kill.hit is not None for kill in killer.plan) >= KILLS - 1

@@ -32,28 +32,33 @@ def test_nodes_that_join_take_work_and_nodes_that_leave_are_survived(tmp_path: P
     description["score"] = [{"stage": "pretrain"}]
     description["top"] = 1
     with chaos.machines(nodes=1, cpus=1) as machines:
-        job = chaos.Job(description, tmp_path, machines.cluster.address, seconds_per_block=1.0)
+        job = chaos.Job(description, tmp_path, machines.cluster.address, seconds_per_block=0.7)
         demands: list[float] = []
+        left: list[Any] = []
+        scored_on: dict[int, Any] = {}  # by process
+        joined: list[Any] = []
 
         def come_and_go(events: list[chaos.Event]) -> None:
-            covariance, scoring = pids(events, "CovarianceJob"), pids(events, "ScoreJob")
-            if covariance and len(machines.nodes) == 1 and not scoring:
+            covariance, correction = pids(events, "CovarianceJob"), pids(events, "CorrectionJob")
+            if covariance and not correction and len(machines.nodes) == 1:
                 demands.append(demanded_cpus(machines.cluster.address))
                 if demands[-1]:
                     machines.add()
-            if scoring and len(machines.nodes) == 2 and not left:
-                left.append(True)
-                machines.kill(machines.nodes[0])
-            if left and len(machines.nodes) == 1 and len([e for e in events if "ScoreJob" in e["step"]]) > 20:
-                machines.add()
+            if correction and not left:  # one of two, in the middle of a step
+                left.append(machines.nodes[0])
+                machines.kill(left[0])
+            if len(chaos.begun(events, "pretrain:ScoreJob", ("computes",))) > 3 and not joined:
+                joined.append(machines.add())
+            for pid in pids(events, "ScoreJob") - scored_on.keys():
+                scored_on[pid] = machines.of(pid)
 
-        left: list[bool] = []
         job.start()
         job.finish(come_and_go, seconds=280)
         events = job.events()
     assert max(demands) >= 1.0
-    assert len(pids(events, "CovarianceJob")) == 2, "the node that joined took no work"
-    assert left
+    assert len(pids(events, "CovarianceJob")) == 2, "the node that joined took no work of the fit"
+    assert left and joined
+    assert joined[0] in scored_on.values(), "the node that joined took no work of the scoring"
     scores = runs.read_scores(description["run_dir"], "pretrain")
     assert {document for _, document in scores} == {document["id"] for document in documents}
     assert max(chaos.computed(events).values()) <= 2

@@ -9,6 +9,8 @@ import ray
 from cluster import runs
 
 from msif_ray.config import parse_run
+from msif_ray.errors import UserError
+from msif_ray.progress import Step
 from msif_ray.run import run
 
 
@@ -41,3 +43,39 @@ def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(bucket: str, 
     assert {"in/run/top.parquet", "in/run/skipped.parquet"} <= written.keys()
     for log in logs.rglob("*"):
         assert not log.is_file() or object_storage.SECRET.encode() not in log.read_bytes(), log
+
+
+def test_a_storage_that_fails_workers_half_way_is_said_and_survived(
+    bucket: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    local = runs.two_stages(tmp_path / "in", "run")
+    local["stages"][1]["response"] = {"kind": "identity"}
+    local["score"] = [{"stage": "pretrain"}]
+    url, add = object_storage.put_folder(tmp_path / "in", bucket, "in"), Step.add
+    remote = json.loads(json.dumps(local).replace(str(tmp_path / "in"), url))
+
+    def refused_from_now_on(self: Step, documents: int, tokens: int, skipped: int = 0) -> None:
+        add(self, documents, tokens, skipped)
+        if self.name == "pretrain: covariance" and tokens:
+            object_storage.check_credentials(s3_port, on=True)
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
+            patch.setattr(Step, "add", refused_from_now_on)
+            run(parse_run(remote), until="score")
+        object_storage.check_credentials(s3_port, on=False)
+        assert str(refused.value).startswith(f"{url}/run/factors/pretrain/partials/")
+        assert "check the credentials in the environment" in str(refused.value) and "\n" not in str(refused.value)
+        run(parse_run(remote), until="score")
+        run(parse_run(local), until="score")
+    finally:
+        object_storage.check_credentials(s3_port, on=False)
+        ray.shutdown()
+    for key, content in object_storage.objects(bucket, "in/run/scores/").items():
+        path = tmp_path / "fetched" / key.removeprefix("in/run/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    found, wanted = (runs.read_scores(folder, "pretrain") for folder in (str(tmp_path / "fetched"), local["run_dir"]))
+    assert runs.largest_error(found, wanted) < 1e-6

@@ -16,12 +16,12 @@ def outcome(*documents):
     return Outcome({document: 10 for document in documents}, (Skipped(f"not-{documents[0]}", "why"),), len(documents))
 
 
-def write(step, blocks, value, ranks=1, replaces=None):
+def write(step, blocks, value, ranks=1, replaces=None, inputs=""):
     """A partial over blocks of one document each; every rank adds `value` to map `m`."""
     folder = partials.new_folder(step, blocks[0])
     for rank in range(ranks):
         save_tensors(part_file(folder, "m", rank), {"E": torch.full((2, 3), float(value))})
-    partials.publish(folder, [["m"]] * ranks, [(block, outcome(block)) for block in blocks], replaces)
+    partials.publish(folder, [["m"]] * ranks, [(block, outcome(block)) for block in blocks], replaces, inputs)
     return folder
 
 
@@ -56,6 +56,13 @@ def test_the_larger_of_two_that_overlap_counts(tmp_path):
 def test_what_was_not_published_does_not_count(tmp_path):
     folder = partials.new_folder(tmp_path, "a")
     save_tensors(part_file(folder, "m", 0), {"E": torch.ones(2, 3)})
+    assert partials.read_disjoint(tmp_path) == []
+
+
+def test_sums_by_other_bases_do_not_count(tmp_path):
+    write(tmp_path, ["a", "b"], 1.0, inputs="other")
+    write(tmp_path, ["a"], 2.0, inputs="these")
+    assert partials.covered_blocks(partials.read_disjoint(tmp_path, "these")) == {"a"}
     assert partials.read_disjoint(tmp_path) == []
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import ray
-from cluster import runs
+from cluster import runs, spy
 
+from msif_ray import layout
+from msif_ray.cluster import pool
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.run import run
@@ -24,9 +25,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with runs.local_cluster(spy.shard_small_weights):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,8 @@ def test_two_replicas_give_the_same_scores(folder: Path, one_process: str) -> No
         assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
 
 
-def test_two_ranks_of_a_replica_give_the_same_scores(folder: Path, one_process: str) -> None:
+def test_two_ranks_that_shard_the_weights_give_the_same_scores(folder: Path, one_process: str) -> None:
+    # All matrices are sharded (spy.shard_small_weights), and the later stage's response is proximal.
     description = runs.two_stages(folder, "ranks", ranks_per_replica=2)
     description["score"] = [{"stage": "pretrain"}]
     run(parse_run(description), until="score")
@@ -85,29 +86,37 @@ def test_two_ranks_of_a_replica_give_the_same_scores(folder: Path, one_process: 
     assert runs.largest_error(found, runs.read_scores(one_process, "pretrain")) < 1e-5
 
 
-def test_sharded_weights_give_the_same_gradients(tmp_path: Path) -> None:
-    # Wide enough that DeepSpeed does shard the weights. So few words span only part of so many dimensions, and an
-    # eigenbasis of the rest is anyone's choice: gradients are compared, not factors.
-    runs.save_wide_pair(tmp_path)
-    found = []
-    for run_dir, ranks in (("one", 1), ("ranks", 2)):
-        description = runs.two_stages(tmp_path, run_dir, ranks_per_replica=ranks)
-        description["score"] = [{"stage": "pretrain"}]
-        for stage in description["stages"]:
-            stage["response"] = {"kind": "identity"}
-        run(parse_run(description), until="score")
-        found.append(runs.read_scores(description["run_dir"], "pretrain"))
-    assert runs.largest_error(found[1], found[0]) < 1e-5
-
-
-def test_a_finished_run_is_not_run_again(one_process: str, folder: Path) -> None:
+def test_a_finished_run_is_not_run_again_and_asks_for_no_machine(
+    one_process: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def written() -> dict[str, int]:
-        files = [path for kind in ("*.safetensors", "part-*.parquet") for path in Path(one_process).rglob(kind)]
+        kinds = ("*.safetensors", "part-*.parquet", "top.parquet")
+        files = [path for kind in kinds for path in Path(one_process).rglob(kind)]
         return {str(path): path.stat().st_mtime_ns for path in files}
 
+    asked: list[object] = []
+    monkeypatch.setattr(pool.ReplicaPool, "_spawn", lambda self: asked.append(self))
     before = written()
+    left_over = Path(one_process) / "factors" / "tune" / "partials" / "0000"
+    left_over.mkdir(parents=True)  # as by a driver that died between the manifest and its last deletion
     run(parse_run(runs.two_stages(folder, "one")))
-    assert written() == before and before
+    assert written() == before and f"{one_process}/top.parquet" in before
+    assert not asked and not left_over.parent.exists()
+
+
+def test_another_k_is_another_top(one_process: str, folder: Path) -> None:
+    run(parse_run(runs.two_stages(folder, "one") | {"top": 2}))
+    assert max(row["rank"] for row in pq.read_table(f"{one_process}/top.parquet").to_pylist()) == 2
+
+
+def test_the_manifest_says_what_share_of_the_corpus_was_fitted(folder: Path) -> None:
+    description = runs.two_stages(folder, "share")
+    description["stages"][0]["fit"]["documents"] = 12
+    description["score"] = [{"stage": "pretrain"}]
+    run(parse_run(description), until="fit")
+    assert read_json(layout.factors_manifest(layout.factors(description["run_dir"], "pretrain")))["share_covered"] == (
+        12 / len(runs.BASE)
+    )
 
 
 def test_a_lost_part_is_scored_again_and_only_that(one_process: str, folder: Path) -> None:

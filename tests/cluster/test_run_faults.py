@@ -1,13 +1,14 @@
 """A full disk and damaged files: a clear message, then a clean resume."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from cluster import runs
 
 from msif_ray.config import parse_run
@@ -18,9 +19,8 @@ from msif_ray.run import run
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with runs.local_cluster():
+        yield
 
 
 class InterruptionError(Exception):
@@ -95,6 +95,23 @@ def test_damaged_files_are_named_and_done_again(
     finishes(description, undisturbed)
 
 
+@pytest.mark.timeout(600)
+def test_damaged_directions_are_named(tmp_path: Path, undisturbed: dict[runs.Pair, tuple[float, float, int]]) -> None:
+    description = one_stage(tmp_path, "run")
+    run(parse_run(description), until="score")
+    directions = Path(description["run_dir"]) / "queries" / "stage=pretrain"
+    damaged = sorted(directions.glob("*.safetensors"))[-1]
+    flip(damaged)
+    part = sorted(Path(description["run_dir"]).glob("scores/*/part-*"))[0]
+    for ranks in (1, 2):  # in the replica's own process, or in rank actors
+        part.unlink(missing_ok=True)
+        description["cluster"]["ranks_per_replica"] = ranks
+        message = refusal(description)
+        assert message.startswith(f"{damaged} is damaged") and "delete it" in message
+    damaged.unlink()
+    finishes(description, undisturbed)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
@@ -115,3 +132,30 @@ def test_a_full_disk_is_said_and_survived(
     assert not list((small_disk / "run").rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     finishes(description, undisturbed)
+
+
+def test_a_disk_that_fills_up_during_scoring_is_said_and_survived(
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: dict[runs.Pair, tuple[float, float, int]],
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=5m", str(small_disk)], check=True)
+    description, filler, add = one_stage(tmp_path, "disk/run"), small_disk / "filler", Step.add
+
+    def fills(self: Step, documents: int, tokens: int, skipped: int = 0) -> None:
+        if self.name == "pretrain: scores" and not filler.exists():
+            with open(filler, "wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4096)):
+                    pass
+            os.truncate(filler, filler.stat().st_size - 2 * 4096)  # room for two parts of the four
+        add(self, documents, tokens, skipped)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "add", fills)
+        message = refusal(description)
+    assert message.startswith(f"{small_disk}/run/scores/") and "No space left on device" in message
+    parts = {path: path.stat().st_mtime_ns for path in (small_disk / "run").glob("scores/*/part-*")}
+    filler.unlink()
+    finishes(description, undisturbed)
+    assert parts and {path: path.stat().st_mtime_ns for path in parts} == parts, "what was scored was scored again"

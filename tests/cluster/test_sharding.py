@@ -1,14 +1,16 @@
 """How a model is sharded: shards kept in the host's memory, and what is gathered at once (see also test_run.py)."""
 
+import os
 from pathlib import Path
 
+import pytest
 import ranks
 import runs
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from msif_ray.cluster.sharding import _configuration, gathered, load_sharded
+from msif_ray.cluster.sharding import RankGroup, _configuration, gathered, join, load_sharded
 from msif_ray.influence.capture import Batch, Capture, WindowKey
 from msif_ray.influence.modules import find_linear_maps
 
@@ -44,6 +46,15 @@ def test_offloaded_ranks_give_the_gradients_of_the_whole_model(tmp_path: Path) -
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), tensor.flatten())
+
+
+def test_a_gpu_rank_takes_the_first_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: taken.append(backend))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    join(RankGroup(1, 2, "127.0.0.1", 1), torch.device("cuda"))
+    assert taken == [0, "nccl"]  # torch refuses a device without an index
 
 
 def test_only_a_gpus_shard_is_pinned() -> None:

@@ -62,7 +62,9 @@ def row(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("count", [0, 2])
 def test_the_table_has_the_schema_and_the_rows_in_order(tmp_path: Path, count: int) -> None:
     rows = [row(rank=rank) for rank in range(1, count + 1)]
-    top.write_top(tmp_path, rows)
+    assert not top.has_top(tmp_path, 2)
+    top.write_top(tmp_path, rows, 2)
+    assert top.has_top(tmp_path, 2) and not top.has_top(tmp_path, 3)
     table = pq.read_table(tmp_path / "top.parquet")
     assert table.schema.equals(top.TOP_SCHEMA) and b"unit" in table.schema.metadata
     assert table.to_pylist() == rows
@@ -70,4 +72,4 @@ def test_the_table_has_the_schema_and_the_rows_in_order(tmp_path: Path, count: i
 
 def test_a_row_with_other_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"top\.parquet"):
-        top.write_top(tmp_path, [row(extra=1)])
+        top.write_top(tmp_path, [row(extra=1)], 2)

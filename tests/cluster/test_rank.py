@@ -1,0 +1,135 @@
+"""One rank and one replica in this process: what is skipped, what is refused and what a want of memory says."""
+
+from pathlib import Path
+
+import models
+import pytest
+import ray
+import runs
+import torch
+
+from msif_ray import layout
+from msif_ray.cluster import fit, replica
+from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
+from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
+from msif_ray.cluster.rank import ModelSetup
+from msif_ray.cluster.replica import Destination, RankResources, Replica
+from msif_ray.corpus.reader import Block, Document
+from msif_ray.errors import UserError
+from msif_ray.influence.capture import Capture, Captured
+from msif_ray.store import load_tensors, save_tensors
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> ModelSetup:
+    runs.two_stages(tmp_path, "run")
+    model = str(tmp_path / "stage0")
+    return ModelSetup("base", model, model, None, "float64", 8, False, 40, seed=0, threads=1, cuda=False)
+
+
+def documents(count: int) -> tuple[Document, ...]:
+    return tuple(Document(row["id"], None, row["text"]) for row in models.random_documents(4, count, (3, 20)))
+
+
+def covariances(setup: ModelSetup, found: tuple[Document, ...], step: Path) -> Coverage:
+    """The sums over one block, and the block's outcome's reasons in the manifest."""
+    one, destination = Replica(RankResources(1, 1, 0.0)), Destination(step)
+    one.prepare(setup, CovarianceJob(False), destination)
+    one.accumulate(Block("0-0", found))
+    one.commit(destination)
+    return Coverage(tuple(read_disjoint(step)), frozenset({"0-0"}))
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, document: str) -> None:
+    """Makes the losses and gradients of one document's windows infinite, as a number that overflows does."""
+    run = Capture.run
+
+    def spoiled(self: Capture, batch, labels=None) -> Captured:
+        captured = run(self, batch, labels)
+        for row, key in enumerate(batch.keys):
+            if key.document_id == document:
+                captured.losses[row] = torch.nan
+                for gradient in captured._gradients.values():
+                    gradient[row] = torch.nan
+        return captured
+
+    monkeypatch.setattr(Capture, "run", spoiled)
+
+
+def test_a_document_without_a_finite_loss_is_skipped_and_spoils_no_sum(
+    setup: ModelSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = documents(6)
+    wanted = covariances(setup, every[:2] + every[3:], tmp_path / "without")
+    spoil(monkeypatch, every[2].id)
+    found = covariances(setup, every, tmp_path / "spoiled")
+    assert found.skipped == [(every[2].id, "its loss is not finite")]
+    assert (found.documents, found.tokens) == (wanted.documents, wanted.tokens)
+    for name in found.partials[0].parts[0]:
+        for key, tensor in wanted.total(name).items():
+            torch.testing.assert_close(found.total(name)[key], tensor)
+
+
+def test_a_commit_refuses_the_sums_of_another_step(setup: ModelSetup, tmp_path: Path) -> None:
+    one = Replica(RankResources(1, 1, 0.0))
+    one.prepare(setup, CovarianceJob(False), Destination(tmp_path / "covariance"))
+    one.accumulate(Block("0-0", documents(2)))
+    with pytest.raises(RuntimeError, match="belong in"):
+        one.commit(Destination(tmp_path / "correction", "0123"))
+    assert covered_blocks(read_disjoint(tmp_path / "correction")) == set()
+
+
+def test_a_full_gpu_is_said_with_the_key_to_lower(setup: ModelSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Replica(RankResources(1, 1, 0.0))
+    one.prepare(setup, CovarianceJob(False))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Capture, "run", full)
+    with pytest.raises(UserError, match=r"^cluster\.tokens_per_batch: .*GPU's memory is full") as refused:
+        one.process(Block("0-0", documents(2)))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [
+    "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "NodeDiedError", "ObjectLostError",
+    "OwnerDiedError", "OutOfMemoryError",
+])  # fmt: skip
+def test_what_ends_a_replica_is_known_as_a_death(name: str) -> None:
+    assert issubclass(getattr(ray.exceptions, name), replica.DEATHS)
+
+
+def test_a_basis_that_is_there_is_not_replaced(setup: ModelSetup, tmp_path: Path) -> None:
+    covariance = covariances(setup, documents(6), tmp_path / "covariance")
+    name = min(covariance.partials[0].parts[0])
+    save_tensors(layout.basis_file(tmp_path, name), {"mine": torch.ones(1)})
+    fit.write_basis(name, tmp_path, covariance)
+    assert set(load_tensors(layout.basis_file(tmp_path, name))) == {"mine"}
+
+
+def test_bases_that_were_replaced_are_refused(setup: ModelSetup, tmp_path: Path) -> None:
+    covariance = covariances(setup, documents(6), tmp_path / "covariance")
+    names = sorted(covariance.partials[0].parts[0])
+    for name in names:
+        fit.write_basis(name, tmp_path, covariance)
+    checksum = bases_checksum(tmp_path, names)
+    one = Replica(RankResources(1, 1, 0.0))
+    one.prepare(setup, CorrectionJob(True, tmp_path, checksum))
+    tensors = load_tensors(layout.basis_file(tmp_path, names[0]))
+    tensors["activation_basis"][:, 0] *= -1  # as good a basis, and another one
+    save_tensors(layout.basis_file(tmp_path, names[0]), tensors)
+    assert bases_checksum(tmp_path, names) != checksum
+    with pytest.raises(UserError, match="bases were replaced"):
+        one.prepare(setup, CorrectionJob(True, tmp_path, checksum))
+
+
+def test_eigenvalues_that_are_not_finite_are_refused_by_the_map_s_name(tmp_path: Path) -> None:
+    class Overflowing:
+        documents = 1
+
+        def total(self, part: str) -> dict[str, torch.Tensor]:
+            return {"E": torch.tensor([[1.0, torch.inf]])}
+
+    with pytest.raises(UserError, match=r"^layers\.0\.mlp: the corrected eigenvalues are not finite"):
+        fit.write_eigenvalues("layers.0.mlp", tmp_path, Overflowing())

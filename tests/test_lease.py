@@ -1,0 +1,81 @@
+"""One driver per run directory: who is refused, and who takes over from whom."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from msif_ray import layout, lease
+from msif_ray.errors import UserError
+from msif_ray.store import read_json, write_json
+
+HOLDER = """
+import sys, time
+from msif_ray import lease
+with lease.held(sys.argv[1], print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def quiet(line: str) -> None:
+    raise AssertionError(f"nobody should have had to wait: {line}")
+
+
+def test_a_living_driver_is_left_alone_and_a_killed_one_followed_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"process {holder.pid} on .*; wait for it, stop it") as refused:
+            lease.held(str(tmp_path), quiet).__enter__()
+        assert "\n" not in str(refused.value)
+        holder.kill()
+    with lease.held(str(tmp_path), quiet):
+        assert layout.lease(str(tmp_path)).exists()
+    assert not layout.lease(str(tmp_path)).exists()
+
+
+def elsewhere(tmp_path: Path, beat: int) -> dict[str, object]:
+    about = {"owner": "x", "beat": beat, "host": "elsewhere", "machine": "elsewhere 1", "pid": 1, "started": 0.0}
+    write_json(layout.lease(str(tmp_path)), about)
+    return about
+
+
+def test_a_driver_of_another_machine_is_dead_when_it_does_not_renew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.3)
+    elsewhere(tmp_path, 0)
+    said: list[str] = []
+    with lease.held(str(tmp_path), said.append):
+        assert read_json(layout.lease(str(tmp_path)))["pid"] == psutil.Process().pid
+    assert len(said) == 1 and "process 1 on elsewhere" in said[0]
+
+
+def test_a_driver_of_another_machine_that_renews_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 10.0)
+    elsewhere(tmp_path, 0)
+    renewal = threading.Timer(0.5, elsewhere, (tmp_path, 1))
+    renewal.start()
+    with pytest.raises(UserError, match="another driver is at work"):
+        lease.held(str(tmp_path), lambda line: None).__enter__()
+    renewal.join()
+    assert read_json(layout.lease(str(tmp_path)))["beat"] == 1
+
+
+def test_the_lease_is_renewed_until_another_driver_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
+    with lease.held(str(tmp_path), quiet):
+        until = time.monotonic() + 10
+        while read_json(layout.lease(str(tmp_path)))["beat"] < 2:
+            assert time.monotonic() < until
+        for _ in range(100):  # a renewal that was under way may still come
+            taken = elsewhere(tmp_path, 7)
+            time.sleep(0.05)
+            if read_json(layout.lease(str(tmp_path))) == taken:
+                break
+    assert read_json(layout.lease(str(tmp_path))) == taken
