@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from msif_ray.cluster.sharding import gathered
-from msif_ray.influence.ekfac import gradient_rotation_cost, rotates_vectors, vector_rotation_cost
+from msif_ray.influence.compress import ITERATIONS, REDUCED, Metric
+from msif_ray.influence.ekfac import Basis, gradient_rotation_cost, rotates_vectors, vector_rotation_cost
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
 from msif_ray.influence.scoring import (
@@ -24,6 +25,7 @@ from msif_ray.influence.scoring import (
     Directions,
     LowRankDirections,
     Scorer,
+    gram_cost,
     materialised_cost,
     token_cost,
 )
@@ -96,6 +98,28 @@ def scoring_flops(scorer: Scorer, tally: Tally) -> float:
     return total
 
 
+def compress_flops(shapes: Shapes, tally: Tally, rank: int) -> float:
+    """Tokens of a window rotated, those of a long one after it is reduced by products with `REDUCED` ranks of vectors;
+    norms by the cheaper contraction. Decompositions of a few tokens are left out."""
+    total = 0.0
+    for out, columns in shapes.values():
+        for n, windows in tally.lengths.items():
+            kept = min(n, REDUCED * rank)
+            reducing = 2 * (2 * ITERATIONS + 2) * n * kept * (out + columns) if kept < n else 0
+            norm = min(gram_cost(n, out, columns), materialised_cost(n, out, columns, queries=0))
+            total += windows * (2.0 * vector_rotation_cost(kept, out, columns) + reducing + 2.0 * norm)
+    return total
+
+
+def index_bytes(shapes: Shapes, documents: float, rank: int, dtype: str) -> float:
+    """An index on storage, at most: pseudo-tokens with their scales (float32), and the bases once."""
+    itemsize = getattr(torch, dtype).itemsize
+    return sum(
+        documents * rank * ((out + columns) * itemsize + 4) + 4 * (out * out + columns * columns + out + columns)
+        for out, columns in shapes.values()
+    )
+
+
 def token_score_flops(scorer: Scorer, positions: float) -> float:
     """Per-token scores of one query over so many positions: (g D)·a, or (g·U)(a·V) at low rank."""
     total = 0.0
@@ -154,6 +178,22 @@ def make_directions(
         else:
             made[name] = LowRankDirections(random(queries, rank, out), random(queries, rank, columns))
     return made
+
+
+def make_bases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> dict[str, Basis]:
+    """In place of eigenbases: their numbers are no matter to time or memory, only that they are no zeros."""
+
+    def rotation(size: int) -> Tensor:
+        return torch.randn(size, size, dtype=dtype, device=device) / size**0.5
+
+    return {name: Basis(rotation(columns), rotation(out)) for name, (out, columns) in shapes.items()}
+
+
+def make_metrics(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> dict[str, Metric]:
+    """Metrics of such bases."""
+    bases = make_bases(shapes, dtype, device)
+    weights = {name: [torch.ones(n, dtype=dtype, device=device) for n in shape] for name, shape in shapes.items()}
+    return {name: Metric(bases[name], *weights[name]) for name in shapes}
 
 
 def directions_bytes(directions: Mapping[str, Directions]) -> int:
