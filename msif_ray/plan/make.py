@@ -13,7 +13,7 @@ import torch
 
 from msif_ray import stages
 from msif_ray.checkpoint import load_tokenizer
-from msif_ray.config import Run
+from msif_ray.config import Index, Run, Score
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.paths import is_remote
@@ -127,7 +127,9 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
     tallies = {}
     for key in _needed(resolved):
         kind, _, number = key.partition(".")
-        entry = {"score": run.score, "index": run.index}[kind][int(number)] if kind != "stages" else None
+        entry: Score | Index | None = None
+        if kind != "stages":
+            entry = run.index[int(number)] if kind == "index" else run.score[int(number)]
         index = int(number) if entry is None else run.stage_index(entry.stage)
         stage, count = run.stages[index], resolved.documents[key]
         documents = stage.documents if entry is None else run.scored_documents(entry)
