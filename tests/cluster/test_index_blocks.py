@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import models
-import pipeline
 import pytest
 import reference
 import torch
+from influence import pipeline
 
 from msif_ray import layout
 from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
