@@ -45,6 +45,14 @@ def score_command(description: Description) -> None:
     run(load_run(description), until="score")
 
 
+@app.command("index")
+def index_command(description: Description) -> None:
+    """Build the indexes of compressed document gradients that the description names under `index`."""
+    from msif_ray.run import run
+
+    run(load_run(description), until="index")
+
+
 @app.command("plan")
 def plan_command(
     description: Description,

@@ -153,12 +153,14 @@ class Score(Strict):
 
     `responses` answers for the named stages instead of their own, for an ablation or another α: entries
     that differ in nothing else share one pass over the documents. Each needs a `name` of its own, which
-    is the stage's unless given.
+    is the stage's unless given. `index` names the run directory (this one's, or another's) that holds an index of
+    the stage's documents, to score from that in place of a pass.
     """
 
     stage: Name
     name: Name | None = None
     documents: Documents | None = None
+    index: Location | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     responses: dict[str, Response] = {}
 
@@ -166,6 +168,20 @@ class Score(Strict):
     def label(self) -> str:
         """What the scores are called: `scores/stage=<label>`."""
         return self.name or self.stage
+
+
+class Index(Strict):
+    """Compressed gradients of a stage's documents, so that later queries need no pass over them.
+
+    Of each document and map, the `rank` largest directions in the metric of scores, its damping the
+    stage's, as numbers of `dtype`. More ranks in fewer bits agree best for their size (docs/index.md).
+    """
+
+    stage: Name
+    documents: Documents | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    rank: Annotated[int, Field(ge=1)] = 16
+    dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "int8"
 
 
 class Replicas(Strict):
@@ -217,6 +233,7 @@ class Run(Strict):
     stages: Annotated[list[Stage], Field(min_length=1)]
     modules: Annotated[list[str], Field(min_length=1)] | None = None
     queries: Queries
+    index: list[Index] = []
     score: Annotated[list[Score], Field(min_length=1)]
     top: Annotated[int, Field(ge=1)] = 20
     cluster: Cluster = Cluster()
@@ -224,7 +241,8 @@ class Run(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [stage.name for stage in self.stages]
-        for key, found in (("stages", names), ("score", [score.label for score in self.score])):
+        labels = {"stages": names, "score": [score.label for score in self.score]}
+        for key, found in (labels | {"index": [index.stage for index in self.index]}).items():
             repeated = next((name for name in found if found.count(name) > 1), None)
             if repeated is not None:
                 raise ValueError(f"{key}: the name {repeated!r} is there twice")
@@ -237,10 +255,13 @@ class Run(Strict):
             unknown = next((name for name in score.responses if name not in names), None)
             if unknown is not None:
                 raise ValueError(f"score.{index}.responses: there is no stage {unknown!r}, only {', '.join(names)}")
-            if score.stage not in names:
-                raise ValueError(f"score.{index}.stage: there is no stage {score.stage!r}, only {', '.join(names)}")
-            if score.documents is None and self.stages[names.index(score.stage)].documents is None:
-                raise ValueError(f"score.{index}.documents: neither this entry nor its stage names documents")
+        entries = {f"score.{i}": (s.stage, s.documents) for i, s in enumerate(self.score)}
+        entries |= {f"index.{i}": (x.stage, x.documents) for i, x in enumerate(self.index)}
+        for key, (stage, documents) in entries.items():
+            if stage not in names:
+                raise ValueError(f"{key}.stage: there is no stage {stage!r}, only {', '.join(names)}")
+            if documents is None and self.stages[names.index(stage)].documents is None:
+                raise ValueError(f"{key}.documents: neither this entry nor its stage names documents")
         if self.cluster.offload and self.cluster.ranks_per_replica == 1:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
         return self
@@ -256,11 +277,11 @@ class Run(Strict):
     def stage_index(self, name: str) -> int:
         return [stage.name for stage in self.stages].index(name)
 
-    def scored_documents(self, score: Score) -> Documents:
-        """The corpus of a `score` entry: its own, or that of its stage."""
-        documents = score.documents or self.stages[self.stage_index(score.stage)].documents
+    def scored_documents(self, entry: Score | Index) -> Documents:
+        """The corpus of a `score` or an `index` entry: its own, or that of its stage."""
+        documents = entry.documents or self.stages[self.stage_index(entry.stage)].documents
         if documents is None:
-            raise UserError(f"score: the stage {score.stage!r} has no documents")
+            raise UserError(f"{type(entry).__name__.lower()}: the stage {entry.stage!r} has no documents")
         return documents
 
 

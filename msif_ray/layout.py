@@ -49,7 +49,8 @@ def part_file(partial: Path, part: str, rank: int) -> Path:
 
 
 def groups(folder: Path) -> Path:
-    """How a stage's maps are grouped into passes; kept, since the memory that decided it may change."""
+    """How the maps of a fit or of an index are grouped into passes; kept, since the memory that decided it may
+    change."""
     return folder / "groups.json"
 
 
@@ -84,3 +85,26 @@ def energy_file(folder: Path) -> Path:
 
 def directions_manifest(folder: Path) -> Path:
     return folder / "manifest.json"
+
+
+def index(run_dir: str, stage: str) -> Path:
+    """The compressed document gradients of one stage's corpus."""
+    return path_of(run_dir) / "index" / f"stage={stage}"
+
+
+def index_manifest(folder: Path) -> Path:
+    return folder / "manifest.json"
+
+
+def metric_file(folder: Path, map_name: str) -> Path:
+    """The coordinates of one map's pseudo-tokens in an index."""
+    return folder / "metric" / f"{map_name}.safetensors"
+
+
+def index_group(folder: Path, group: int) -> Path:
+    """What one pass over a group of maps wrote."""
+    return folder / f"{group:04d}"
+
+
+def index_block(group: Path, block: str) -> Path:
+    return group / f"block-{block}.safetensors"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
-from msif_ray.config import Documents, Run
+from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.census import Census, take_census
 from msif_ray.corpus.reader import CorpusFile, Document, read_documents
 from msif_ray.corpus.windows import Skipped, encode
 from msif_ray.errors import UserError
+from msif_ray.indexes import check_index, index_location
 from msif_ray.paths import exists, is_remote, missing, path_of
 from msif_ray.store import delete, read_json, write_atomic
 
@@ -26,9 +27,9 @@ class Resolved:
     """A run that has been checked against the files it names.
 
     `run` has absolute paths and every `max_tokens` filled in; `corpora`, `rows` (documents of each file) and
-    `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted and
-    `score.<i>` for each scored corpus. `query_tokens` are the lengths of the queries. `reused` has the hash of the
-    manifest of each stage's `factors`.
+    `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted,
+    `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
+    queries. `reused` has the hash of the manifest of each stage's `factors`.
     """
 
     run: Run
@@ -40,6 +41,10 @@ class Resolved:
     query_tokens: tuple[int, ...]
     maps: dict[str, tuple[int, int]]
     reused: dict[str, str]
+
+    def census(self, key: str) -> Census:
+        """The files of one corpus, their documents' numbers and their contents."""
+        return Census(self.corpora[key], self.rows[key], self.contents[key])
 
     @property
     def documents(self) -> dict[str, int]:
@@ -60,6 +65,9 @@ def check(run: Run) -> Resolved:
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     reused = _check_reused_factors(run, checkpoints)
+    for position, score in enumerate(run.score):
+        if score.index is not None:
+            check_index(run, position, checkpoints, corpora[f"score.{position}"])
     _check_tokenizers(run, checkpoints, wanted)
     lengths = _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(
@@ -101,8 +109,8 @@ def _wanted_corpora(run: Run) -> dict[str, Documents]:
                     "`factors:` of another run, or the response identity"
                 )
             wanted[f"stages.{index}"] = stage.documents
-    for index, score in enumerate(run.score):
-        wanted[f"score.{index}"] = run.scored_documents(score)
+    wanted |= {f"index.{i}": run.scored_documents(entry) for i, entry in enumerate(run.index)}
+    wanted |= {f"score.{i}": run.scored_documents(entry) for i, entry in enumerate(run.score)}
     return wanted
 
 
@@ -194,13 +202,17 @@ def _fill_in(run: Run, checkpoints: list[Checkpoint]) -> Run:
         fit = stage.fit.model_copy(update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key)})
         paths = {"tokenizer": _absolute(stage.tokenizer), "factors": _absolute(stage.factors)}
         filled.append(stage.model_copy(update={"fit": fit, **paths}))
-    scores = []
-    for index, score in enumerate(run.score):
-        at = run.stage_index(score.stage)
-        asked = score.max_tokens or filled[at].fit.max_tokens
-        max_tokens = _max_tokens(asked, checkpoints[at], f"score.{index}.max_tokens")
-        scores.append(score.model_copy(update={"max_tokens": max_tokens}))
-    return run.model_copy(update={"stages": filled, "score": scores})
+
+    def max_tokens(entry: Index | Score, key: str) -> int:
+        at = run.stage_index(entry.stage)
+        return _max_tokens(entry.max_tokens or filled[at].fit.max_tokens, checkpoints[at], f"{key}.max_tokens")
+
+    indexes = [e.model_copy(update={"max_tokens": max_tokens(e, f"index.{i}")}) for i, e in enumerate(run.index)]
+    scores = [
+        e.model_copy(update={"max_tokens": max_tokens(e, f"score.{i}"), "index": index_location(e.index)})
+        for i, e in enumerate(run.score)
+    ]
+    return run.model_copy(update={"stages": filled, "index": indexes, "score": scores})
 
 
 def _absolute(name: str | None) -> str | None:
@@ -222,6 +234,7 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
         key = f"stages.{index}.tokenizer"
         tokenizer = load_tokenizer(checkpoint.tokenizer_path, key)
         scored = [f"score.{i}" for i, score in enumerate(run.score) if score.stage == stage.name]
+        scored += [f"index.{i}" for i, entry in enumerate(run.index) if entry.stage == stage.name]
         appended = [wanted[name] for name in (f"stages.{index}", *scored) if name in wanted]
         appended += [run.queries.documents] if index == len(run.stages) - 1 else []
         if tokenizer.eos_token_id is None and any(documents.ends_with_eos for documents in appended):

@@ -8,6 +8,7 @@ from typing import Any
 
 from msif_ray import __version__, layout
 from msif_ray.errors import UserError
+from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
 from msif_ray.store import read_json, write_json
@@ -95,6 +96,13 @@ def _refuse_unrecorded(run_dir: str) -> None:
             )
 
 
+def keep_index(run_dir: str, stage: str, about: dict[str, Any]) -> None:
+    """Adds what a finished index is to run.json: rank, type, metric, damping, tokens and bytes."""
+    path = layout.run_record(run_dir)
+    record = read_json(path)
+    write_json(path, record | {"index": record.get("index", {}) | {stage: about}})
+
+
 def versions() -> dict[str, str]:
     return {"msif_ray": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
@@ -108,7 +116,14 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     run = resolved.run.model_dump(mode="json", exclude={"run_dir", "top"})
     for key in _PLACEMENT:
         run["cluster"].pop(key)
-    return {
+    if not run["index"]:
+        run.pop("index")  # a run without one is the run that it was before there were any
+    indexes = {
+        f"score.{i}": {key: read_manifest(index_folder(entry))[key] for key in ("rank", "dtype", "bytes", "tokens")}
+        for i, entry in enumerate(resolved.run.score)
+        if entry.index is not None and not is_own(resolved.run, entry)
+    }
+    return ({"indexes": indexes} if indexes else {}) | {
         "run": run,
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}

@@ -5,7 +5,7 @@ import re
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,23 +14,27 @@ import ray
 from msif_ray import layout, lease, stages
 from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried
 from msif_ray.cluster.directions import shards
-from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted
+from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
+from msif_ray.cluster.index import IndexPlan, build
+from msif_ray.cluster.indexed import indexed_task
 from msif_ray.cluster.jobs import ScoreJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.queries import query_blocks, query_gradients
 from msif_ray.cluster.rank import ModelSetup
-from msif_ray.cluster.score import ScoreTask, score
+from msif_ray.cluster.score import ScoreTask
+from msif_ray.cluster.stream import BlockTask, stream
 from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
 from msif_ray.errors import UserError
+from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.machines import check_room, cluster_address, with_gpus
 from msif_ray.paths import reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
-from msif_ray.record import MEANING, keep_record, keep_strengths
+from msif_ray.record import MEANING, keep_index, keep_record, keep_strengths
 from msif_ray.results.parts import write_skipped
 from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import model_setup
@@ -40,8 +44,12 @@ from msif_ray.store import sweep
 ANSWER_SECONDS = 10.0
 
 
-def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Reporter | None = None) -> None:
-    """Runs what is left of a run: all of it, or up to the factors (`fit`) or the scores (`score`).
+Until = Literal["fit", "index", "score"]
+
+
+def run(config: Run, until: Until | None = None, reporter: Reporter | None = None) -> None:
+    """Runs what is left of a run: all of it, or up to the factors (`fit`) or the scores (`score`), or the indexes
+    with no more than they need (`index`).
 
     Runs on the Ray cluster of `connected`.
 
@@ -49,6 +57,8 @@ def run(config: Run, until: Literal["fit", "score"] | None = None, reporter: Rep
     can be seen by then.
     """
     reporter = reporter or Reporter()
+    if until == "index" and not config.index:
+        raise UserError("index: the run describes none; name a stage there")
     resolved = check(config)
     with connected():
         cluster = _decide_gpus(resolved.run.cluster)
@@ -116,13 +126,20 @@ class _Driver:
     def __post_init__(self) -> None:
         self.config = self.resolved.run
 
-    def run(self, until: str | None) -> None:
+    def run(self, until: Until | None) -> None:
+        only_index = until == "index"
         with ReplicaPool(self.config.cluster) as pool:
-            for index in stages.stages_with_factors(self.config):
+            fitted = stages.indexed_stages(self.config) if only_index else stages.stages_with_factors(self.config)
+            for index in fitted:
                 self._fit(index, pool)
             if until == "fit":
                 return
-            self._carry(pool)
+            if not only_index:
+                self._carry(pool)
+        for position in range(len(self.config.index)):
+            self._index(position)
+        if only_index:
+            return
         passes = self._passes()
         for entries in passes:
             self._score(entries)
@@ -221,24 +238,60 @@ class _Driver:
         position = self.config.score.index(entry)
         documents = self.config.scored_documents(entry)
         index = self.config.stage_index(entry.stage)
-        max_tokens = entry.max_tokens or self.config.stages[index].fit.max_tokens
+        blocks = self._blocks(f"score.{position}", documents)
+        about: dict[str, str] = {}
+        if entry.index is not None:
+            manifest = read_manifest(index_folder(entry))
+            blocks = replace(blocks, size=manifest["documents_per_block"])  # a part is named after the index's block
+            about = {"index": str(index_folder(entry))}
+            about |= {f"index_{key}": str(manifest[key]) for key in ("rank", "dtype")}
         return ScoreTask(
             run_dir=self.config.run_dir,
-            setup=self._setup(index, documents, max_tokens),
+            setup=self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens),
             job=ScoreJob(
                 tuple(self._directions(entry) for entry in entries),
                 self.config.cluster.directions_memory,
             ),
-            blocks=self._blocks(f"score.{position}", documents),
+            blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
             labels=tuple(entry.label for entry in entries),
-            metadata=MEANING,
+            metadata=MEANING | about,
         )
 
     def _score(self, entries: Sequence[Score]) -> None:
         total = self.resolved.documents[f"score.{self.config.score.index(entries[0])}"]
+        task: BlockTask = self._score_task(entries)
+        if entries[0].index is not None:
+            task = indexed_task(self._score_task(entries), index_folder(entries[0]))
         with self.reporter.step(f"{', '.join(entry.label for entry in entries)}: scores", total) as step:
-            score(self._score_task(entries), self.config.cluster, step)
+            stream(task, self.config.cluster, step)
+
+    def _index(self, position: int) -> None:
+        """Builds one index, unless it is there, and says in run.json what it is."""
+        config, entry, key = self.config, self.config.index[position], f"index.{position}"
+        stage, documents = config.stage_index(entry.stage), config.scored_documents(entry)
+        folder, blocks = layout.index(config.run_dir, entry.stage), self._blocks(key, documents)
+        means = mean_eigenvalues(self._factors(stage)).items()
+        strength, at_fault = config.stages[stage].damping, f"stages.{stage}.damping"
+        plan = IndexPlan(
+            setup=self._setup(stage, documents, entry.max_tokens),
+            blocks=blocks,
+            folder=folder,
+            factors=self._factors(stage),
+            maps=self.resolved.maps,
+            damping={name: stages.positive_strength(strength, mean, at_fault, name) for name, mean in means},
+            rank=entry.rank,
+            dtype=entry.dtype,
+            memory=config.cluster.factor_memory,
+            record={
+                "stage": entry.stage,
+                "model_sha256": self.resolved.stages[stage].model_hash,
+                "corpus": corpus_identity(documents, self.resolved.census(key), entry.max_tokens),
+            },
+        )
+        build(plan, config.cluster, lambda step: self.reporter.step(f"{entry.stage}: {step}", blocks.count))
+        keep_index(config.run_dir, entry.stage, summary(folder))
+        self.reporter.say(f"{entry.stage}: index of {describe(folder)}")
 
     def _top(self) -> None:
         if has_top(self.config.run_dir, self.config.top):

@@ -1,6 +1,6 @@
 """A stage as the run uses it: which stages need factors, and the response each one has."""
 
-from msif_ray.config import IdentityResponse, ProximalResponse, Run, Score, UnrolledResponse
+from msif_ray.config import IdentityResponse, ProximalResponse, Run, Score, Strength, UnrolledResponse
 from msif_ray.errors import UserError
 from msif_ray.influence.response import (
     DampedInverse,
@@ -22,14 +22,19 @@ def carried_through(run: Run, scored: int) -> list[int]:
 
 
 def stages_with_factors(run: Run) -> list[int]:
-    """The stages whose factors some score needs: those passed, unless their response is the identity."""
+    """The stages whose factors some score or index needs: those indexed, and those passed, unless their response is
+    the identity."""
     needed = {
         index
         for score in run.score
         for index in carried_through(run, run.stage_index(score.stage))
         if not is_identity(run.answering(score), index)
     }
-    return sorted(needed)
+    return sorted(needed | set(indexed_stages(run)))
+
+
+def indexed_stages(run: Run) -> list[int]:
+    return sorted(run.stage_index(entry.stage) for entry in run.index)
 
 
 def passes(run: Run) -> list[list[Score]]:
@@ -37,7 +42,7 @@ def passes(run: Run) -> list[list[Score]]:
     shared: dict[str, list[Score]] = {}
     for entry in run.score:
         documents = run.scored_documents(entry).model_dump_json()
-        shared.setdefault(f"{entry.stage} {entry.max_tokens} {documents}", []).append(entry)
+        shared.setdefault(f"{entry.stage} {entry.max_tokens} {entry.index} {documents}", []).append(entry)
     return list(shared.values())
 
 
@@ -60,11 +65,17 @@ def response_of(
         return (UnrolledInverse(time) if index == scored else UnrolledFilter(time)), None
     proximal = response or ProximalResponse()
     strength = stage.damping if index == scored else proximal.alpha
+    key = "damping" if index == scored else "response.alpha"
+    value = positive_strength(strength, mean_eigenvalue, f"stages.{index}.{key}", map_name)
+    return (DampedInverse(value) if index == scored else Proximal(value)), value
+
+
+def positive_strength(strength: Strength, mean_eigenvalue: float, key: str, map_name: str) -> float:
+    """A damping or an α as an eigenvalue. Raises UserError, naming the key and the map, where that is zero."""
     value = strength.resolve(mean_eigenvalue)
     if not value > 0:
-        key = "damping" if index == scored else "response.alpha"
         raise UserError(
-            f"stages.{index}.{key}: {map_name} has no curvature, so a relative strength is zero; "
+            f"{key}: {map_name} has no curvature, so a relative strength is zero; "
             "give an absolute one or leave the map out"
         )
-    return (DampedInverse(value) if index == scored else Proximal(value)), value
+    return value

@@ -65,7 +65,7 @@ def add_gram(total: Tensor, vectors: Tensor, positions: Tensor, bias: bool) -> N
             total[-1, -1] += len(some)
 
 
-def gram_cost(features: int, device: str = "cpu") -> int:
+def covariance_cost(features: int, device: str = "cpu") -> int:
     """Multiplications per position of `add_gram`."""
     block = BLOCK[device]
     return sum((features - start) * min(block, features - start) for start in range(0, features, block))

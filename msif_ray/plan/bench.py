@@ -15,22 +15,23 @@ from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Window, encode, pack
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
+from msif_ray.influence.compress import Metric, compress
+from msif_ray.influence.ekfac import CorrectionSums, CovarianceSums
 from msif_ray.influence.groups import Shapes
-from msif_ray.influence.scoring import Scorer
+from msif_ray.influence.scoring import Scorer, squared_norms
 from msif_ray.plan import counts
 from msif_ray.plan.memory import Gauge
 from msif_ray.plan.tokens import Tally, tally
 
 # A job is timed on as many batches of its block as plain passes take this long over (seconds).
 TIMED = 4.0
-Kind = Literal["covariance", "correction", "queries", "scoring"]
+Kind = Literal["covariance", "correction", "indexing", "queries", "scoring"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A job to be tried: how its documents are read, some of them, and for scoring how many queries of which rank
-    and the bytes that they may take (None: a share of what is free)."""
+    """A job to be tried: how its documents are read, some of them; for scoring how many queries of which `rank` and
+    the bytes that they may take (None: a share of what is free), for indexing the index's `rank`."""
 
     name: str
     kind: Kind
@@ -87,6 +88,20 @@ class _Scoring:
 
     def add(self, captured: Captured) -> None:
         self.scorer.score(captured)
+
+
+@dataclass
+class _Indexing:
+    """As a rank builds an index, without packing."""
+
+    metrics: dict[str, Metric]
+    rank: int
+
+    def add(self, captured: Captured) -> None:
+        for name, metric in self.metrics.items():
+            activations, gradients = captured.activations(name), captured.gradients(name)
+            squared_norms(activations, gradients)
+            compress(metric, activations, gradients, self.rank)
 
 
 @dataclass
@@ -165,12 +180,13 @@ class Bench:
             held = counts.covariance_bytes(shapes, dtype.itemsize)
             return CovarianceSums(), held, counts.covariance_flops(shapes, seen)
         if self.trial.kind == "correction":
-            bases = {
-                name: Basis(_rotation(columns, dtype, device), _rotation(out, dtype, device))
-                for name, (out, columns) in shapes.items()
-            }
+            bases = counts.make_bases(shapes, dtype, device)
             held = counts.covariance_bytes(shapes, dtype.itemsize) + counts.corrected_bytes(shapes, dtype.itemsize)
             return CorrectionSums(bases), held, counts.correction_flops(shapes, seen)
+        if self.trial.kind == "indexing":
+            rank = self.trial.rank or 1
+            work = _Indexing(counts.make_metrics(shapes, dtype, device), rank)
+            return work, counts.covariance_bytes(shapes, dtype.itemsize), counts.compress_flops(shapes, seen, rank)
         if self.trial.kind == "queries":
             held = int(counts.gradient_bytes(shapes, seen.positions, dtype.itemsize))
             return QueryJob().start(list(shapes), device), held, 0.0
@@ -190,8 +206,3 @@ class Bench:
             return 0
         one = counts.make_directions(self.shapes, 1, self.trial.rank, self._accumulating, torch.device("meta"))
         return max(1, min(self.trial.queries, self.budget // max(1, counts.directions_bytes(one))))
-
-
-def _rotation(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """In place of an eigenbasis: its numbers are no matter to time or memory, only that they are no zeros."""
-    return torch.randn(size, size, dtype=dtype, device=device) / size**0.5

@@ -17,13 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from msif_ray.cluster.sharding import gathered
+from msif_ray.influence.compress import ITERATIONS, REDUCED, Metric
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
-from msif_ray.influence.ekfac import gradient_rotation_cost, rotates_vectors, vector_rotation_cost
+from msif_ray.influence.ekfac import Basis, gradient_rotation_cost, rotates_vectors, vector_rotation_cost
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.modules import output_head
-from msif_ray.influence.products import gram_cost
+from msif_ray.influence.products import covariance_cost
 from msif_ray.influence.queries import stays_dense
-from msif_ray.influence.scoring import Scorer, expansion_cost, materialised_cost, token_cost
+from msif_ray.influence.scoring import Scorer, expansion_cost, gram_cost, materialised_cost, token_cost
 from msif_ray.plan.tokens import Tally
 
 
@@ -72,7 +73,7 @@ def pass_flops(size: ModelSize, tally: Tally) -> float:
 
 def covariance_flops(shapes: Shapes, tally: Tally) -> float:
     """The lower blocks of Σ a aᵀ and Σ g gᵀ of every map over the positions that predict a target."""
-    return sum(2.0 * tally.targets * (gram_cost(out) + gram_cost(columns)) for out, columns in shapes.values())
+    return 2.0 * tally.targets * sum(covariance_cost(side) for shape in shapes.values() for side in shape)
 
 
 def correction_flops(shapes: Shapes, tally: Tally) -> float:
@@ -101,6 +102,28 @@ def scoring_flops(scorer: Scorer, tally: Tally) -> float:
                     cost += expansion_cost(directions, rows)
             total += 2.0 * windows * cost
     return total
+
+
+def compress_flops(shapes: Shapes, tally: Tally, rank: int) -> float:
+    """Tokens of a window rotated, those of a long one after it is reduced by products with `REDUCED` ranks of vectors;
+    norms by the cheaper contraction. Decompositions of a few tokens are left out."""
+    total = 0.0
+    for out, columns in shapes.values():
+        for n, windows in tally.lengths.items():
+            kept = min(n, REDUCED * rank)
+            reducing = 2 * (2 * ITERATIONS + 2) * n * kept * (out + columns) if kept < n else 0
+            norm = min(gram_cost(n, out, columns), materialised_cost(n, out, columns, queries=0))
+            total += windows * (2.0 * vector_rotation_cost(kept, out, columns) + reducing + 2.0 * norm)
+    return total
+
+
+def index_bytes(shapes: Shapes, documents: float, rank: int, dtype: str) -> float:
+    """An index on storage, at most: pseudo-tokens with their scales (float32), and the bases once."""
+    itemsize = getattr(torch, dtype).itemsize
+    return sum(
+        documents * rank * ((out + columns) * itemsize + 4) + 4 * (out * out + columns * columns + out + columns)
+        for out, columns in shapes.values()
+    )
 
 
 def token_score_flops(scorer: Scorer, positions: float) -> float:
@@ -161,6 +184,22 @@ def make_directions(
         else:
             made[name] = LowRankDirections.stacked(random(queries, rank, out), random(queries, rank, columns))
     return made
+
+
+def make_bases(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> dict[str, Basis]:
+    """In place of eigenbases: their numbers are no matter to time or memory, only that they are no zeros."""
+
+    def rotation(size: int) -> Tensor:
+        return torch.randn(size, size, dtype=dtype, device=device) / size**0.5
+
+    return {name: Basis(rotation(columns), rotation(out)) for name, (out, columns) in shapes.items()}
+
+
+def make_metrics(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> dict[str, Metric]:
+    """Metrics of such bases."""
+    bases = make_bases(shapes, dtype, device)
+    weights = {name: [torch.ones(n, dtype=dtype, device=device) for n in shape] for name, shape in shapes.items()}
+    return {name: Metric(bases[name], *weights[name]) for name in shapes}
 
 
 def directions_bytes(directions: Mapping[str, Directions]) -> int:

@@ -1,7 +1,7 @@
 """The plan of a run: its steps with what each costs, from a checked run and, where there is one, a calibration."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,6 +13,7 @@ from msif_ray.cluster.directions import kept_entries, shards
 from msif_ray.cluster.fit import EIGEN_COPIES
 from msif_ray.cluster.queries import largest_block
 from msif_ray.config import Score
+from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
 from msif_ray.influence.scoring import Scorer
@@ -89,6 +90,7 @@ class Estimate:
 
     def steps(self) -> list[Step]:
         steps = [step for index in self.fitted for step in self._fit(index)]
+        steps += [self._index(position) for position in range(len(self.run.index))]
         steps += self._queries()
         steps += [self._scores(entries) for entries in stages.passes(self.run)]
         return steps + [self._top(entry) for entry in self.run.score]
@@ -135,6 +137,10 @@ class Estimate:
         if sums:
             ranks = cluster.replicas.max * cluster.ranks_per_replica
             stored.append(Stored("partial sums, at most", 2 * ranks * max(sums)))
+        for position, entry in enumerate(self.run.index):
+            tally = self.inputs.tallies[f"index.{position}"]
+            size = counts.index_bytes(self.shapes, tally.documents - tally.skipped, entry.rank, entry.dtype)
+            stored.append(Stored(f"index of {entry.stage}, at most", size))
         gradients = counts.gradient_bytes(self.shapes, self.inputs.tallies["queries"].positions, self.itemsize)
         stored.append(Stored("query gradients", gradients))
         directions = counts.directions_bytes(self.directions())
@@ -222,6 +228,18 @@ class Estimate:
             ),
         ]
 
+    def _index(self, position: int) -> Step:
+        """The pass that builds an index; in groups as the factors are fitted."""
+        entry, tally = self.run.index[position], self.inputs.tallies[f"index.{position}"]
+        index = self.run.stage_index(entry.stage)
+        passes = len(self.groups(index))
+        flops = passes * counts.pass_flops(self.inputs.sizes[index], tally)
+        flops += counts.compress_flops(self.shapes, tally, entry.rank)
+        held = self._largest(index, lambda shapes: counts.covariance_bytes(shapes, self.itemsize))
+        job = indexing_job(position)
+        hours, peak = self._hours(index, job, flops), self._peak(index, job, held)
+        return Step(f"{entry.stage}: index", tally.documents, tally.tokens, passes, flops, hours, peak)
+
     def _queries(self) -> list[Step]:
         tally, last = self.inputs.tallies["queries"], len(self.run.stages) - 1
         flops = counts.pass_flops(self.inputs.sizes[last], tally)
@@ -272,6 +290,10 @@ class Estimate:
         tally, index = self._scored(entries), self.run.stage_index(entries[0].stage)
         scorer, job = self.scorer(entries), scoring_job(self.run.score.index(entries[0]))
         flops = counts.pass_flops(self.inputs.sizes[index], tally) + counts.scoring_flops(scorer, tally)
+        if entries[0].index is not None:
+            rank = self._indexed_rank(entries[0])
+            tally = replace(tally, lengths={rank: tally.documents - tally.skipped})
+            flops = counts.scoring_flops(scorer, tally)
         return Step(
             f"{', '.join(entry.label for entry in entries)}: scores",
             tally.documents,
@@ -281,6 +303,12 @@ class Estimate:
             self._hours(index, job, flops),
             self._peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
         )
+
+    def _indexed_rank(self, entry: Score) -> int:
+        """The rank of the index that an entry scores from."""
+        if is_own(self.run, entry):
+            return next(index.rank for index in self.run.index if index.stage == entry.stage)
+        return int(read_manifest(index_folder(entry))["rank"])
 
     def _top(self, entry: Score) -> Step:
         """Per-token scores of the highest and lowest documents of every query, all of them different at most."""
@@ -307,3 +335,8 @@ class Estimate:
 def scoring_job(position: int) -> str:
     """The name of the trial of the pass whose first entry is at `position` of `score`."""
     return f"scoring.{position}"
+
+
+def indexing_job(position: int) -> str:
+    """The name of the trial of the entry at `position` of `index`."""
+    return f"indexing.{position}"

@@ -13,7 +13,7 @@ import torch
 
 from msif_ray import stages
 from msif_ray.checkpoint import load_tokenizer
-from msif_ray.config import Cluster, Run
+from msif_ray.config import Cluster, Index, Run, Score
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.machines import with_gpus
@@ -21,7 +21,7 @@ from msif_ray.paths import is_remote
 from msif_ray.plan import counts
 from msif_ray.plan.bench import Trial
 from msif_ray.plan.counts import ModelSize
-from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, scoring_job
+from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, indexing_job, scoring_job
 from msif_ray.plan.measure import Calibration, Request, calibrate
 from msif_ray.plan.memory import resident_peak
 from msif_ray.plan.tokens import Tally, corpus_tally, tally
@@ -132,7 +132,9 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
     tallies = {}
     for key in _needed(resolved):
         kind, _, number = key.partition(".")
-        entry = run.score[int(number)] if kind == "score" else None
+        entry: Score | Index | None = None
+        if kind != "stages":
+            entry = run.index[int(number)] if kind == "index" else run.score[int(number)]
         index = int(number) if entry is None else run.stage_index(entry.stage)
         stage, count = run.stages[index], resolved.documents[key]
         documents = stage.documents if entry is None else run.scored_documents(entry)
@@ -149,9 +151,9 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
 
 
 def _needed(resolved: Resolved) -> list[str]:
-    """The corpora to be read: of stages to be fitted, and of each scoring pass."""
+    """The corpora to be read: of stages to be fitted, of indexes, and of each scoring pass."""
     first = {f"score.{resolved.run.score.index(entries[0])}" for entries in stages.passes(resolved.run)}
-    return [key for key in resolved.corpora if key in first or key.startswith("stages.")]
+    return [key for key in resolved.corpora if key in first or key.startswith(("stages.", "index."))]
 
 
 def _part_bytes(resolved: Resolved) -> PartBytes:
@@ -177,7 +179,8 @@ def _first_block(resolved: Resolved, key: str) -> list[Document]:
     run = resolved.run
     kind, _, number = key.partition(".")
     stage_documents = run.stages[int(number)].documents if kind == "stages" else None
-    documents = stage_documents or run.scored_documents(run.score[int(number)])
+    entry = run.index[int(number)] if kind == "index" else run.score[int(number) if kind == "score" else 0]
+    documents = stage_documents or run.scored_documents(entry)
     rows = (row for file in resolved.corpora[key] for row in read_documents(file, documents, f"{key}.documents"))
     return list(islice(rows, run.cluster.documents_per_block))
 
@@ -216,6 +219,11 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             Trial("covariance", "covariance", setup, documents, sampled),
             Trial("correction", "correction", setup, documents, sampled),
         ]
+    for position, indexed in enumerate(run.index):
+        if run.stage_index(indexed.stage) == index:
+            setup = model_setup(resolved, index, run.scored_documents(indexed), indexed.max_tokens)
+            documents = tuple(_first_block(resolved, f"index.{position}"))
+            trials.append(Trial(indexing_job(position), "indexing", setup, documents, rank=indexed.rank))
     if index == len(run.stages) - 1:
         setup = model_setup(resolved, index, run.queries.documents, None)
         trials.append(Trial("queries", "queries", setup, tuple(resolved.queries[:QUERIES_TRIED])))
@@ -272,6 +280,8 @@ def _corpora(run: Run, tallies: Mapping[str, Tally]) -> list[Corpus]:
             name = f"{run.stages[int(number)].name}, fitted"
         elif kind == "score":
             name = f"{run.score[int(number)].label}, scored"
+        elif kind == "index":
+            name = f"{run.index[int(number)].stage}, indexed"
         corpora.append(Corpus(name, seen.documents, seen.tokens, seen.skipped, seen.sampled))
     return corpora
 

@@ -111,6 +111,19 @@ def test_bytes_of_parquet_are_those_on_disk(plan: Plan, finished: Path) -> None:
         assert stored(plan, f"scores of {stage} (Parquet)") == pytest.approx(on_disk, rel=0.15)
 
 
+def test_an_index_is_planned_and_scores_from_it_take_no_pass(description: Description, plan: Plan) -> None:
+    indexed = description | {
+        "index": [{"stage": "pretrain", "rank": 2}],
+        "score": [{"stage": "pretrain", "index": description["run_dir"]}],
+    }
+    found = make_plan(parse_run(indexed), measured=False)
+    steps = {step.name: step for step in found.steps}
+    assert steps["pretrain: index"].flops > 0 and steps["pretrain: index"].passes == plan.groups[0].passes
+    exact = next(step for step in plan.steps if step.name == "pretrain: scores")
+    assert 0 < steps["pretrain: scores"].flops < 0.5 * exact.flops
+    assert stored(found, "index of pretrain, at most") > 0
+
+
 def write(folder: Path, description: Description) -> str:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(description))

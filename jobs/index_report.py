@@ -1,0 +1,192 @@
+"""What an index costs and how well it agrees: `python jobs/index_report.py runs/demo/run.yaml`.
+
+For a finished run, scores some of its documents exactly and from indexes of several ranks and types, all in this
+process, and prints for each the rank correlation with the exact scores, bytes, and times over those of the exact
+scores. `--join` makes long documents of several short ones. Times are CPU time, so other processes do not count.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from msif_ray import layout, stages
+from msif_ray.cluster.fit import mean_eigenvalues
+from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
+from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
+from msif_ray.cluster.jobs import Job, ScoreJob, load_directions
+from msif_ray.cluster.rank import Outcome, Rank
+from msif_ray.config import load_run
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block, Document, block_id, read_documents
+from msif_ray.preflight import check
+from msif_ray.setup import model_setup
+
+TOP = 10
+VARIANTS = "1:int8 2:int8 4:int8 8:int8 16:int8 1:float16 2:float16 4:float16 8:float16 16:float16 8:bfloat16 8:float32"
+
+
+@dataclass
+class Clock:
+    """Seconds of this process's time."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        began = time.process_time()
+        yield
+        self.seconds += time.process_time() - began
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loaded rank, its blocks, and where its run's factors and directions are."""
+
+    rank: Rank
+    blocks: list[Block]
+    factors: Path
+    directions: Path
+    damping: dict[str, float]
+
+    def each(self, job: Job, clock: Clock) -> Iterator[tuple[Block, Outcome, Any]]:
+        """What the job gives for every block."""
+        self.rank.start(job)
+        for block in self.blocks:
+            with clock.running():
+                outcome = self.rank.process(block.documents)
+                taken = self.rank.take()
+            yield block, outcome, taken
+
+
+def load_case(description: str, count: int, join: int) -> Case:
+    """The first score entry of the run and its first `count` documents, of `join` documents of the corpus each."""
+    resolved = check(load_run(description))
+    run, entry = resolved.run, resolved.run.score[0]
+    index, documents = run.stage_index(entry.stage), run.scored_documents(entry)
+    rows = (row for file in resolved.corpora["score.0"] for row in read_documents(file, documents, "score.0"))
+    joined = [join_documents(rows, join) for _ in range(count)]
+    size = run.cluster.documents_per_block
+    blocks = [Block(block_id(0, n), tuple(joined[n * size : (n + 1) * size])) for n in range(-(-count // size))]
+    factors = layout.factors(run.stages[index].factors or run.run_dir, entry.stage)
+    strength = run.stages[index].damping
+    damping = {
+        name: stages.positive_strength(strength, mean, "damping", name)
+        for name, mean in mean_eigenvalues(factors).items()
+    }
+    rank = Rank(model_setup(resolved, index, documents, entry.max_tokens))
+    return Case(rank, blocks, factors, layout.directions(run.run_dir, entry.label), damping)
+
+
+def join_documents(rows: Iterator[Document], join: int) -> Document:
+    taken = list(islice(rows, join))
+    return Document(taken[0].id, None, "\n".join(str(document.text) for document in taken))
+
+
+def exact_scores(case: Case, clock: Clock) -> tuple[np.ndarray, int]:
+    """The scores `[documents, queries]` and the number of tokens."""
+    found: dict[str, torch.Tensor] = {}
+    tokens = 0
+    for _, outcome, windows in case.each(ScoreJob((case.directions,)), clock):
+        tokens += sum(outcome.tokens.values())
+        for window in windows:
+            found[window.document_id] = found.get(window.document_id, torch.tensor(0.0)) + window.scores
+    return torch.stack(list(found[name] for name in sorted(found))).numpy(), tokens
+
+
+def build(case: Case, folder: Path, rank: int, dtype: str, clock: Clock) -> int:
+    """Builds an index of all maps in one pass; gives its bytes."""
+    maps = tuple(case.rank.maps)
+    job = IndexJob(folder, rank, getattr(torch, dtype), maps)
+    with clock.running():
+        for name in maps:
+            write_metric(name, folder, case.factors, case.damping)
+    group = layout.index_group(folder, 0)
+    names = tuple(sorted({block.id for block in case.blocks}))
+    task = IndexTask(case.rank.setup, job, CorpusBlocks((), (), None, 1, ""), group)  # type: ignore[arg-type]
+    for block, outcome, taken in case.each(job, clock):
+        with clock.running():
+            task.write(block, outcome, taken)
+    return sum(layout.index_block(group, name).stat().st_size for name in names)
+
+
+def indexed_scores(case: Case, folder: Path, opening: Clock, asking: Clock) -> np.ndarray:
+    """The scores `[documents, queries]` from an index; `opening`: the directions are loaded and rotated, once."""
+    maps = list(case.rank.maps)
+    found: dict[str, torch.Tensor] = {}
+    with opening.running():
+        cpu = torch.device("cpu")
+        scorers = indexed_scorers(load_directions((case.directions,), maps, cpu, None), folder, cpu)
+    for block in case.blocks:
+        with asking.running():
+            index = IndexBlock(folder, [maps], block.id, torch.float32)
+            found |= {window.document_id: window.scores for window in index.score(scorers)}
+    return torch.stack(list(found[name] for name in sorted(found))).numpy()
+
+
+def rank_correlations(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Spearman's, of each query `[queries]`."""
+    ranks = [scores.argsort(0).argsort(0).astype(float) for scores in (exact, found)]
+    left, right = (each - each.mean(0) for each in ranks)
+    return (left * right).sum(0) / np.sqrt((left**2).sum(0) * (right**2).sum(0))
+
+
+def overlap(exact: np.ndarray, found: np.ndarray) -> float:
+    """The share of the TOP highest documents that are the same, mean over queries."""
+    tops = [(-scores).argsort(0)[:TOP].T.tolist() for scores in (exact, found)]
+    return float(np.mean([len(set(a) & set(b)) / TOP for a, b in zip(*tops, strict=True)]))
+
+
+def report(case: Case, variants: Sequence[str]) -> None:
+    scoring = Clock()
+    exact, tokens = exact_scores(case, scoring)
+    print(f"{exact.shape[0]} documents, {tokens} tokens, {exact.shape[1]} queries, exact {scoring.seconds:.1f} s CPU\n")
+    columns = (
+        "rank",
+        "type",
+        "Spearman mean",
+        "min",
+        f"top {TOP}",
+        "MB/M tokens",
+        "build/exact",
+        "query/exact",
+        "opening, s",
+    )
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for variant in variants:
+        number, dtype = variant.split(":")
+        building, opening, asking = Clock(), Clock(), Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            size = build(case, Path(folder), int(number), dtype, building)
+            found = indexed_scores(case, Path(folder), opening, asking)
+        agreement = rank_correlations(exact, found)
+        cells = [
+            number,
+            dtype,
+            f"{agreement.mean():.4f}",
+            f"{agreement.min():.4f}",
+            f"{overlap(exact, found):.3f}",
+            f"{size / tokens:,.0f}",
+            f"{building.seconds / scoring.seconds:.2f}",
+            f"{asking.seconds / scoring.seconds:.3f}",
+            f"{opening.seconds:.1f}",
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("description", help="the description of a finished run")
+    parser.add_argument("--documents", type=int, default=1024, help="how many documents (default: 1024)")
+    parser.add_argument("--join", type=int, default=1, help="documents of the corpus that make one (default: 1)")
+    parser.add_argument("--variants", default=VARIANTS, help="rank:type, separated by spaces")
+    arguments = parser.parse_args()
+    report(load_case(arguments.description, arguments.documents, arguments.join), arguments.variants.split())

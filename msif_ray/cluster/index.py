@@ -1,0 +1,258 @@
+"""The index task: a stage's corpus as compressed document gradients, one file per block (and group of maps).
+
+Built like scores and resumed like them. A group of maps is a pass over the documents: their eigenbases fit in a
+rank's memory together.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from msif_ray import layout
+from msif_ray.cluster.fit import Steps, for_each_map
+from msif_ray.cluster.jobs import Work, load_basis
+from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.stream import ModelReplica, stream
+from msif_ray.config import Cluster
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block
+from msif_ray.errors import UserError
+from msif_ray.indexes import missing_files, whole
+from msif_ray.influence.capture import Captured
+from msif_ray.influence.compress import Metric, Packed, compress, side_by_side, together, truncate_tokens
+from msif_ray.influence.ekfac import Basis, Factor
+from msif_ray.influence.groups import module_groups
+from msif_ray.influence.scoring import squared_norms
+from msif_ray.paths import exists, matching, size_of
+from msif_ray.store import load_tensors, read_json, save_tensors, write_json
+from msif_ray.tensorfile import TensorFile
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document's windows in one batch: the first one's number, and the squared norms of all, summed."""
+
+    document_id: str
+    window: int
+    squared_norm: float
+
+
+@dataclass(frozen=True)
+class IndexedBatch:
+    """What one captured batch left: `pieces`, and by map their pseudo-tokens, a row for each."""
+
+    pieces: list[Piece]
+    packed: dict[str, Packed]
+
+
+@dataclass(frozen=True)
+class IndexJob:
+    """Compresses the document gradients of the tracked maps in the metrics of the folder of the index."""
+
+    folder: Path
+    rank: int
+    dtype: torch.dtype
+    tracked: tuple[str, ...] | None
+    sampled_labels: bool = False
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """What pieces are kept in until a block is written, since they may yet be put together and truncated again."""
+        return self.dtype if self.dtype.is_floating_point else torch.float16
+
+    def start(self, maps: Sequence[str], device: torch.device) -> Work:
+        return _IndexWork(self, {name: load_metric(self.folder, name, device) for name in maps})
+
+
+@dataclass
+class _IndexWork:
+    job: IndexJob
+    metrics: Mapping[str, Metric]
+    batches: list[IndexedBatch] = field(default_factory=list)
+
+    def add(self, captured: Captured) -> None:
+        keys = captured.batch.keys
+        groups = together([key.document_id for key in keys])
+        norms = torch.zeros(len(keys), dtype=torch.float64, device=captured.losses.device)
+        packed = {}
+        for name, metric in self.metrics.items():
+            activations, gradients = captured.activations(name), captured.gradients(name)
+            squares = squared_norms(activations, gradients)
+            norms += squares.double()
+            # What overflows is refused by its norm when the block is written; a decomposition would raise here.
+            gradients = torch.where(squares.isfinite()[:, None, None], gradients, 0.0)
+            parts = [
+                compress(metric, side_by_side(activations, rows), side_by_side(gradients, rows), self.job.rank)
+                for _, rows in groups
+            ]
+            packed[name] = Packed.join([Packed.of(*part, self.job.working_dtype) for part in parts]).to("cpu")
+        squared = norms.tolist()
+        pieces = [
+            Piece(document, min(keys[row].window for row in rows), sum(squared[row] for row in rows))
+            for documents, lists in groups
+            for document, rows in zip(documents, lists, strict=True)
+        ]
+        self.batches.append(IndexedBatch(pieces, packed))
+
+    def take(self) -> list[IndexedBatch]:
+        taken, self.batches = self.batches, []
+        return taken
+
+
+def write_metric(map_name: str, folder: Path, factors: Path, damping: Mapping[str, float]) -> None:
+    """Writes one map's metric, from a stage's factors and its damping (an eigenvalue), into the folder of an index."""
+    torch.set_num_threads(1)
+    eigenvalues = load_tensors(layout.eigenvalues_file(factors, map_name))["eigenvalues"]
+    metric = Metric.of(Factor(load_basis(factors, map_name, torch.device("cpu")), eigenvalues), damping[map_name])
+    tensors = {
+        "activation_basis": metric.basis.activations,
+        "gradient_basis": metric.basis.gradients,
+        "activation_weights": metric.activation_weights,
+        "gradient_weights": metric.gradient_weights,
+    }
+    save_tensors(layout.metric_file(folder, map_name), tensors, {"map": map_name})
+
+
+def load_metric(folder: Path, map_name: str, device: torch.device) -> Metric:
+    """One map's metric from the folder of an index. Raises UserError, saying what to do, for a damaged file."""
+    with whole(folder):
+        file = TensorFile(layout.metric_file(folder, map_name))
+        tensors = {name: file.tensor(name).to(device) for name in file.names}
+    basis = Basis(tensors["activation_basis"], tensors["gradient_basis"])
+    return Metric(basis, tensors["gradient_weights"], tensors["activation_weights"])
+
+
+class IndexReplica(ModelReplica):
+    """Compresses blocks with the stage's model."""
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """One pass: a stage's corpus over one group of maps, its files in `folder`."""
+
+    what: ClassVar[str] = "index"
+
+    setup: ModelSetup
+    job: IndexJob
+    blocks: CorpusBlocks
+    folder: Path
+
+    @property
+    def replica(self) -> type[IndexReplica]:
+        return IndexReplica
+
+    def done(self) -> set[str]:
+        return {path.stem.removeprefix("block-") for path in matching(self.folder, "block-*.safetensors")}
+
+    def write(self, block: Block, outcome: Outcome, taken: Sequence[IndexedBatch]) -> None:
+        """Raises UserError, naming the document, for a gradient that is not finite."""
+        pieces = [piece for batch in taken for piece in batch.pieces]
+        fault = next((piece for piece in pieces if not math.isfinite(piece.squared_norm)), None)
+        if fault is not None:
+            raise UserError(f"{self.setup.model}: a gradient is not finite, of document {fault.document_id!r}")
+        documents = {document: row for row, document in enumerate(outcome.tokens)}
+        # In the same order wherever the batches were computed.
+        order = sorted(range(len(pieces)), key=lambda i: (documents[pieces[i].document_id], pieces[i].window))
+        norms = torch.zeros(len(documents), dtype=torch.float64)
+        for i in order:
+            norms[documents[pieces[i].document_id]] += pieces[i].squared_norm
+        tensors = {"squared_norms": norms, "n_tokens": torch.tensor(list(outcome.tokens.values()), dtype=torch.int32)}
+        owners = [pieces[i].document_id for i in order]
+        for name in taken[0].packed if taken else ():
+            found = Packed.join([batch.packed[name] for batch in taken]).chosen(order)
+            whole = self._documents(found, owners, documents)
+            tensors |= {f"{each.name}/{name}": getattr(whole, each.name) for each in fields(whole)}
+        skipped = [(skip.document_id, skip.reason) for skip in outcome.skipped]
+        about = {"documents": json.dumps(list(documents)), "skipped": json.dumps(skipped)}
+        save_tensors(layout.index_block(self.folder, block.id), tensors, about)
+
+    def _documents(self, found: Packed, owners: Sequence[str], documents: Mapping[str, int]) -> Packed:
+        """A row for each document, of its pieces: put together, truncated and rounded."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # a sharded replica's own process has none
+        activations, gradients = found.to(device).unpack(found.scales.dtype)
+        parts, names = [], []
+        for group, lists in together(owners):
+            tokens = side_by_side(activations, lists), side_by_side(gradients, lists)
+            if tokens[0].shape[1] > self.job.rank:
+                tokens = truncate_tokens(*tokens, self.job.rank)
+            parts.append(Packed.of(*tokens, self.job.dtype).to("cpu"))
+            names += group
+        return Packed.join(parts).chosen(sorted(range(len(names)), key=lambda row: documents[names[row]]))
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """An index to be built in `folder` from the stage's `factors`. `memory`: bytes for a pass's factors, or None."""
+
+    setup: ModelSetup
+    blocks: CorpusBlocks
+    folder: Path
+    factors: Path
+    maps: dict[str, tuple[int, int]]
+    damping: dict[str, float]
+    rank: int
+    dtype: str
+    memory: int | None
+    record: dict[str, Any]
+
+
+def build(plan: IndexPlan, cluster: Cluster, steps: Steps) -> None:
+    """Builds what is left of an index; its manifest, written last, says that it is finished."""
+    if exists(layout.index_manifest(plan.folder)) and not missing_files(plan.folder, plan.blocks):
+        return
+    groups = _groups(plan)
+    missing = [name for name in plan.maps if not exists(layout.metric_file(plan.folder, name))]
+    for_each_map(write_metric, missing, plan.folder, plan.factors, plan.damping)
+    for number, maps in enumerate(groups):
+        folder = layout.index_group(plan.folder, number)
+        job = IndexJob(plan.folder, plan.rank, getattr(torch, plan.dtype), tuple(maps))
+        of_group = f", group {number + 1} of {len(groups)}" if len(groups) > 1 else ""
+        with steps(f"index{of_group}") as progress:
+            stream(IndexTask(plan.setup, job, plan.blocks, folder), cluster, progress)
+    write_json(
+        layout.index_manifest(plan.folder),
+        plan.record
+        | {
+            "rank": plan.rank,
+            "dtype": plan.dtype,
+            "computed_in": plan.setup.dtype,
+            "metric": "separable (Λ + damping)^(-1/2) in the stage's eigenbasis",
+            "damping": plan.damping,
+            "maps": {name: list(shape) for name, shape in plan.maps.items()},
+            "groups": groups,
+            "documents_per_block": plan.blocks.size,
+        }
+        | _totals(plan, len(groups)),
+    )
+
+
+def _groups(plan: IndexPlan) -> list[list[str]]:
+    """The maps of each pass, as they were first decided: by the plan's memory, or else as the factors were fitted."""
+    path = layout.groups(plan.folder)
+    if not exists(path):
+        fitted = layout.groups(plan.factors)
+        if plan.memory is None and exists(fitted):
+            groups = read_json(fitted)["groups"]
+        else:
+            itemsize = 8 if plan.setup.dtype == "float64" else 4
+            groups = [list(group) for group in module_groups(plan.maps, plan.memory, itemsize)]
+        write_json(path, {"groups": groups})
+    found: list[list[str]] = read_json(path)["groups"]
+    return found
+
+
+def _totals(plan: IndexPlan, groups: int) -> dict[str, int]:
+    """Documents, their tokens, and bytes of all blocks."""
+    totals = dict.fromkeys(("documents", "tokens"), 0)
+    for block in plan.blocks.ids:
+        with whole(plan.folder):
+            n_tokens = TensorFile(layout.index_block(layout.index_group(plan.folder, 0), block)).tensor("n_tokens")
+        totals["documents"] += len(n_tokens)
+        totals["tokens"] += int(n_tokens.sum())
+    size = sum(size_of(layout.index_group(plan.folder, group)) for group in range(groups))
+    return totals | {"bytes": size}

@@ -1,0 +1,170 @@
+"""Scores from an index: a block's stored pseudo-tokens in place of a pass over its documents."""
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from msif_ray import layout
+from msif_ray.cluster.directions import LoadedDirections
+from msif_ray.cluster.index import load_metric
+from msif_ray.cluster.jobs import DocumentScores, load_directions
+from msif_ray.cluster.rank import Outcome
+from msif_ray.cluster.replica import RankResources
+from msif_ray.cluster.score import ScoreTask, write_scores
+from msif_ray.cluster.stream import BlockReplica, Counted
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block
+from msif_ray.corpus.windows import Skipped
+from msif_ray.indexes import read_manifest, whole
+from msif_ray.influence.compress import Packed
+from msif_ray.influence.directions import Directions
+from msif_ray.influence.scoring import Scorer
+from msif_ray.tensorfile import TensorFile
+
+
+class IndexBlock:
+    """One block of an index: pseudo-tokens in place of a captured batch's tokens, read from storage when asked for.
+
+    Raises UserError, saying what to delete, for a file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, groups: Sequence[Sequence[str]], block: str, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._files: dict[str, TensorFile] = {}
+        self.device = torch.device("cpu")
+        with whole(folder):
+            opened = [TensorFile(layout.index_block(layout.index_group(folder, i), block)) for i in range(len(groups))]
+            for file, maps in zip(opened, groups, strict=True):
+                self._files |= dict.fromkeys(maps, file)
+            first = opened[0]
+            self.documents: list[str] = json.loads(first.metadata["documents"])
+            self.skipped = [Skipped(*skip) for skip in json.loads(first.metadata["skipped"])]
+            self.n_tokens: list[int] = first.tensor("n_tokens").tolist()
+            self.squared_norms = torch.stack([file.tensor("squared_norms") for file in opened]).sum(0)
+        self._folder = folder
+
+    def vectors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A map's pseudo-tokens, `[documents, k, columns]` and `[documents, k, out]`, read from storage."""
+        with whole(self._folder):
+            read = (self._files[name].tensor(f"{key}/{name}") for key in ("activations", "gradients", "scales"))
+            return Packed(*(tensor.to(self.device) for tensor in read)).unpack(self._dtype)
+
+    def score(self, scorers: Sequence[Scorer]) -> list[DocumentScores]:
+        """Every document's scores, with its exact squared norm."""
+        if not self.documents:
+            return []
+        scores = torch.cat([self._scores(scorer) for scorer in scorers], dim=1).cpu()
+        found = zip(self.documents, scores, self.squared_norms.tolist(), strict=True)
+        return [DocumentScores(document, row, square) for document, row, square in found]
+
+    def _scores(self, scorer: Scorer) -> Tensor:
+        """`[documents, queries]`, float64."""
+        maps = scorer.directions.items()
+        each = (scorer.score_map(name, directions, *self.vectors(name))[0].double() for name, directions in maps)
+        return functools.reduce(torch.add, each)
+
+    @property
+    def outcome(self) -> Outcome:
+        """What came of the block's documents when it was built."""
+        tokens = dict(zip(self.documents, self.n_tokens, strict=True))
+        return Outcome(tokens, tuple(self.skipped), len(tokens))
+
+
+@dataclass(frozen=True)
+class NamedBlocks(CorpusBlocks):
+    """A corpus's blocks by name alone: no document is read."""
+
+    def left_in(self, file: int, done: "frozenset[str] | set[str]") -> Iterator[Block]:  # type: ignore[override]
+        return (Block(name, ()) for name in self._names(file) if name not in done)
+
+
+class IndexedReplica(BlockReplica):
+    """Scores blocks of an index; it loads the queries' directions, with its first block, and no model."""
+
+    def __init__(self, task: "IndexedScoreTask", resources: RankResources) -> None:
+        self._task = task
+
+    @cached_property
+    def _scorers(self) -> list[Scorer]:
+        setup, job = self._task.score.setup, self._task.score.job
+        torch.set_num_threads(setup.threads)
+        maps = [name for group in self._task.groups for name in group]
+        loaded = load_directions(job.directions, maps, self._device, job.memory)
+        return indexed_scorers(loaded, self._task.folder, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cuda" if self._task.score.setup.cuda else "cpu")
+
+    def do(self, block: Block) -> Counted:
+        dtype = torch.promote_types(getattr(torch, self._task.score.setup.dtype), torch.float32)
+        index = IndexBlock(self._task.folder, self._task.groups, block.id, dtype)
+        index.device = self._device
+        outcome = index.outcome
+        write_scores(self._task.score, block, outcome, index.score(self._scorers))
+        return Counted(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
+
+
+def indexed_scorers(loaded: LoadedDirections, folder: Path, device: torch.device) -> list[Scorer]:
+    """Scorers of the same queries against the pseudo-tokens of an index.
+
+    Directions that are in memory are rotated once, one map's metric in memory at a time; those that are read for every
+    batch are rotated then.
+    """
+    rotated = [_Rotated(scorer.directions, folder, device) for scorer in loaded.scorers]
+    if loaded.streamed:
+        return [Scorer(each, dense_entries=0) for each in rotated]
+    entries = [scorer.dense_entries for scorer in loaded.scorers]
+    return [Scorer(dict(each), dense_entries=left) for each, left in zip(rotated, entries, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Rotated(Mapping[str, Directions]):
+    """Directions in the metrics of an index, rotated when asked for."""
+
+    directions: Mapping[str, Directions]
+    folder: Path
+    device: torch.device
+
+    def __getitem__(self, name: str) -> Directions:
+        return load_metric(self.folder, name, self.device).directions(self.directions[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.directions)
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+
+@dataclass(frozen=True)
+class IndexedScoreTask:
+    """What `score` asks for, from the index in `folder`."""
+
+    what: ClassVar[str] = "scores from the index"
+
+    score: ScoreTask
+    folder: Path
+    groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def blocks(self) -> CorpusBlocks:
+        return NamedBlocks(**vars(self.score.blocks))
+
+    @property
+    def replica(self) -> type[IndexedReplica]:
+        return IndexedReplica
+
+    def done(self) -> set[str]:
+        return self.score.done()
+
+
+def indexed_task(score: ScoreTask, folder: Path) -> IndexedScoreTask:
+    """The task from a finished index."""
+    return IndexedScoreTask(score, folder, tuple(tuple(group) for group in read_manifest(folder)["groups"]))

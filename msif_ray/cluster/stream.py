@@ -1,0 +1,245 @@
+"""A corpus streamed through Ray Data: read → do in an actor pool → one file per block.
+
+A row of the stream is one block. What comes of it is written as one file, named after the block, by the
+actor that computed it: a block is all there or not at all, and none is there twice.
+"""
+
+import gc
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, Thread
+from typing import Any, ClassVar, Protocol
+
+import numpy
+import ray
+
+from msif_ray.cluster.jobs import Job
+from msif_ray.cluster.pool import WAIT_SECONDS, Progress
+from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.replica import DEATHS, RankResources, Replica, free_ranks
+from msif_ray.config import Cluster
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block
+from msif_ray.errors import UserError
+
+# A block that kills the ranks this often is at fault itself.
+RANK_RESTARTS = 4
+# Streams begun in a row without a block done, after which the machines are not to blame.
+FRUITLESS_TRIES = 4
+
+Columns = dict[str, numpy.ndarray]
+
+
+class BlockTask(Protocol):
+    """What is to be done with the blocks of a corpus. `what` names it in errors."""
+
+    what: ClassVar[str]
+
+    @property
+    def blocks(self) -> CorpusBlocks: ...
+
+    @property
+    def replica(self) -> "type[BlockReplica]":
+        """The class that the actor pool makes replicas of, from the task and a replica's resources."""
+        ...
+
+    def done(self) -> set[str]:
+        """The blocks whose files are written."""
+        ...
+
+
+class ModelTask(BlockTask, Protocol):
+    """A task that takes a stage's model: its job sees a block's captured batches, and `write` what that gave."""
+
+    @property
+    def setup(self) -> ModelSetup: ...
+
+    @property
+    def job(self) -> Job: ...
+
+    def write(self, block: Block, outcome: Outcome, taken: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a block held."""
+
+    documents: int
+    tokens: int
+    skipped: int
+
+
+def stream(task: BlockTask, cluster: Cluster, progress: Progress) -> None:
+    """Does every block that has no file yet.
+
+    Ray Data replaces dead replicas and redoes lost blocks by itself. Where it gives up, because what it lost
+    cannot be had again, the stream is begun anew over the blocks that are left.
+    """
+    _quiet_ray_data()
+    done = task.done()
+    progress.resume(*_documents_done(task, done))
+    tries = 0
+    while left := task.blocks.ids - done:
+        ended = _attempt(task, cluster, frozenset(done), progress)
+        # A stream that broke off keeps its replicas, and the room they take, as long as anything refers to it.
+        gc.collect()
+        if isinstance(ended, UserError):
+            raise ended
+        done = task.done()
+        tries = tries + 1 if task.blocks.ids - done == left else 0
+        if tries == FRUITLESS_TRIES:
+            raise UserError(f"{task.what}: no block could be done on this cluster; what was lost last: {ended}")
+
+
+def _attempt(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> UserError | str | None:
+    """One stream over the blocks that are not done: what the user is to mend, or what was lost, where it broke off.
+
+    Given and not raised, because the exceptions of a stream refer to it.
+    """
+    try:
+        _stream(task, cluster, done, progress)
+        return None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            # Ray Data puts lines of its own, on its retries, after ours.
+            return UserError(str(error.cause).partition("\n")[0])
+        if not isinstance(error.cause, DEATHS):
+            raise
+        return _short(error)
+    except DEATHS as error:
+        return _short(error)
+    finally:
+        free_ranks()
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _documents_done(task: BlockTask, done: set[str]) -> tuple[int, int]:
+    """Documents in files that are there already, as far as block sizes tell."""
+    left = sum(task.blocks.documents_in(block) for block in task.blocks.ids - done)
+    return task.blocks.count - left, 0
+
+
+def _stream(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> None:
+    resources = RankResources.of(cluster)
+    files = [{"file": index} for index in range(len(task.blocks.files))]
+    blocks = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
+        # One byte of memory tells the reader's resources from a replica's: were they the same, Ray Data would
+        # fuse both into one task per file, and a corpus of one file would occupy one replica.
+        BlockReader(task.blocks, done),
+        batch_size=1,
+        num_cpus=0,
+        memory=1,
+    )
+    finished = blocks.map_batches(
+        task.replica,
+        fn_constructor_args=(task, resources),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas.min, max_size=cluster.replicas.max),
+        **resources.actor,
+    )
+    with _told_to_wait(progress, f"no replica has done a block yet; each takes {resources}") as begun:
+        for row in finished.iter_rows():
+            begun.set()
+            progress.add(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
+
+
+@contextmanager
+def _told_to_wait(progress: Progress, reason: str) -> Iterator[Event]:
+    """Tells the reason for waiting now and then until the event that it gives is set: Ray Data says nothing while
+    the cluster has no room."""
+    begun = Event()
+
+    def tell() -> None:
+        while not begun.wait(WAIT_SECONDS):
+            progress.wait(reason)
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield begun
+    finally:
+        begun.set()
+        teller.join()
+
+
+def _quiet_ray_data() -> None:
+    """One block of ours is one block of Ray Data's, however small, so that blocks spread and are lost singly."""
+    context = ray.data.DataContext.get_current()
+    context.target_max_block_size = 1
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # a user's mistake arrives as itself
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """From file numbers to the blocks of those files that are not done, streamed."""
+
+    blocks: CorpusBlocks
+    done: frozenset[str]
+
+    def __call__(self, batch: Columns) -> Iterator[Columns]:
+        for index in batch["file"].tolist():
+            for block in self.blocks.left_in(index, self.done):
+                column = numpy.empty(1, dtype=object)
+                column[0] = block
+                yield {"block": column}
+
+
+class BlockReplica(ABC):
+    """A replica in Ray Data's actor pool, made from a task and a replica's resources: does a block and writes its
+    file. What may fail is for `do`: it arrives as itself from there, from a constructor as a death without a cause."""
+
+    def __call__(self, batch: Columns) -> Columns:
+        counted = self.do(batch["block"][0])
+        return {name: numpy.array([value]) for name, value in vars(counted).items()}
+
+    @abstractmethod
+    def do(self, block: Block) -> Counted: ...
+
+
+class ModelReplica(BlockReplica):
+    """Does a `ModelTask`: one copy of the stage's model, in this process or on rank actors.
+
+    It has room for its ranks when it begins, or Ray Data would give it blocks that others could do meanwhile. It
+    loads with its first block.
+    """
+
+    def __init__(self, task: ModelTask, resources: RankResources) -> None:
+        self._task = task
+        self._ready = False
+        self._replica = Replica(resources)
+        self._await_room()
+
+    def __del__(self) -> None:
+        self._replica.unload()  # or the ranks' room would stay taken when Ray Data drops the actor
+
+    def do(self, block: Block) -> Counted:
+        outcome, taken = self._process(block)
+        self._task.write(block, outcome, taken)
+        return Counted(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
+
+    def _process(self, block: Block) -> tuple[Outcome, Any]:
+        """What the block gives; ranks that die are started anew, here and not by Ray Data, which does not see them."""
+        for _ in range(RANK_RESTARTS + 1):
+            try:
+                if not self._ready:
+                    self._await_room()
+                    self._replica.prepare(self._task.setup, self._task.job)
+                    self._ready = True
+                return self._replica.process(block)
+            except DEATHS as death:
+                lost = death
+                self._ready = False
+                self._replica.unload()
+        raise lost
+
+    def _await_room(self) -> None:
+        while not self._replica.has_room():
+            pass
