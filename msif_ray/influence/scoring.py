@@ -14,7 +14,10 @@ from torch import Tensor
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import GRADIENT_ENTRIES, window_gradients
-from msif_ray.influence.products import pairwise
+from msif_ray.influence.products import pairwise, wide_type
+
+# What a multiplication of float32 numbers costs on a GPU, in those of the model's own bfloat16 vectors.
+WIDE_COST = 8.0
 
 # Entries of dense directions that low-rank queries may be expanded to and kept, all maps together (float32: 1 GB).
 DENSE_ENTRIES = 2**28
@@ -112,14 +115,18 @@ class Scorer:
         """Whether the map's directions of low rank stay expanded where their window gradients are formed."""
         return name in self._may_keep
 
-    def _materialises(self, name: str, directions: Directions, tokens: int, rows: int | None) -> bool:
+    def _materialises(
+        self, name: str, directions: Directions, tokens: int, rows: int | None, wide_cost: float = 1.0
+    ) -> bool:
+        """`wide_cost`: what multiplications of window gradients cost in those of the model's vectors."""
         if isinstance(directions, DenseDirections):
             return True
         out, columns = directions.shape
-        cost = float(materialised_cost(tokens, out, columns, len(directions)))
+        formed = materialised_cost(tokens, out, columns, queries=0)
+        met = float(len(directions) * out * columns)
         if not self.keeps(name):
-            cost += expansion_cost(directions, rows)
-        return cost <= token_cost(tokens, out, columns, 1, directions.total_rank)
+            met += expansion_cost(directions, rows)
+        return formed + wide_cost * met <= token_cost(tokens, out, columns, 1, directions.total_rank)
 
     def score_map(
         self, name: str, directions: Directions, inputs: Tensor, gradients: Tensor, bias: bool = False
@@ -128,7 +135,8 @@ class Scorer:
         `[rows, positions, out]`; with `bias` the constant 1 is still to be put behind the inputs."""
         rows, tokens = inputs.shape[:2]
         if isinstance(directions, LowRankDirections):
-            if not self._materialises(name, directions, tokens, rows):
+            narrow = inputs.is_cuda and inputs.dtype != wide_type(inputs.dtype)
+            if not self._materialises(name, directions, tokens, rows, WIDE_COST if narrow else 1.0):
                 return directions.scores(inputs, gradients, bias), squared_norms(inputs, gradients, bias)
             if self.keeps(name):
                 directions = DenseDirections(directions.dense)
