@@ -1,20 +1,30 @@
-"""The C library's heap of a process that computes on a CPU."""
+"""What the C library of a process that computes on a CPU does with freed memory. Libraries other than glibc stay as
+they are."""
 
 import ctypes
+from contextlib import suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-LARGEST = 32 * 2**20  # what glibc lets M_MMAP_THRESHOLD be
+_LARGEST = 32 * 2**20  # what glibc lets M_MMAP_THRESHOLD be
 
 
 def keep_freed_memory() -> None:
     """Lets this process keep what it frees, up to 2 GiB, for what it allocates next.
 
-    By default glibc gives every tensor over some hundred kilobytes back to the system, whose fresh pages cost a pass
-    over a batch a sixth of its time. Another C library is left as it is.
+    By default glibc gives large tensors back to the system, whose fresh pages cost a pass over a batch a sixth of its
+    time.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
-        return
-    mallopt(_M_MMAP_THRESHOLD, LARGEST)
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _set(_M_MMAP_THRESHOLD, _LARGEST)
+    _set(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_freed_memory() -> None:
+    """Makes freed pieces of 1 MiB and more go back to the system: what is read and dropped all the time would else
+    take up to twice its size."""
+    _set(_M_MMAP_THRESHOLD, 2**20)
+    _set(_M_TRIM_THRESHOLD, 2**20)
+
+
+def _set(threshold: int, size: int) -> None:
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(threshold, size)

@@ -16,6 +16,7 @@ from torch import Tensor
 from msif_ray import layout
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.fetch import fetched
+from msif_ray.heap import give_back_freed_memory
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, join
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
@@ -174,6 +175,7 @@ def load(
         directions = {name: everything.read(name) for name in maps}
         scorer = Scorer(directions, kept_entries(total, memory, _itemsize(directions)))
         return LoadedDirections([scorer], [sum(map(len, stored))], 0)
+    give_back_freed_memory()
     local = {folder: fetched(str(folder)) if is_remote(folder) else folder for folder in folders}
     stored = [Stored(local[each.folder], each.shard, each.vectors, each.bytes) for each in stored]
     groups = _groups(stored, maps, int(STREAM_SHARE * memory) // STREAM_COPIES)
