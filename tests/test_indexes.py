@@ -34,10 +34,9 @@ def resolved(folder: Path) -> Resolved:
 
 def manifest(resolved: Resolved, **changes: Any) -> dict[str, Any]:
     entry = resolved.run.score[0]
-    corpus = resolved.corpora["score.0"], resolved.rows["score.0"]
     return {
         "model_sha256": resolved.stages[0].model_hash,
-        "corpus": corpus_identity(resolved.run.scored_documents(entry), *corpus, entry.max_tokens),
+        "corpus": corpus_identity(resolved.run.scored_documents(entry), resolved.census("score.0"), entry.max_tokens),
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
         "groups": [list(resolved.maps)],
         "documents_per_block": 3,
