@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Batch, Capture, WindowKey
@@ -91,6 +92,61 @@ def test_gradients_equal_autograd_row_by_row(use, seed):
         assert tokens == (14 if use == "twice" and name.endswith("map") else 7)
         assert captured.predicts(name).sum() == batch.targets.sum() * (tokens // 7)
         assert not captured.gradients(name)[~batch.attention_mask.repeat(1, tokens // 7)].any()
+
+
+def softcapped():
+    """A tiny model that bends its logits after the head: those of the chosen positions must be bent the same."""
+    config = Gemma2Config(
+        vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=2.0, attn_logit_softcapping=None,
+        tie_word_embeddings=True, max_position_embeddings=16, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).double().eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.3)
+    return model
+
+
+def test_the_head_sees_targets_alone_whatever_comes_after_it():
+    model, batch, seen = softcapped(), ragged(), []
+    handle = model.get_output_embeddings().register_forward_hook(lambda _, args, output: seen.append(args[0].shape))
+    with Capture(model, find_linear_maps(model)) as capture:
+        captured = capture.run(batch)
+    handle.remove()
+    assert seen == [(1, int(batch.targets.sum()), 16)]
+    for row in range(3):
+        length = int(batch.attention_mask[row].sum())
+        ids, target = batch.input_ids[row : row + 1, :length], batch.targets[row, 1:length]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits[target], ids[0, 1:][target], reduction="sum")
+        torch.testing.assert_close(captured.losses[row], loss.detach(), rtol=1e-6, atol=1e-6)
+        for name in captured.maps:
+            expected = torch.autograd.grad(loss, model.get_submodule(name).weight, retain_graph=True)[0]
+            found = captured.gradients(name)[row].T @ captured.activations(name)[row]
+            # The model's norms compute in float32 whatever its type.
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_backward_pass_ends_at_the_first_maps():
+    model, batch, reached = models.build_model("gpt_neox", 0), ragged(), {}
+    maps = find_linear_maps(model)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: reached.update({name: args[0].requires_grad})
+        )
+        for name in maps
+    ]
+    with Capture(model, maps) as capture:
+        capture.run(batch)
+    for handle in handles:
+        handle.remove()
+    assert [name for name, does in reached.items() if not does] == [
+        "gpt_neox.layers.0.attention.query_key_value",
+        "gpt_neox.layers.0.mlp.dense_h_to_4h",  # its input is the embeddings' too: attention runs beside it
+    ]
 
 
 REFUSED = {
