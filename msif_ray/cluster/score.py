@@ -152,7 +152,9 @@ def _quiet_ray_data() -> None:
     context.target_max_block_size = 1
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # a user's mistake arrives as itself
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It logs a fault with its traceback, where ours is told in one line; and a handler that keeps that record keeps
+    # the broken-off stream, and with it the replicas and their room.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True)
