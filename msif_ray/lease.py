@@ -23,6 +23,8 @@ from msif_ray.store import delete, read_json, write_json
 RENEW_SECONDS = 10.0
 # A driver on another machine that has not renewed its lease for so long is taken for dead. Clocks are not compared.
 EXPIRY_SECONDS = 60.0
+# Owners of the leases that this very process holds: one that it could not delete when it ended is not among them.
+_HELD: set[str] = set()
 
 
 @contextmanager
@@ -35,6 +37,7 @@ def held(run_dir: str, say: Callable[[str], None]) -> Iterator[None]:
     _await_end(path, say)
     owner = uuid.uuid4().hex
     _renew(path, owner, 0)
+    _HELD.add(owner)
     over = threading.Event()
     renewing = threading.Thread(target=_keep, args=(path, owner, over), daemon=True)
     renewing.start()
@@ -43,6 +46,7 @@ def held(run_dir: str, say: Callable[[str], None]) -> Iterator[None]:
     finally:
         over.set()
         renewing.join()
+        _HELD.discard(owner)
         with suppress(UserError):  # a storage that fails now has said so already, or the lease expires
             if _read(path).get("owner") == owner:
                 delete(path)
@@ -111,6 +115,8 @@ def _is_alive(lease: dict[str, Any]) -> bool:
     """Whether the process that wrote the lease, on this machine, is there still."""
     with suppress(psutil.Error, KeyError, TypeError):
         process = psutil.Process(lease["pid"])
+        if process.pid == os.getpid():
+            return lease["owner"] in _HELD
         return process.create_time() == lease["started"] and process.status() != psutil.STATUS_ZOMBIE
     return False
 

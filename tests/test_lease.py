@@ -39,6 +39,22 @@ def test_a_living_driver_is_left_alone_and_a_killed_one_followed_at_once(tmp_pat
     assert not layout.lease(str(tmp_path)).exists()
 
 
+def test_a_lease_that_this_process_could_not_give_back_does_not_keep_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path) -> None:
+        raise UserError("the storage fails")
+
+    with monkeypatch.context() as patch, lease.held(str(tmp_path), quiet):
+        patch.setattr(lease, "delete", fails)
+        with pytest.raises(UserError, match="another driver is at work"):
+            lease.held(str(tmp_path), quiet).__enter__()
+    assert layout.lease(str(tmp_path)).exists()
+    with lease.held(str(tmp_path), quiet):
+        pass
+    assert not layout.lease(str(tmp_path)).exists()
+
+
 def elsewhere(tmp_path: Path, beat: int) -> dict[str, object]:
     about = {"owner": "x", "beat": beat, "host": "elsewhere", "machine": "elsewhere 1", "pid": 1, "started": 0.0}
     write_json(layout.lease(str(tmp_path)), about)

@@ -56,7 +56,7 @@ def say(step: str, unit: str, role: str) -> None:
 
 
 def step_of(stage: str, job: Any) -> str:
-    group = "" if job.tracked is None else f":{job.tracked[0]}"
+    group = f":{job.tracked[0]}" if job.tracked else ""
     return f"{stage}:{type(job).__name__}{group}"
 
 

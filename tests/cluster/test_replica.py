@@ -8,7 +8,7 @@ import ray
 import runs
 from ray.util.placement_group import placement_group_table
 
-from msif_ray.cluster import pool, score
+from msif_ray.cluster import pool, stream
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.replica import RankResources, Replica
 from msif_ray.cluster.score import ScoreReplica
@@ -67,7 +67,7 @@ def test_whoever_waits_for_a_replica_is_told_what_for(monkeypatch: pytest.Monkey
 
 
 def test_scoring_that_waits_says_what_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(score, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(stream, "WAIT_SECONDS", 0.01)
     said: list[str] = []
 
     class Told:
@@ -75,6 +75,6 @@ def test_scoring_that_waits_says_what_for(monkeypatch: pytest.MonkeyPatch) -> No
             said.append(reason)
             begun.set()
 
-    with score._told_to_wait(Told(), "for a replica") as begun:  # type: ignore[arg-type]
+    with stream._told_to_wait(Told(), "for a replica") as begun:  # type: ignore[arg-type]
         assert begun.wait(10)
     assert said == ["for a replica"]
