@@ -100,7 +100,7 @@ def test_damaged_directions_are_named(tmp_path: Path, undisturbed: dict[runs.Pai
     description = one_stage(tmp_path, "run")
     run(parse_run(description), until="score")
     directions = Path(description["run_dir"]) / "queries" / "stage=pretrain"
-    damaged = sorted(directions.glob("*.safetensors"))[-1]
+    damaged = sorted(directions.glob("*/*.safetensors"))[-1]
     flip(damaged)
     part = sorted(Path(description["run_dir"]).glob("scores/*/part-*"))[0]
     for ranks in (1, 2):  # in the replica's own process, or in rank actors
