@@ -61,7 +61,8 @@ def submit() -> Iterator[Callable[..., str]]:
         yield job
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_job_that_was_stopped_goes_on_when_submitted_again(submit: Callable[..., str], tmp_path: Path) -> None:
     description = runs.two_stages(tmp_path, "run", documents_per_block=2)
     documents = models.random_documents(1, 60, (3, 30), prefix="base")
