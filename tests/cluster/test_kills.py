@@ -47,7 +47,9 @@ def undisturbed(folder: Path, machines: chaos.Machines) -> chaos.Job:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
-        metafunc.parametrize("seed", range(metafunc.config.getoption("--kill-seeds")))
+        # Each takes some minutes; the first is for every change, and `--kill-seeds 100` for a night.
+        seeds = range(metafunc.config.getoption("--kill-seeds"))
+        metafunc.parametrize("seed", [pytest.param(seed, marks=pytest.mark.long if seed else ()) for seed in seeds])
 
 
 @pytest.mark.timeout(1200)
