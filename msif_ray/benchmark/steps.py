@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from msif_ray.benchmark.workload import Workload
-from msif_ray.influence.capture import Batch, Capture
+from msif_ray.influence.batch import Batch
+from msif_ray.influence.capture import Capture
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
-from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import LinearMap, find_linear_maps
 from msif_ray.influence.queries import carry_back, query_tokens
 from msif_ray.influence.response import DampedInverse
@@ -52,11 +52,14 @@ class Steps:
             for batch in self.batches:
                 capture.run(batch)
 
+    def _uniforms(self, batch: Batch) -> Tensor | None:
+        return batch_uniforms(0, "benchmark", batch) if self.sampled else None
+
     def covariance(self) -> CovarianceSums:
         sums = CovarianceSums()
         with Capture(self.model, self.maps) as capture:
             for batch in self.batches:
-                sums.add(capture.run(batch, _sample if self.sampled else None))
+                sums.add(capture.run(batch, self._uniforms(batch)))
         return sums
 
     def bases(self, sums: CovarianceSums, names: Sequence[str]) -> dict[str, Basis]:
@@ -78,7 +81,7 @@ class Steps:
         sums = CorrectionSums(bases)
         with Capture(self.model, self.maps) as capture:
             for batch in self.batches:
-                sums.add(capture.run(batch, _sample if self.sampled else None))
+                sums.add(capture.run(batch, self._uniforms(batch)))
         return {name: sums.sums[f"E/{name}"] / self.workload.documents for name in self.maps}
 
     def directions(
@@ -107,16 +110,6 @@ class Steps:
         scorer = Scorer(directions)
         with Capture(self.model, self.maps) as capture:
             return torch.cat([scorer.score(capture.run(batch))[0].cpu() for batch in self.batches])
-
-
-def _sample(logits: Tensor, batch: Batch) -> Tensor:
-    lengths = cast(list[int], batch.attention_mask.sum(1).tolist())
-    uniforms = [
-        window_uniforms(0, "benchmark", key.document_id, key.window, length)
-        for key, length in zip(batch.keys, lengths, strict=True)
-    ]
-    padded = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)
-    return sample_labels(logits, padded[batch.predicts.cpu()])
 
 
 def _random(described: LinearMap, queries: int, rank: int, workload: Workload) -> LowRankDirections:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from msif_ray.influence.capture import Batch, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
 
 
 @dataclass(frozen=True)

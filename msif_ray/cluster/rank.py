@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -24,8 +23,9 @@ from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_b
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
-from msif_ray.influence.capture import Batch, Capture, LabelChoice, WindowKey
-from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.batch import WindowKey
+from msif_ray.influence.capture import Capture
+from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.layout import part_file
 from msif_ray.store import save_tensors
@@ -187,12 +187,13 @@ class Rank:
 
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> dict[WindowKey, bool]:
         """The windows of batches that were left out, and whether each one's own loss is finite."""
-        work = self._started()
-        labels = self._sample if self._sampled else None
+        work, setup = self._started(), self.setup
         refused: dict[WindowKey, bool] = {}
         with Capture(self.model, self._tracked) as capture:
             for windows in batches:
-                captured = capture.run(to_batch(windows).to(self.device), labels)
+                batch = to_batch(windows)
+                uniforms = batch_uniforms(setup.seed, setup.stage, batch) if self._sampled else None
+                captured = capture.run(batch.to(self.device), uniforms)
                 finite: list[bool] = torch.isfinite(captured.losses).tolist()
                 if all(finite):
                     work.add(captured)
@@ -201,21 +202,6 @@ class Rank:
             for _ in range(empty_steps):
                 capture.run(to_batch([_EMPTY]).to(self.device))
         return refused
-
-    @property
-    def _sample(self) -> LabelChoice:
-        setup = self.setup
-
-        def choose(logits: Tensor, batch: Batch) -> Tensor:
-            mask = batch.predicts.cpu()
-            uniforms = [
-                window_uniforms(setup.seed, setup.stage, key.document_id, key.window, int(length))
-                for key, length in zip(batch.keys, batch.attention_mask.sum(1).tolist(), strict=True)
-            ]
-            padded = torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)
-            return sample_labels(logits, padded[mask])
-
-        return choose
 
 
 _EMPTY = Window(WindowKey("", 0), (0, 0), (False, True))

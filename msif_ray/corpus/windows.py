@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from msif_ray.corpus.reader import Document, is_unicode
-from msif_ray.influence.capture import Batch, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
 
 
 @dataclass(frozen=True)

@@ -16,58 +16,25 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from msif_ray.errors import UserError
-from msif_ray.influence.loss import differentiate
+from msif_ray.influence.batch import Batch
+from msif_ray.influence.loss import differentiate, differentiate_sampled
 from msif_ray.influence.modules import LinearMap, output_head
 from msif_ray.influence.products import wide
-
-
-@dataclass(frozen=True)
-class WindowKey:
-    """Which window of which document a batch row is."""
-
-    document_id: str
-    window: int
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded windows.
-
-    `input_ids`, `attention_mask` and `targets` are `[rows, tokens]` (int64, bool, bool);
-    `targets[b, t]` says that token t's log-likelihood counts, predicted at position t − 1, so
-    `targets[:, 0]` is False. `keys` names each row.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    targets: Tensor
-    keys: tuple[WindowKey, ...]
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), self.keys)
-
-    @property
-    def predicts(self) -> Tensor:
-        """`[rows, tokens]` bool: the positions that predict a target."""
-        return functional.pad(self.targets[:, 1:], (0, 1))
-
-
-# From the logits [positions, vocabulary] of the positions that predict a target, and the batch, to
-# the labels [positions] whose loss is differentiated.
-LabelChoice = Callable[[Tensor, Batch], Tensor]
 
 
 @dataclass(frozen=True)
 class Captured:
     """What one pass saw.
 
-    `losses` `[rows]`: summed negative log-likelihood of each row's labels, in nats.
+    `losses` `[rows]`: summed negative log-likelihood of each row's labels, in nats. `labels` `[targets]`: these
+    labels, row after row.
     A map used n times in one forward pass has its uses side by side along the token axis, n·tokens
     long: its gradient is the sum over uses, and each use is a position of its own.
     """
 
     batch: Batch
     losses: Tensor
+    labels: Tensor
     maps: dict[str, LinearMap]
     _inputs: dict[str, Tensor]
     _gradients: dict[str, Tensor]
@@ -164,11 +131,11 @@ class Capture:
         for module in self._training:
             module.training = True
 
-    def run(self, batch: Batch, choose_labels: LabelChoice | None = None) -> Captured:
+    def run(self, batch: Batch, uniforms: Tensor | None = None) -> Captured:
         """One forward and backward pass over the batch, which is on the model's device.
 
-        The loss is the sum over the positions that predict a target; labels are the data's own
-        unless `choose_labels` gives others.
+        The loss is the sum over the positions that predict a target; labels are the data's own, or with `uniforms`
+        `[targets]`, one number for each of these positions, drawn from the model (`labels.draw`).
 
         Raises UserError, naming the map, when the model uses it in a way that has no per-document
         gradient (not called, an input without a row per token, changed in place).
@@ -181,11 +148,11 @@ class Capture:
         logits = output.logits.flatten(0, 1)
         if not self._targets.selected:
             logits = logits.index_select(0, self._targets.positions)
-        if choose_labels is None:
+        if uniforms is None:
             labels = batch.input_ids.roll(-1, dims=1)[mask]
+            nats = differentiate(logits, labels)
         else:
-            labels = choose_labels(logits.detach(), batch)
-        nats = differentiate(logits, labels)
+            nats, labels = differentiate_sampled(logits, uniforms)
         losses = nats.new_zeros(len(batch.keys)).index_add_(0, rows, nats)
         uses, self._uses = self._uses, {}
         shape = batch.input_ids.shape
@@ -193,7 +160,7 @@ class Capture:
         for name, seen in uses.items():
             inputs[name] = _side_by_side(name, [_read_input(name, use) for use in seen], shape)
             gradients[name] = _side_by_side(name, [_read_gradient(name, use) for use in seen], shape)
-        return Captured(batch, losses, self.maps, inputs, gradients, (rows, columns))
+        return Captured(batch, losses, labels, self.maps, inputs, gradients, (rows, columns))
 
     def _select_targets(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Leaves the head the positions that predict a target, `[1, targets, hidden]`: nobody needs other logits."""

@@ -10,12 +10,10 @@ import json
 import numpy
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
-from msif_ray.influence.products import wide
+from msif_ray.influence.batch import Batch
 
-# Entries of probabilities at once: on a CPU what stays in a core's cache, 1 MB of float32.
-ENTRIES = {"cpu": 2**18, "cuda": 2**26}
 # A label is looked for in two steps: among sums over so many entries, then among the entries of one sum.
 RUN = 64
 
@@ -28,25 +26,33 @@ def window_uniforms(seed: int, stage: str, document_id: str, window: int, tokens
     return torch.from_numpy(generator.random(tokens))
 
 
-def sample_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels `[positions]` (int64) from logits `[positions, vocabulary]` and one uniform number each.
+def batch_uniforms(seed: int, stage: str, batch: Batch) -> Tensor:
+    """One uniform number for every position of a batch that predicts a target, `[targets]`, float64, on the CPU."""
+    lengths = batch.attention_mask.sum(1).tolist()
+    windows = [
+        window_uniforms(seed, stage, key.document_id, key.window, int(length))
+        for key, length in zip(batch.keys, lengths, strict=True)
+    ]
+    return pad_sequence(windows, batch_first=True)[batch.predicts.cpu()]
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """Labels `[positions]` (int64) from probabilities `[positions, vocabulary]` and one uniform number each.
 
     The label is the number of entries whose cumulative probability is at most u times the total. Cumulative
     probabilities are in float64, but only every 64th is computed, and those of the one run that the label is in.
     """
-    at_once = max(1, ENTRIES[logits.device.type] // logits.shape[1])
-    uniforms = uniforms.to(logits.device)
-    parts = zip(logits.split(at_once), uniforms.split(at_once), strict=True)
-    return torch.cat([_sample(wide(part), u) for part, u in parts])
-
-
-def _sample(logits: Tensor, uniforms: Tensor) -> Tensor:
-    vocabulary = logits.shape[1]
-    probabilities = functional.pad(logits.softmax(-1), (0, -vocabulary % RUN)).unflatten(1, (-1, RUN))
-    ends = probabilities.sum(2).double().cumsum(1)
+    vocabulary = probabilities.shape[1]
+    whole = vocabulary - vocabulary % RUN
+    sums = probabilities[:, :whole].unflatten(1, (-1, RUN)).sum(2)
+    if whole < vocabulary:
+        sums = torch.cat([sums, probabilities[:, whole:].sum(1, keepdim=True)], 1)
+    ends = sums.double().cumsum(1)
     threshold = uniforms[:, None] * ends[:, -1:]
     run = torch.searchsorted(ends, threshold, right=True).clamp_(max=ends.shape[1] - 1)
     before = torch.where(run > 0, ends.gather(1, (run - 1).clamp_(min=0)), 0.0)
-    inside = probabilities[torch.arange(len(run), device=run.device), run[:, 0]].double().cumsum(1).add_(before)
+    entries = run * RUN + torch.arange(RUN, device=run.device)
+    inside = probabilities.gather(1, entries.clamp(max=vocabulary - 1)).double()
+    inside = inside.masked_fill_(entries >= vocabulary, 0.0).cumsum(1).add_(before)
     label = run * RUN + torch.searchsorted(inside, threshold, right=True)
     return label.squeeze(1).clamp_(max=vocabulary - 1)

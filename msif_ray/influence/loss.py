@@ -1,14 +1,21 @@
 """Summed negative log-likelihood of labels, and its gradient at the logits in closed form."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from msif_ray.influence.labels import draw
 from msif_ray.influence.products import wide
 
-# Entries of logits turned into probabilities at once: on a CPU what stays in a core's cache, 1 MB of float32.
-LOGIT_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
+# Entries of logits turned into probabilities at once: on a CPU 16 MB of float32, enough to be worth the
+# calls.
+LOGIT_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 # Probabilities under this lose digits before they underflow, in float32 under 1e-38.
 SMALL = 1e-30
+
+# From probabilities [some positions, vocabulary] and the first of the positions, to their labels.
+_Choice = Callable[[Tensor, int], Tensor]
 
 
 def differentiate(logits: Tensor, labels: Tensor) -> Tensor:
@@ -18,20 +25,33 @@ def differentiate(logits: Tensor, labels: Tensor) -> Tensor:
     keeps the log-probabilities in between. Terms are in float32 (float64 for float64 logits), whatever the logits'
     type.
     """
+    return _differentiate(logits, lambda probabilities, start: labels[start : start + len(probabilities)])[0]
+
+
+def differentiate_sampled(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """As `differentiate`, with labels drawn from the model by one uniform number each (`labels.draw`), from the
+    probabilities that the gradient is made of; gives the terms and the labels, `[positions]` each."""
+    numbers = uniforms.to(logits.device)
+    return _differentiate(logits, lambda some, start: draw(some, numbers[start : start + len(some)]))
+
+
+def _differentiate(logits: Tensor, choose: _Choice) -> tuple[Tensor, Tensor]:
     values = logits.detach()
     gradient = torch.empty_like(values)
-    terms = []
+    terms, labels = [], []
     rows = max(1, LOGIT_ENTRIES[values.device.type] // values.shape[1])
-    for part, chosen, into in zip(values.split(rows), labels.split(rows), gradient.split(rows), strict=True):
-        part, chosen = wide(part), chosen[:, None]
+    for start in range(0, len(values), rows):
+        part, into = wide(values[start : start + rows]), gradient[start : start + rows]
         probabilities = torch.softmax(part, 1, out=into if into.dtype == part.dtype else None)
+        labels.append(choose(probabilities, start))
+        chosen = labels[-1][:, None]
         terms.append(_nats(part, probabilities, chosen))
         probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
         if probabilities is not into:
             into.copy_(probabilities)
     if logits.requires_grad:  # or there is no map before them, and nobody wants a gradient
         logits.backward(gradient)
-    return torch.cat(terms)
+    return torch.cat(terms), torch.cat(labels)
 
 
 def _nats(logits: Tensor, probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from msif_ray.cluster.jobs import ScoreJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.rank import Outcome
 from msif_ray.config import parse_run
-from msif_ray.influence.capture import Batch, Capture, Captured, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.directions import DenseDirections, LowRankDirections
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.plan.memory import Gauge

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from msif_ray.cluster.sharding import load_sharded
-from msif_ray.influence.capture import Batch, Capture, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
 
 CPU = torch.device("cpu")

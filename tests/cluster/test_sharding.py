@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from msif_ray.cluster.sharding import RankGroup, _configuration, gathered, join, load_sharded
-from msif_ray.influence.capture import Batch, Capture, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

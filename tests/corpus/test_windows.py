@@ -8,7 +8,7 @@ import pytest
 
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
-from msif_ray.influence.capture import WindowKey
+from msif_ray.influence.batch import WindowKey
 
 TOKENIZER = models.build_tokenizer()
 

@@ -5,7 +5,7 @@ Stages are described by `reference.StageSpec`, so that the package and the refer
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
-from msif_ray.influence.capture import Batch, Capture, Captured
+from msif_ray.influence.batch import Batch
+from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
-from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.influence.queries import carry_back, query_tokens, truncate
 from msif_ray.influence.response import (
@@ -64,16 +65,8 @@ def batches(stage: StageSpec, documents: Sequence[Encoded], tokens_per_batch: in
     return pack(windows, tokens_per_batch)
 
 
-def sampled(stage: StageSpec) -> Callable[[Tensor, Batch], Tensor]:
-    def choose(logits: Tensor, batch: Batch) -> Tensor:
-        lengths = batch.attention_mask.sum(1).tolist()
-        uniforms = [
-            window_uniforms(stage.seed, stage.name, key.document_id, key.window, length)
-            for key, length in zip(batch.keys, lengths, strict=True)
-        ]
-        return sample_labels(logits, torch.nn.utils.rnn.pad_sequence(uniforms, batch_first=True)[batch.predicts])
-
-    return choose
+def uniforms(stage: StageSpec, batch: Batch) -> Tensor | None:
+    return batch_uniforms(stage.seed, stage.name, batch) if stage.labels == "sampled" else None
 
 
 def fit(stage: StageSpec, tokens_per_batch: int = 150) -> Fitted:
@@ -81,11 +74,10 @@ def fit(stage: StageSpec, tokens_per_batch: int = 150) -> Fitted:
     maps = find_linear_maps(stage.model)
     encoded, _ = encode_rows(stage, stage.documents)
     batched = [to_batch(windows) for windows in batches(stage, encoded, tokens_per_batch)]
-    labels = sampled(stage) if stage.labels == "sampled" else None
     covariances = CovarianceSums()
     with Capture(stage.model, maps) as capture:
         for batch in batched:
-            covariances.add(capture.run(batch, labels))
+            covariances.add(capture.run(batch, uniforms(stage, batch)))
         means = {key: total / covariances.counts[key] for key, total in covariances.sums.items()}
         bases = {
             name: Basis(*(eigenbasis(means[f"{side}/{name}"])[1].to(means[f"A/{name}"].dtype) for side in "AS"))
@@ -93,7 +85,7 @@ def fit(stage: StageSpec, tokens_per_batch: int = 150) -> Fitted:
         }
         corrections = CorrectionSums(bases)
         for batch in batched:
-            corrections.add(capture.run(batch, labels))
+            corrections.add(capture.run(batch, uniforms(stage, batch)))
     factors = {name: Factor(bases[name], corrections.sums[f"E/{name}"] / len(encoded)) for name in maps}
     return Fitted(means, factors)
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from msif_ray.errors import UserError
-from msif_ray.influence.capture import Batch, Capture, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
 
 

@@ -7,28 +7,33 @@ import reference
 import torch
 
 from msif_ray.corpus.windows import to_batch
-from msif_ray.influence import labels
+from msif_ray.influence import loss
 from msif_ray.influence.capture import Capture
-from msif_ray.influence.labels import sample_labels, window_uniforms
+from msif_ray.influence.labels import draw, window_uniforms
 
 
 def test_labels_follow_the_models_distribution():
-    logits = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).expand(20_000, 5)
-    found = sample_labels(logits, window_uniforms(0, "s", "d", 0, 20_000))
+    probabilities = torch.randn(1, 5, generator=torch.Generator().manual_seed(0)).softmax(-1).expand(20_000, 5)
+    found = draw(probabilities, window_uniforms(0, "s", "d", 0, 20_000))
     shares = torch.bincount(found, minlength=5) / 20_000
-    assert (shares - logits[0].softmax(-1)).abs().max() < 0.015  # five standard errors are 0.018
+    assert (shares - probabilities[0]).abs().max() < 0.015  # five standard errors are 0.018
 
 
-def test_edges_of_the_distribution(monkeypatch):
-    impossible = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
-    found = sample_labels(impossible.expand(4, 5), torch.tensor([0.0, 0.499, 0.501, 1 - 1e-16]).double())
+def test_edges_of_the_distribution():
+    impossible = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    found = draw(impossible.expand(4, 5), torch.tensor([0.0, 0.499, 0.501, 1 - 1e-16]).double())
     assert found.tolist() == [1, 1, 3, 4]  # the last number rounds to 1: clamped to the vocabulary
-    monkeypatch.setitem(labels.ENTRIES, "cpu", 100 * 300)
+
+
+@pytest.mark.parametrize("vocabulary", (5, 64, 65, 300, 320))
+def test_labels_are_those_of_the_whole_cumulative_distribution(vocabulary, monkeypatch):
+    monkeypatch.setitem(loss.LOGIT_ENTRIES, "cpu", 100 * vocabulary)
     count = 203
-    logits = torch.randn(count, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(count, vocabulary, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     uniforms = window_uniforms(1, "s", "d", 0, count)
-    singly = torch.cat([sample_labels(logits[t : t + 1], uniforms[t : t + 1]) for t in range(count)])
-    assert torch.equal(sample_labels(logits, uniforms), singly)
+    cumulative = logits.softmax(1).cumsum(1)
+    wanted = (cumulative <= uniforms[:, None] * cumulative[:, -1:]).sum(1)
+    assert torch.equal(loss.differentiate_sampled(logits, uniforms)[1], wanted)
 
 
 def test_uniforms_depend_on_seed_stage_document_and_window_alone():
@@ -46,13 +51,11 @@ def test_a_padded_batch_draws_the_labels_of_batch_size_one(seed):
     stage = reference.StageSpec("s", model, models.build_tokenizer(), rows, max_tokens=9, seed=seed)
     encoded, _ = pipeline.encode_rows(stage, rows)
     (windows,) = pipeline.batches(stage, encoded, pipeline.TOGETHER)
-    drawn = []
-    choose = pipeline.sampled(stage)
+    batch = to_batch(windows)
     with Capture(model, {}) as capture:
-        batch = to_batch(windows)
-        capture.run(batch, lambda logits, batch: drawn.append(choose(logits, batch)) or drawn[-1])
+        drawn = capture.run(batch, pipeline.uniforms(stage, batch)).labels
     positions = batch.predicts.nonzero()[:, 0]
     for row, window in enumerate(windows):
         key = (stage.seed, stage.name, window.key.document_id, window.key.window)
         expected = reference.sample_labels(model, list(window.ids), list(window.targets), *key)
-        assert drawn[0][positions == row].tolist() == [label for label in expected if label != reference.MASKED]
+        assert drawn[positions == row].tolist() == [label for label in expected if label != reference.MASKED]

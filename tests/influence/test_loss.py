@@ -29,3 +29,17 @@ def test_a_label_that_the_model_rules_out_has_its_whole_loss():
     terms = loss.differentiate(logits, torch.tensor([1, 1, 0]))
     torch.testing.assert_close(terms, torch.tensor([200.0, 80.0, 300.0]))
     torch.testing.assert_close(logits.grad, torch.tensor([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_sampled_labels_have_the_gradient_and_terms_of_given_ones(dtype, monkeypatch):
+    monkeypatch.setitem(loss.LOGIT_ENTRIES, "cpu", 300)
+    generator = torch.Generator().manual_seed(2)
+    drawn, given = (
+        (3 * torch.randn(11, 100, dtype=torch.float64, generator=generator.manual_seed(2))).to(dtype).requires_grad_()
+        for _ in range(2)
+    )
+    terms, labels = loss.differentiate_sampled(drawn, torch.rand(11, dtype=torch.float64, generator=generator))
+    assert len(set(labels.tolist())) > 3
+    assert torch.equal(terms, loss.differentiate(given, labels))
+    assert torch.equal(drawn.grad, given.grad)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from msif_ray.influence.capture import Batch, Capture, Captured, WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.influence.scoring import Scorer
