@@ -1,6 +1,7 @@
 """The steps of a run in one process, as a rank does them, and the training pass they are compared with."""
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -63,11 +64,17 @@ class Steps:
         return sums
 
     def bases(self, sums: CovarianceSums, names: Sequence[str]) -> dict[str, Basis]:
-        """Eigenbases, computed where the sums are, in the type of the sums."""
+        """Eigenbases, computed where the sums are, in the type of the sums; on a CPU side by side, a thread for each,
+        as a run's tasks are."""
         totals, found = sums.sums, {}
+        keys = [f"{side}/{name}" for name in names for side in ("A", "S")]
+        workers = 1 if totals[keys[0]].is_cuda else torch.get_num_threads()
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            largest_first = sorted(keys, key=lambda key: -len(totals[key]))
+            means = (totals[key] / sums.counts[key] for key in largest_first)
+            vectors = dict(zip(largest_first, pool.map(_eigenvectors, means), strict=True))
         for name in names:
-            pair = [totals[f"{side}/{name}"] / sums.counts[f"{side}/{name}"] for side in ("A", "S")]
-            found[name] = Basis(*(eigenbasis(each)[1].to(each.dtype).contiguous() for each in pair))
+            found[name] = Basis(vectors[f"A/{name}"], vectors[f"S/{name}"])
         return found
 
     def random_basis(self, described: LinearMap) -> Basis:
@@ -110,6 +117,10 @@ class Steps:
         scorer = Scorer(directions)
         with Capture(self.model, self.maps) as capture:
             return torch.cat([scorer.score(capture.run(batch))[0].cpu() for batch in self.batches])
+
+
+def _eigenvectors(covariance: Tensor) -> Tensor:
+    return eigenbasis(covariance)[1].to(covariance.dtype).contiguous()
 
 
 def _random(described: LinearMap, queries: int, rank: int, workload: Workload) -> LowRankDirections:

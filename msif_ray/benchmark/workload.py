@@ -22,7 +22,7 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(layers=4, hidden=256, heads=4, vocabulary=4096, tokens_per_batch=1024),
+    "small": Shape(layers=4, hidden=256, heads=4, vocabulary=4096, tokens_per_batch=4096),
     "wide": Shape(layers=4, hidden=1024, heads=16, vocabulary=4096, tokens_per_batch=1024),
     "pythia-160m": Shape(layers=12, hidden=768, heads=12, vocabulary=50304, tokens_per_batch=32768),
     "pythia-1b": Shape(layers=16, hidden=2048, heads=8, vocabulary=50304, tokens_per_batch=16384),

@@ -97,8 +97,7 @@ class LowRankDirections:
         at_once = max(1, _entries(flat) // (out * columns))
         stops = [min(start + at_once, len(self)) for start in range(0, len(self), at_once)]
         scores = [
-            inner(flat, self.part(start, stop)._expanded())
-            for start, stop in zip([0, *stops], stops, strict=False)
+            inner(flat, self.part(start, stop)._expanded()) for start, stop in zip([0, *stops], stops, strict=False)
         ]
         return torch.cat(scores, dim=1)
 

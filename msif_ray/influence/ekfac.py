@@ -138,28 +138,30 @@ def gradient_rotation_cost(out: int, columns: int) -> int:
     return out * columns * (out + columns)
 
 
-def window_gradients(inputs: Tensor, gradients: Tensor, bias: bool = False) -> Iterator[Tensor]:
+def window_gradients(inputs: Tensor, gradients: Tensor, bias: bool = False, multiple: int = 1) -> Iterator[Tensor]:
     """G = Σ_t g_t a_tᵀ of each row, `[some rows, out, columns]` at a time so that memory is bounded.
 
     `inputs` `[rows, positions, in]`, with `bias` without the constant 1 that comes last in a; `gradients`
-    `[rows, positions, out]`. What is yielded is overwritten by the next: fresh memory for each would cost more than
-    the product.
+    `[rows, positions, out]`. At most `multiple` GRADIENT_ENTRIES are held, but for a single larger row. What is
+    yielded is overwritten by the next: fresh memory for each would cost more than the product.
     """
-    at_once = _rows_at_once(inputs.shape[-1] + int(bias), gradients.shape[-1], inputs.device)
+    at_once = _rows_at_once(inputs.shape[-1] + int(bias), gradients.shape[-1], inputs.device, multiple)
     for a, g in zip(inputs.split(at_once), gradients.split(at_once), strict=True):
-        yield from _outer_products(with_ones(operand(a)) if bias else operand(a), operand(g))
+        yield from _outer_products(with_ones(operand(a)) if bias else operand(a), operand(g), multiple=multiple)
 
 
-def _outer_products(activations: Tensor, gradients: Tensor, narrow: torch.dtype | None = None) -> Iterator[Tensor]:
+def _outer_products(
+    activations: Tensor, gradients: Tensor, narrow: torch.dtype | None = None, multiple: int = 1
+) -> Iterator[Tensor]:
     columns, out = activations.shape[-1], gradients.shape[-1]
-    at_once = min(len(activations), _rows_at_once(columns, out, activations.device))
+    at_once = min(len(activations), _rows_at_once(columns, out, activations.device, multiple))
     space = activations.new_empty(at_once, out, columns, dtype=wide_type(activations.dtype))
     for a, g in zip(activations.split(at_once), gradients.split(at_once), strict=True):
         yield outer(g, a, space[: len(a)], narrow)
 
 
-def _rows_at_once(columns: int, out: int, device: torch.device) -> int:
-    return max(1, GRADIENT_ENTRIES[device.type] // (columns * out))
+def _rows_at_once(columns: int, out: int, device: torch.device, multiple: int) -> int:
+    return max(1, multiple * GRADIENT_ENTRIES[device.type] // (columns * out))
 
 
 @dataclass(frozen=True)
