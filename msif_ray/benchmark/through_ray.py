@@ -30,10 +30,10 @@ class Job:
     def write(self) -> None:
         model = self.workload.model()
         model.save_pretrained(self.folder / "model")
-        vocabulary = {str(i): i for i in range(self.workload.shape.vocabulary)}
-        backend = Tokenizer(WordLevel(vocabulary, unk_token="0"))
+        vocabulary = {_word(token): token for token in range(self.workload.shape.vocabulary)}
+        backend = Tokenizer(WordLevel(vocabulary, unk_token=_word(0)))
         backend.pre_tokenizer = WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0").save_pretrained(self.folder / "model")
+        PreTrainedTokenizerFast(tokenizer_object=backend, unk_token=_word(0)).save_pretrained(self.folder / "model")
         _write_texts(self.folder / "documents.jsonl", self.workload.batches(), "text")
         _write_texts(self.folder / "queries.jsonl", self.workload.queries(self.queries), "completion")
 
@@ -75,12 +75,17 @@ class Job:
             return perf_counter() - began
 
 
+def _word(token: int) -> str:
+    """A word that is this one token and holds no other: an unknown-token's word is found inside of others, too."""
+    return f"t{token}"
+
+
 def _write_texts(path: Path, batches: list[Any], column: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         for batch in batches:
             for row, key in enumerate(batch.keys):
                 ids = batch.input_ids[row][batch.attention_mask[row]].tolist()
-                line = {"id": key.document_id, column: " ".join(map(str, ids))}
+                line = {"id": key.document_id, column: " ".join(map(_word, ids))}
                 file.write(json.dumps(line | ({"prompt": ""} if column == "completion" else {})) + "\n")
 
 
