@@ -27,6 +27,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from msif_ray import heap
 from msif_ray.cluster import partials
 from msif_ray.cluster.jobs import Job, QueryJob
 from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
@@ -73,9 +74,12 @@ class RankResources:
         return of_rank if self.ranks == 1 else f"{self.ranks} ranks of {of_rank} each"
 
     @property
-    def actor(self) -> dict[str, float]:
+    def actor(self) -> dict[str, Any]:
         """What the replica's own actor asks for: the one rank's share, or nothing beside its rank actors."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus} if self.ranks == 1 else {"num_cpus": 0}
+        if self.ranks > 1:
+            return {"num_cpus": 0}
+        environment = {} if self.gpus else {"runtime_env": {"env_vars": heap.ENVIRONMENT}}
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus} | environment
 
 
 class Replica:
