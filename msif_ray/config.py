@@ -184,6 +184,16 @@ class Index(Strict):
     dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "int8"
 
 
+class Detail(Strict):
+    """What every score is a sum of, written beside it as list columns: by token, and by tracked map.
+
+    The top documents have both in any case.
+    """
+
+    tokens: bool = False
+    modules: bool = False
+
+
 class Replicas(Strict):
     min: Annotated[int, Field(ge=1)] = 1
     max: Annotated[int, Field(ge=1)] = 1
@@ -235,6 +245,7 @@ class Run(Strict):
     queries: Queries
     index: list[Index] = []
     score: Annotated[list[Score], Field(min_length=1)]
+    detail: Detail = Detail()
     top: Annotated[int, Field(ge=1)] = 20
     cluster: Cluster = Cluster()
 
@@ -262,6 +273,9 @@ class Run(Strict):
                 raise ValueError(f"{key}.stage: there is no stage {stage!r}, only {', '.join(names)}")
             if documents is None and self.stages[names.index(stage)].documents is None:
                 raise ValueError(f"{key}.documents: neither this entry nor its stage names documents")
+        indexed = next((i for i, score in enumerate(self.score) if score.index is not None), None)
+        if self.detail.tokens and indexed is not None:
+            raise ValueError(f"detail.tokens: score.{indexed} reads an index, which keeps no tokens; leave one out")
         if self.cluster.offload and self.cluster.ranks_per_replica == 1:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
         return self

@@ -17,7 +17,7 @@ from msif_ray.cluster.directions import shards
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
-from msif_ray.cluster.jobs import ScoreJob
+from msif_ray.cluster.jobs import ScoreJob, Shares
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.queries import query_blocks, query_gradients
@@ -245,16 +245,23 @@ class _Driver:
             blocks = replace(blocks, size=manifest["documents_per_block"])  # a part is named after the index's block
             about = {"index": str(index_folder(entry))}
             about |= {f"index_{key}": str(manifest[key]) for key in ("rank", "dtype")}
+        setup = self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens)
+        detail, maps = self.config.detail, tuple(self.resolved.maps)
+        wanted = Shares(detail.tokens, (setup.max_tokens or 1) - 1) if detail.tokens or detail.modules else None
         return ScoreTask(
             run_dir=self.config.run_dir,
-            setup=self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens),
+            setup=setup,
             job=ScoreJob(
                 tuple(self._directions(entry) for entry in entries),
                 self.config.cluster.directions_memory,
+                tracked=maps,
+                shares=wanted,
             ),
             blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
             labels=tuple(entry.label for entry in entries),
+            maps=maps,
+            detail=detail,
             metadata=MEANING | about,
         )
 

@@ -151,6 +151,9 @@ class Estimate:
             rows = resolved.rows[f"score.{self.run.score.index(entries[0])}"]
             parts = sum(-(-each // cluster.documents_per_block) for each in rows)
             scores = parts * self.inputs.part.footer + pairs * self.inputs.part.pair
+            detail = self.run.detail
+            scores += 4.0 * len(resolved.queries) * seen.tokens * detail.tokens
+            scores += 4.0 * pairs * len(resolved.maps) * detail.modules
             stored += [Stored(f"scores of {entry.label} (Parquet)", scores) for entry in entries]
         return stored
 
@@ -289,7 +292,7 @@ class Estimate:
     def _scores(self, entries: Sequence[Score]) -> Step:
         tally, index = self._scored(entries), self.run.stage_index(entries[0].stage)
         scorer, job = self.scorer(entries), scoring_job(self.run.score.index(entries[0]))
-        flops = counts.pass_flops(self.inputs.sizes[index], tally) + counts.scoring_flops(scorer, tally)
+        flops = counts.pass_flops(self.inputs.sizes[index], tally) + self._scoring_flops(scorer, tally)
         if entries[0].index is not None:
             rank = self._indexed_rank(entries[0])
             tally = replace(tally, lengths={rank: tally.documents - tally.skipped})
@@ -303,6 +306,13 @@ class Estimate:
             self._hours(index, job, flops),
             self._peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
         )
+
+    def _scoring_flops(self, scorer: Scorer, tally: Tally) -> float:
+        """Of scores alone by the cheaper contraction of every map; with those of every token, token by token."""
+        if not self.run.detail.tokens:
+            return counts.scoring_flops(scorer, tally)
+        queries = len(next(iter(scorer.directions.values())))
+        return queries * counts.token_score_flops(scorer, tally.positions)
 
     def _indexed_rank(self, entry: Score) -> int:
         """The rank of the index that an entry scores from."""

@@ -6,6 +6,7 @@ A part carries its block's skipped documents in its own metadata, so that one re
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,12 @@ UNITS = {
     "n_tokens": "tokens of the document, with its prompt and an appended EOS",
 }
 
+# Of the list columns that a run with `detail`, and top.parquet, have beside.
+SHARES = {
+    "token_scores": "each token's share of the score: what flows through its own activations; they sum to the score",
+    "module_scores": "each tracked map's share of the score, in the order of modules; they sum to the score",
+}
+
 SCORES_SCHEMA = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -45,6 +52,48 @@ SKIPPED_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("doc_id", "reason", "stage")],
     metadata={"reason": "why the document has no score"},
 )
+
+
+@dataclass(frozen=True)
+class Details:
+    """What scores are sums of: by map, `[documents, queries, maps]`, and by token, `[queries, tokens]` of each
+    document; None where it is not wanted. `modules` names the maps."""
+
+    modules: tuple[str, ...]
+    by_map: np.ndarray | None = None
+    by_token: Sequence[np.ndarray] | None = None
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        wanted = {"token_scores": self.by_token, "module_scores": self.by_map}
+        return [
+            pa.field(name, pa.list_(pa.float32()), nullable=False)
+            for name, shares in wanted.items()
+            if shares is not None
+        ]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        names = {} if self.by_map is None else {"modules": json.dumps(self.modules)}
+        return {field.name: SHARES[field.name] for field in self.fields} | names
+
+    def columns(self, queries: slice) -> list[pa.Array]:
+        """The list columns of every pair of some queries, by query and then by document."""
+        found = []
+        if self.by_token is not None:
+            some = [shares[queries] for shares in self.by_token]
+            count = len(some[0]) if some else 0
+            rows = [shares[query] for query in range(count) for shares in some]
+            found.append(_lists(np.concatenate(rows or [np.zeros(0)]), [len(row) for row in rows]))
+        if self.by_map is not None:
+            shares = self.by_map[:, queries].transpose(1, 0, 2)
+            found.append(_lists(shares.reshape(-1), [shares.shape[2]] * (shares.shape[0] * shares.shape[1])))
+        return found
+
+
+def _lists(values: np.ndarray, lengths: Sequence[int]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values, dtype=np.float32)))
 
 
 def stage_folder(run_dir: str | Path, stage: str) -> Path:
@@ -75,17 +124,19 @@ def write_part(
     n_tokens: Sequence[int],
     skipped: Iterable[tuple[str, str]],
     metadata: Mapping[str, str],
+    details: Details | None = None,
 ) -> None:
     """Writes one block's scores `[documents, queries]` as rows sorted by query, then document order.
 
     `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
-    added to the file's own. Raises ValueError for arrays of other shapes.
+    added to the file's own; `details` are list columns beside the scores. Raises ValueError for arrays of other shapes.
     """
     shape = (len(doc_ids), len(query_ids))
     if scores.shape != shape or len(norms) != shape[0] or len(n_tokens) != shape[0]:
         raise ValueError(f"scores {scores.shape}, norms {norms.shape}, n_tokens {len(n_tokens)} for {shape}")
-    about = {**UNITS, **metadata, SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
-    schema = SCORES_SCHEMA.with_metadata(about)
+    details = details or Details(())
+    skips = {SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
+    schema = pa.schema([*SCORES_SCHEMA, *details.fields], {**UNITS, **details.metadata, **metadata, **skips})
     of_documents = (np.asarray(norms, dtype=np.float32), np.asarray(n_tokens, dtype=np.int32))
     at_once = max(1, ROWS_AT_ONCE // max(1, len(doc_ids)))
     with (
@@ -95,7 +146,7 @@ def write_part(
         for start in range(0, len(query_ids), at_once):
             some = slice(start, start + at_once)
             columns = _columns(query_ids[some], doc_ids, scores[:, some], *of_documents)
-            writer.write_table(pa.table(columns, schema))
+            writer.write_table(pa.table([*columns, *details.columns(some)], schema))
 
 
 def _columns(
@@ -131,16 +182,23 @@ def skipped_of(path: Path) -> list[tuple[str, str]]:
 
 
 def read_part(path: Path) -> pa.Table:
-    """A part's rows. Raises UserError for a file that is not a part, or is damaged."""
+    """A part's rows, without the list columns of `detail`.
+
+    Raises UserError for a file that is not a part, or is damaged.
+    """
     with _opened(path) as part:
-        return part.read().cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
+        return _as_scores(part, part.read(columns=SCORES_SCHEMA.names))
 
 
 def read_rows(path: Path) -> Iterator[pa.Table]:
-    """A part's rows in their order, some at a time. Raises UserError as `read_part` does."""
+    """A part's rows as of `read_part` in their order, some at a time. Raises UserError as `read_part` does."""
     with _opened(path) as part:
         for group in range(part.num_row_groups):
-            yield part.read_row_group(group).cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
+            yield _as_scores(part, part.read_row_group(group, columns=SCORES_SCHEMA.names))
+
+
+def _as_scores(part: pq.ParquetFile, rows: pa.Table) -> pa.Table:
+    return rows.cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Whole runs on a real local Ray cluster against the dense reference."""
 
+import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +56,7 @@ def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str)
     for row in rows:
         assert len(row["tokens"]) == len(row["token_scores"]) == row["n_tokens"]
         assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
+        assert sum(row["module_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
     first = [row for row in rows if row["stage"] == "pretrain" and row["query_id"] == "query-0" and row["rank"] == 1]
     by_side = {row["side"]: row["score"] for row in first}
     of_query = [score for (query, _), (score, _, _) in scores.items() if query == "query-0"]
@@ -69,12 +72,47 @@ def test_run_json_says_what_changes_a_score(one_process: str) -> None:
     assert all(value > 0 for value in strengths["pretrain.damping"].values())
 
 
-def test_two_replicas_give_the_same_scores(folder: Path, one_process: str) -> None:
+@pytest.fixture(scope="module")
+def two_replicas(folder: Path) -> str:
+    """The same run on two replicas, with the shares of every score."""
     description = runs.two_stages(folder, "replicas", replicas=2)
-    run(parse_run(description))
-    for stage in ("pretrain", "tune"):
-        found = runs.read_scores(description["run_dir"], stage)
-        assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+    run(parse_run(description | {"detail": {"tokens": True, "modules": True}}))
+    return str(description["run_dir"])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "tune"])
+def test_two_replicas_give_the_same_scores(two_replicas: str, one_process: str, stage: str) -> None:
+    found = runs.read_scores(two_replicas, stage)
+    assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+
+
+@pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
+def test_shares_equal_the_dense_reference_and_sum_to_the_score(
+    folder: Path, two_replicas: str, stage: str, scored: int
+) -> None:
+    wanted = runs.expected_shares(folder, scored)
+    path = Path(two_replicas) / "scores" / f"stage={stage}"
+    rows = pq.read_table(path, partitioning=None).to_pylist()
+    names = json.loads(pq.read_schema(next(path.glob("*.parquet"))).metadata[b"modules"])
+    assert {(row["query_id"], row["doc_id"]) for row in rows} == wanted.keys()
+    close = FLOAT32 * max(abs(share) for by_map, _ in wanted.values() for share in by_map.values())
+    for row in rows:
+        by_map, by_token = wanted[row["query_id"], row["doc_id"]]
+        assert dict(zip(names, row["module_scores"], strict=True)) == pytest.approx(by_map, abs=close)
+        assert row["token_scores"] == pytest.approx(by_token, abs=close)
+        for shares in (row["module_scores"], row["token_scores"]):
+            assert math.fsum(shares) == pytest.approx(row["score"], abs=FLOAT32 * sum(map(abs, shares)))
+    assert read_json(Path(two_replicas) / "run.json")["identity"]["run"]["detail"] == {"tokens": True, "modules": True}
+
+
+def test_shares_of_top_documents_are_those_of_the_scores(one_process: str, two_replicas: str) -> None:
+    scores = pq.read_table(Path(two_replicas) / "scores").to_pylist()
+    all_rows = {(row["stage"], row["query_id"], row["doc_id"]): row for row in scores}
+    for row in pq.read_table(f"{one_process}/top.parquet").to_pylist():
+        full = all_rows[row["stage"], row["query_id"], row["doc_id"]]
+        for shares in ("token_scores", "module_scores"):
+            assert row[shares] == pytest.approx(full[shares], rel=1e-5, abs=1e-5)
+        assert "".join(row["tokens"]).removesuffix("<eos>") == row["text"]
 
 
 def test_two_ranks_that_shard_the_weights_give_the_same_scores(folder: Path, one_process: str) -> None:

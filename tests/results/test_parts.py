@@ -105,3 +105,26 @@ def test_a_flipped_bit_of_the_rows_is_noticed(tmp_path: Path) -> None:
                 "n_tokens": [3, 4, 3, 4],
             }
     assert noticed > (footer - 4) / 2
+
+
+def test_details_are_list_columns_by_query_then_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "ROWS_AT_ONCE", 2)  # a query at a time
+    by_map = np.arange(12.0).reshape(2, 2, 3)
+    by_token = [np.arange(4.0).reshape(2, 2), np.arange(6.0).reshape(2, 3)]
+    details = parts.Details(("x", "y", "z"), by_map, by_token)
+    path = tmp_path / "p.parquet"
+    parts.write_part(path, ["q1", "q0"], ["b", "a"], np.zeros((2, 2)), np.zeros(2), [2, 3], [], {}, details)
+    table = pq.ParquetFile(path).read()
+    assert table["module_scores"].to_pylist() == [[0, 1, 2], [6, 7, 8], [3, 4, 5], [9, 10, 11]]
+    assert table["token_scores"].to_pylist() == [[0, 1], [0, 1, 2], [2, 3], [3, 4, 5]]
+    assert table.schema.metadata[b"modules"] == b'["x", "y", "z"]'
+    assert parts.read_part(path).column_names == parts.SCORES_SCHEMA.names
+    for wanted in (parts.Details(("x",)), parts.Details(("x",), by_map[:, :, :1])):
+        parts.write_part(path, ["q1", "q0"], ["b", "a"], np.zeros((2, 2)), np.zeros(2), [2, 3], [], {}, wanted)
+        assert len(pq.read_schema(path)) == 5 + len(wanted.fields)
+
+
+def test_details_of_a_block_without_documents(tmp_path: Path) -> None:
+    details = parts.Details(("x",), np.zeros((0, 2, 1)), [])
+    parts.write_part(tmp_path / "p", ["q1", "q0"], [], np.zeros((0, 2)), np.zeros(0), [], [], {}, details)
+    assert pq.ParquetFile(tmp_path / "p").metadata.num_rows == 0

@@ -56,6 +56,7 @@ def row(**changes: Any) -> dict[str, Any]:
     return {
         "stage": "s", "query_id": "q", "side": "highest", "rank": 1, "doc_id": "d", "score": 0.5, "norm": 2.0,
         "n_tokens": 2, "text": "ab", "tokens": ["a", "b"], "token_scores": [0.25, 0.25],
+        "modules": ["m"], "module_scores": [0.5],
     } | changes  # fmt: skip
 
 
