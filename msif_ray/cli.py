@@ -20,10 +20,12 @@ app = typer.Typer(
 
 Description = Annotated[Path, typer.Argument(help="The run description, a YAML file.", show_default=False)]
 
+FinishedRun = Annotated[str, typer.Argument(help="The run_dir of a finished run.", show_default=False)]
+
 
 @app.command("run")
 def run_command(description: Description) -> None:
-    """Run everything that is left: fit, carry queries back, score, and list the top documents."""
+    """Run everything that is left: fit, carry queries back, score, list the top documents and write the report."""
     from msif_ray.run import run
 
     run(load_run(description))
@@ -68,6 +70,20 @@ def plan_command(
         print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
     else:
         print_plan(plan, Console(highlight=False))
+
+
+@app.command("report")
+def report_command(
+    run_dir: FinishedRun,
+) -> None:
+    """Write report.html anew: the top documents of every query, in one file to look at."""
+    from msif_ray.results.report import write_report
+    from msif_ray.results.signals import signal_lines
+
+    path, signals = write_report(run_dir)
+    for line in signal_lines(signals):
+        Console(stderr=True, soft_wrap=True).print(f"note: {line}", markup=False, highlight=False)
+    print(path)
 
 
 @app.command("demo")

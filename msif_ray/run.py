@@ -31,11 +31,14 @@ from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.machines import check_room, cluster_address, with_gpus
-from msif_ray.paths import reason
+from msif_ray.paths import exists, path_of, reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_index, keep_record, keep_strengths
 from msif_ray.results.parts import write_skipped
+from msif_ray.results.report import write_report
+from msif_ray.results.signals import signal_lines
+from msif_ray.results.statistics import STATISTICS, write_statistics
 from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import model_setup
 from msif_ray.store import sweep
@@ -147,6 +150,7 @@ class _Driver:
         if until == "score":
             return
         self._top()
+        self._report()
 
     def _setup(self, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
         return model_setup(self.resolved, index, documents, max_tokens)
@@ -306,7 +310,15 @@ class _Driver:
             return
         with ReplicaPool(self.config.cluster) as pool:
             write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
-        self.reporter.say(f"done: {self.config.run_dir}")
+
+    def _report(self) -> None:
+        run_dir = self.config.run_dir
+        if not exists(path_of(run_dir) / STATISTICS):
+            write_statistics(run_dir, [entry.label for entry in self.config.score])
+        report, signals = write_report(run_dir)
+        for line in signal_lines(signals):
+            self.reporter.say(f"note: {line}")
+        self.reporter.say(f"done: {report}")
 
     def _top_rows(self, pool: ReplicaPool) -> Iterator[Row]:
         for entry in self.config.score:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from cluster import runs, spy
+from results.finished import page_data
 
 from msif_ray import layout
 from msif_ray.cluster import pool
@@ -61,6 +62,22 @@ def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str)
     by_side = {row["side"]: row["score"] for row in first}
     of_query = [score for (query, _), (score, _, _) in scores.items() if query == "query-0"]
     assert by_side == {"highest": max(of_query), "lowest": min(of_query)}
+
+
+def test_the_report_is_there_and_holds_the_top_documents(one_process: str) -> None:
+    page = (Path(one_process) / "report.html").read_text(encoding="utf-8")
+    data = page_data(page)
+    assert [each["label"] for each in data["scored"]] == ["pretrain", "tune"]
+    assert [query["id"] for query in data["queries"]] == ["query-0", "query-1", "query-2"]
+    assert all(query["tokens"] > 1 and query["log_likelihood"] < 0 for query in data["queries"])
+    scores = runs.read_scores(one_process, "pretrain")
+    for query, found in zip(data["queries"], data["scored"][0]["queries"], strict=True):
+        own = [score for (name, _), (score, _, _) in scores.items() if name == query["id"]]
+        assert found["documents"] == len(own) == 14 and sum(found["histogram"]) == 14
+        first = found["supports"][0]
+        assert first["score"] == pytest.approx(max(own), rel=1e-5)
+        assert first["share"] == pytest.approx(max(own) / sum(map(abs, own)), rel=1e-4)
+    assert "14 of 16" in page and "Few documents for the factors of pretrain" in page
 
 
 def test_run_json_says_what_changes_a_score(one_process: str) -> None:
