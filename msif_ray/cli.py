@@ -86,6 +86,37 @@ def report_command(
     print(path)
 
 
+@app.command("show")
+def show_command(
+    run_dir: FinishedRun,
+    query: Annotated[str | None, typer.Option(help="The id of one query; default: all of them.")] = None,
+    scores: Annotated[str | None, typer.Option(help="The name of a `score` entry; default: the first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Documents of each side.")] = 5,
+) -> None:
+    """Print each query with the documents that support and oppose its completion most."""
+    from msif_ray.results.show import show
+
+    show(run_dir, Console(highlight=False), query, scores, top)
+
+
+@app.command("compare")
+def compare_command(
+    run_a: FinishedRun,
+    run_b: FinishedRun,
+    query: Annotated[str | None, typer.Option(help="The id of one query; default: all that both have.")] = None,
+    scores_a: Annotated[str | None, typer.Option(help="A `score` entry of the first; default: its first.")] = None,
+    scores_b: Annotated[str | None, typer.Option(help="A `score` entry of the second; default: its first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Documents that make up the top.")] = 20,
+) -> None:
+    """Say how alike two runs' rankings are (two α, two models), and which documents moved most.
+
+    The same run twice compares two of its `score` entries.
+    """
+    from msif_ray.results.compare import compare
+
+    compare(run_a, run_b, Console(highlight=False), (scores_a, scores_b), query, top)
+
+
 @app.command("demo")
 def demo_command(
     folder: Annotated[str, typer.Option(help="Where the demo's runs go.")] = "runs/demo",

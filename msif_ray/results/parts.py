@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from msif_ray.errors import UserError
@@ -195,6 +196,26 @@ def read_rows(path: Path) -> Iterator[pa.Table]:
     with _opened(path) as part:
         for group in range(part.num_row_groups):
             yield _as_scores(part, part.read_row_group(group, columns=SCORES_SCHEMA.names))
+
+
+def query_scores(run_dir: str | Path, stage: str, query: str) -> tuple[pa.Array, np.ndarray]:
+    """The documents and scores of one query, in the order of the parts; other queries' row groups are not read."""
+    found = []
+    for _, path in part_files(run_dir, stage):
+        with _opened(path) as part:
+            groups = [group for group in range(part.num_row_groups) if _may_hold(part.metadata.row_group(group), query)]
+            if groups:
+                rows = part.read_row_groups(groups, columns=["query_id", "doc_id", "score"])
+                found.append(rows.filter(pc.equal(rows["query_id"], query)).select(["doc_id", "score"]))
+    if not found:
+        return pa.array([], pa.string()), np.zeros(0, dtype=np.float32)
+    rows = pa.concat_tables(found)
+    return rows["doc_id"].combine_chunks(), rows["score"].to_numpy()
+
+
+def _may_hold(group: pq.RowGroupMetaData, query: str) -> bool:
+    statistics = group.column(0).statistics
+    return statistics is None or not statistics.has_min_max or statistics.min <= query <= statistics.max
 
 
 def _as_scores(part: pq.ParquetFile, rows: pa.Table) -> pa.Table:
