@@ -117,6 +117,23 @@ def compare_command(
     compare(run_a, run_b, Console(highlight=False), (scores_a, scores_b), query, top)
 
 
+@app.command("aggregate")
+def aggregate_command(
+    run_dir: FinishedRun,
+    by: Annotated[str, typer.Option(help="A column of the scored corpus.", show_default=False)],
+    query: Annotated[str | None, typer.Option(help="Print the groups of one query; default: means over all.")] = None,
+    scores: Annotated[str | None, typer.Option(help="The name of a `score` entry; default: the first.")] = None,
+    out: Annotated[str | None, typer.Option(help="A Parquet file for the groups of every query.")] = None,
+) -> None:
+    """Sum influence by a column of the corpus, such as a domain, a date or a licence."""
+    from msif_ray.results.aggregate import aggregate, print_aggregate, write_aggregate
+
+    table = aggregate(run_dir, by, scores)
+    if out is not None:
+        write_aggregate(table, out)
+    print_aggregate(table, by, Console(highlight=False), query)
+
+
 @app.command("demo")
 def demo_command(
     folder: Annotated[str, typer.Option(help="Where the demo's runs go.")] = "runs/demo",

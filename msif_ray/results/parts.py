@@ -20,8 +20,10 @@ from msif_ray.store import replacing
 
 SKIPPED = b"skipped"
 
-# Pairs of a part that are made into rows, and read, at once: whole queries of its documents (about 50 MB).
-ROWS_AT_ONCE = 2**19
+# Row groups are whole queries of the part's documents: of so many rows at the least, and no more than so many groups.
+# With smaller ones less is read for one query, but the footer is a larger part of the file and each takes its time.
+GROUP_ROWS = 2**10
+GROUPS = 64
 
 UNITS = {
     "unit": "score: nats of the completion's log-likelihood per unit of weight on the document's loss inside "
@@ -78,13 +80,11 @@ class Details:
         names = {} if self.by_map is None else {"modules": json.dumps(self.modules)}
         return {field.name: SHARES[field.name] for field in self.fields} | names
 
-    def columns(self, queries: slice) -> list[pa.Array]:
+    def columns(self, queries: np.ndarray) -> list[pa.Array]:
         """The list columns of every pair of some queries, by query and then by document."""
         found = []
         if self.by_token is not None:
-            some = [shares[queries] for shares in self.by_token]
-            count = len(some[0]) if some else 0
-            rows = [shares[query] for query in range(count) for shares in some]
+            rows = [shares[query] for query in queries for shares in self.by_token]
             found.append(_lists(np.concatenate(rows or [np.zeros(0)]), [len(row) for row in rows]))
         if self.by_map is not None:
             shares = self.by_map[:, queries].transpose(1, 0, 2)
@@ -127,7 +127,9 @@ def write_part(
     metadata: Mapping[str, str],
     details: Details | None = None,
 ) -> None:
-    """Writes one block's scores `[documents, queries]` as rows sorted by query, then document order.
+    """Writes one block's scores `[documents, queries]` as rows sorted by query id, then document order.
+
+    A row group holds whole queries, and its statistics say which: whoever wants one query reads a small part.
 
     `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
     added to the file's own; `details` are list columns beside the scores. Raises ValueError for arrays of other shapes.
@@ -139,14 +141,17 @@ def write_part(
     skips = {SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
     schema = pa.schema([*SCORES_SCHEMA, *details.fields], {**UNITS, **details.metadata, **metadata, **skips})
     of_documents = (np.asarray(norms, dtype=np.float32), np.asarray(n_tokens, dtype=np.int32))
-    at_once = max(1, ROWS_AT_ONCE // max(1, len(doc_ids)))
+    order = np.array(sorted(range(len(query_ids)), key=query_ids.__getitem__), dtype=np.int64)
+    in_group = max(-(-GROUP_ROWS // max(1, len(doc_ids))), -(-len(order) // GROUPS), 1)
     with (
         replacing(path) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
+        pq.ParquetWriter(
+            temporary, schema, write_page_checksum=True, sorting_columns=[pq.SortingColumn(0)]
+        ) as writer,
     ):
-        for start in range(0, len(query_ids), at_once):
-            some = slice(start, start + at_once)
-            columns = _columns(query_ids[some], doc_ids, scores[:, some], *of_documents)
+        for start in range(0, len(order), in_group):
+            some = order[start : start + in_group]
+            columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], *of_documents)
             writer.write_table(pa.table([*columns, *details.columns(some)], schema))
 
 

@@ -19,7 +19,7 @@ from msif_ray.store import replacing
 Side = Literal["highest", "lowest"]
 
 # Rows of `top.parquet` made at once: each has a document's tokens.
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 100
 # And read at once: of long documents each is large.
 ROWS_READ = 16
 

@@ -98,7 +98,7 @@ class Finished:
         half = self.documents // 2
         for block, some in enumerate((slice(0, half), slice(half, None))):
             parts.write_part(
-                parts.part_path(run_dir, label, f"0-{block}"),
+                parts.part_path(run_dir, label, f"00000-000000{block}"),
                 [query for query, _, _ in self.queries],
                 ids[some],
                 scores[some],

@@ -10,7 +10,7 @@ from msif_ray.results.statistics import BINS, read_statistics, write_statistics
 
 
 def test_they_are_those_of_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(parts, "GROUP_ROWS", 20)
     random = np.random.default_rng(0)
     scores = random.standard_normal((40, 3)).astype(np.float32)
     scores[3, 1] = np.nan
