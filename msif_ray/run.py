@@ -18,6 +18,7 @@ from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_ei
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
 from msif_ray.cluster.jobs import ScoreJob, Shares
+from msif_ray.cluster.metrics import publish
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.queries import query_blocks, query_gradients
@@ -59,7 +60,7 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
     Raises UserError for anything the user can mend, before any replica is started wherever it
     can be seen by then.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(observe=publish)
     if until == "index" and not config.index:
         raise UserError("index: the run describes none; name a stage there")
     resolved = check(config)
@@ -70,6 +71,7 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
             keep_record(resolved, reporter.say)
             sweep(resolved.run.run_dir)
             _Driver(resolved, reporter).run(until)
+            reporter.summarise()
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 import json
 import math
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from cluster import runs, spy
 from results.finished import page_data
 
@@ -78,6 +81,22 @@ def test_the_report_is_there_and_holds_the_top_documents(one_process: str) -> No
         assert first["score"] == pytest.approx(max(own), rel=1e-5)
         assert first["share"] == pytest.approx(max(own) / sum(map(abs, own)), rel=1e-4)
     assert "14 of 16" in page and "Few documents for the factors of pretrain" in page
+
+
+def test_progress_is_at_rays_metrics_port(one_process: str) -> None:
+    """Which its dashboard and Prometheus read."""
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    found, wanted = "", "ray_msif_documents{"
+    for _ in range(60):
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            found = answer.read().decode()
+        if wanted in found:
+            break
+        time.sleep(0.5)
+    of_step = [line for line in found.splitlines() if 'step="pretrain: scores"' in line]
+    values = {line.partition("{")[0].removeprefix("ray_"): float(line.rpartition(" ")[2]) for line in of_step}
+    assert values["msif_documents"] == 14 and values["msif_documents_skipped"] == 2
+    assert values["msif_tokens_per_second"] > 0 and values["msif_replicas"] == 1
 
 
 def test_run_json_says_what_changes_a_score(one_process: str) -> None:
