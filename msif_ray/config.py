@@ -148,19 +148,36 @@ class Queries(Strict):
         )
 
 
+class Candidates(Strict):
+    """Which documents of the corpus are scored for each query: the `top` by BM25 of its prompt and completion, or the
+    pairs that a Parquet file at `path` names in `doc_id` and, unless all queries are meant, `query_id`."""
+
+    method: Literal["bm25"] | None = None
+    top: Annotated[int, Field(ge=1)] = 10_000
+    path: Location | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.method is None) == (self.path is None):
+            raise ValueError("give either `method: bm25` or `path`")
+        return self
+
+
 class Score(Strict):
     """A stage whose documents are scored; by default those that it was trained on.
 
     `responses` answers for the named stages instead of their own, for an ablation or another α: entries
     that differ in nothing else share one pass over the documents. Each needs a `name` of its own, which
     is the stage's unless given. `index` names the run directory (this one's, or another's) that holds an index of
-    the stage's documents, to score from that in place of a pass.
+    the stage's documents, to score from that in place of a pass. `candidates` chooses what is scored; all documents
+    are by default.
     """
 
     stage: Name
     name: Name | None = None
     documents: Documents | None = None
     index: Location | None = None
+    candidates: Candidates | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     responses: dict[str, Response] = {}
 
@@ -185,13 +202,13 @@ class Index(Strict):
 
 
 class Detail(Strict):
-    """What every score is a sum of, written beside it as list columns: by token, and by tracked map.
-
-    The top documents have both in any case.
+    """What is written beside every score: as list columns what it is a sum of, by token and by tracked map, which the
+    top documents have in any case; and `normalised`, the score per token and per unit of the gradient's norm.
     """
 
     tokens: bool = False
     modules: bool = False
+    normalised: bool = False
 
 
 class Replicas(Strict):
@@ -262,6 +279,9 @@ class Run(Strict):
         for key, response in of_first.items():
             if isinstance(response, ProximalResponse):
                 raise ValueError(f"{key}: {names[0]!r} is the first stage; a proximal response belongs to a later one")
+        both = next((i for i, s in enumerate(self.score) if s.index is not None and s.candidates is not None), None)
+        if both is not None:
+            raise ValueError(f"score.{both}.candidates: an index is scored as a whole; leave `index` or this out")
         for index, score in enumerate(self.score):
             unknown = next((name for name in score.responses if name not in names), None)
             if unknown is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from msif_ray import __version__, layout
 from msif_ray.config import Detail
+from msif_ray.corpus.census import fingerprint
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
@@ -126,7 +127,13 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         for i, entry in enumerate(resolved.run.score)
         if entry.index is not None and not is_own(resolved.run, entry)
     }
-    return ({"indexes": indexes} if indexes else {}) | {
+    listed = {
+        f"score.{i}": fingerprint(path_of(entry.candidates.path))
+        for i, entry in enumerate(resolved.run.score)
+        if entry.candidates is not None and entry.candidates.path is not None
+    }
+    optional = {"indexes": indexes, "candidates": listed}
+    return {key: found for key, found in optional.items() if found} | {
         "run": run,
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}

@@ -28,6 +28,7 @@ from msif_ray.cluster.stream import BlockTask, stream
 from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
+from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_chosen
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.influence.groups import accumulating_bytes
@@ -133,6 +134,8 @@ class _Driver:
 
     def run(self, until: Until | None) -> None:
         only_index = until == "index"
+        if until in (None, "score"):
+            self._choose_candidates()
         with ReplicaPool(self.config.cluster) as pool:
             fitted = stages.indexed_stages(self.config) if only_index else stages.stages_with_factors(self.config)
             for index in fitted:
@@ -251,6 +254,10 @@ class _Driver:
             blocks = replace(blocks, size=manifest["documents_per_block"])  # a part is named after the index's block
             about = {"index": str(index_folder(entry))}
             about |= {f"index_{key}": str(manifest[key]) for key in ("rank", "dtype")}
+        chosen = self._chosen(entry, blocks) if entry.candidates is not None else None
+        if chosen is not None:
+            blocks = CandidateBlocks(**vars(blocks), chosen=chosen)
+            about["candidates"] = str(chosen)
         setup = self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens)
         detail, maps = self.config.detail, tuple(self.resolved.maps)
         wanted = Shares(detail.tokens, (setup.max_tokens or 1) - 1) if detail.tokens or detail.modules else None
@@ -269,11 +276,34 @@ class _Driver:
             maps=maps,
             detail=detail,
             metadata=MEANING | about,
+            candidates=chosen,
         )
 
+    def _choose_candidates(self) -> None:
+        """At once, so that what is wrong with a list is told before any replica is started."""
+        for first, *_ in self._passes():
+            if first.candidates is not None:
+                documents = self.config.scored_documents(first)
+                self._chosen(first, self._blocks(f"score.{self.config.score.index(first)}", documents))
+
+    def _chosen(self, entry: Score, blocks: CorpusBlocks) -> Path:
+        """The file of the documents that are scored for each query, chosen now unless it is there."""
+        first = next(entries[0] for entries in self._passes() if entry in entries)
+        path = layout.candidates(self.config.run_dir, first.label)
+        if not exists(path):
+            wanted, queries = entry.candidates, self.resolved.queries
+            if wanted is None:
+                raise ValueError(f"{entry.label} has no candidates")
+            key = f"score.{self.config.score.index(entry)}.candidates"
+            by_name = wanted.path is not None
+            table = by_list(blocks, queries, str(wanted.path), key) if by_name else by_bm25(blocks, queries, wanted.top)
+            write_chosen(path, table)
+            self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
+        return path
+
     def _score(self, entries: Sequence[Score]) -> None:
-        total = self.resolved.documents[f"score.{self.config.score.index(entries[0])}"]
         task: BlockTask = self._score_task(entries)
+        total = task.blocks.count
         if entries[0].index is not None:
             task = indexed_task(self._score_task(entries), index_folder(entries[0]))
         with self.reporter.step(f"{', '.join(entry.label for entry in entries)}: scores", total) as step:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy
@@ -11,6 +12,7 @@ from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.stream import ModelReplica
 from msif_ray.config import Detail
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.candidates import read_chosen
 from msif_ray.corpus.reader import Block
 from msif_ray.results.parts import Details, done_blocks, part_path, write_part
 
@@ -21,7 +23,8 @@ class ScoreReplica(ModelReplica):
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One stage's corpus to be scored against carried-back queries: those of each label, in one pass."""
+    """One stage's corpus to be scored against carried-back queries: those of each label, in one pass. `candidates`
+    is the file that says which pairs (None: all)."""
 
     what: ClassVar[str] = "scores"
 
@@ -34,6 +37,7 @@ class ScoreTask:
     maps: tuple[str, ...]
     detail: Detail
     metadata: dict[str, str]
+    candidates: Path | None = None
 
     @property
     def replica(self) -> type[ScoreReplica]:
@@ -56,6 +60,7 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
         table[places[document.document_id]] += document.scores.numpy()
         squares[places[document.document_id]] += document.squared_norm
     by_map, by_token = _shares(task, outcome, documents)
+    chosen = None if task.candidates is None else read_chosen(str(task.candidates)).pairs(ids, task.queries)
     count = len(task.queries)
     for index, label in enumerate(task.labels):
         own = slice(index * count, (index + 1) * count)
@@ -72,7 +77,9 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
                 task.maps,
                 None if by_map is None else by_map[:, own],
                 None if by_token is None else [shares[own] for shares in by_token],
+                task.detail.normalised,
             ),
+            chosen,
         )
 
 

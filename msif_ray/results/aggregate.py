@@ -83,6 +83,8 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
     for block, values in _blocks(facts.run, entry, column):
         path = part_path(facts.run_dir, scored.label, block)
         if not exists(path):
+            if entry.candidates is not None:
+                continue  # none of its documents was one
             raise UserError(f"{path}: missing; finish the run with `msif run`")
         for rows in read_rows(path):
             places = pc.index_in(rows["doc_id"], value_set=pa.array(list(values), pa.string()))

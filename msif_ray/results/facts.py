@@ -72,12 +72,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Scored:
-    """One entry of `score`. `documents` is the corpus's number; `passed` is in the order of the query's way back."""
+    """One entry of `score`. `documents` is the corpus's number; `candidates` says which of them are scored for each
+    query (None: all); `passed` is in the order of the query's way back."""
 
     label: str
     stage: str
     documents: int
     index: str | None
+    candidates: str | None
     max_tokens: int | None
     passed: list[Passed]
     kept: Mapping[str, Kept]
@@ -155,8 +157,11 @@ def _scored(run: Run, entry: Score, documents: int, strengths: Mapping[str, Mapp
     scored = run.stage_index(entry.stage)
     answering = run.answering(entry)
     passed = [_passed(answering, index, scored, strengths) for index in stages.carried_through(run, scored)]
-    index = None if entry.index is None else str(entry.index)
-    return Scored(entry.label, entry.stage, documents, index, entry.max_tokens, passed, _kept(run, entry))
+    chosen, candidates = entry.candidates, None
+    if chosen is not None:
+        candidates = f"listed in {chosen.path}" if chosen.path is not None else f"the first {chosen.top:,} by BM25"
+    kept = _kept(run, entry)
+    return Scored(entry.label, entry.stage, documents, entry.index, candidates, entry.max_tokens, passed, kept)
 
 
 def _passed(run: Run, index: int, scored: int, strengths: Mapping[str, Mapping[str, float]]) -> Passed:

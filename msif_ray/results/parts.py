@@ -40,6 +40,11 @@ SHARES = {
     "module_scores": "each tracked map's share of the score, in the order of modules; they sum to the score",
 }
 
+NORMALISED = {
+    "score_per_token": "score / n_tokens",
+    "score_per_norm": "score / norm; null where the norm is zero",
+}
+
 SCORES_SCHEMA = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -65,23 +70,28 @@ class Details:
     modules: tuple[str, ...]
     by_map: np.ndarray | None = None
     by_token: Sequence[np.ndarray] | None = None
+    normalised: bool = False
 
     @property
     def fields(self) -> list[pa.Field]:
         wanted = {"token_scores": self.by_token, "module_scores": self.by_map}
-        return [
+        lists = [
             pa.field(name, pa.list_(pa.float32()), nullable=False)
             for name, shares in wanted.items()
             if shares is not None
         ]
+        return lists + [pa.field(name, pa.float32()) for name in NORMALISED if self.normalised]
 
     @property
     def metadata(self) -> dict[str, str]:
         names = {} if self.by_map is None else {"modules": json.dumps(self.modules)}
-        return {field.name: SHARES[field.name] for field in self.fields} | names
+        return {field.name: (SHARES | NORMALISED)[field.name] for field in self.fields} | names
 
-    def columns(self, queries: np.ndarray) -> list[pa.Array]:
-        """The list columns of every pair of some queries, by query and then by document."""
+    def columns(
+        self, queries: np.ndarray, scores: np.ndarray, norms: np.ndarray, n_tokens: np.ndarray
+    ) -> list[pa.Array]:
+        """The columns of every pair of some queries, by query and then by document, from those queries' scores
+        `[documents, queries]`. A score per unit of a norm of zero is null."""
         found = []
         if self.by_token is not None:
             rows = [shares[query] for query in queries for shares in self.by_token]
@@ -89,6 +99,10 @@ class Details:
         if self.by_map is not None:
             shares = self.by_map[:, queries].transpose(1, 0, 2)
             found.append(_lists(shares.reshape(-1), [shares.shape[2]] * (shares.shape[0] * shares.shape[1])))
+        for divisor in (n_tokens, norms) if self.normalised else ():
+            zero = np.tile(divisor == 0, len(queries))
+            divided = (scores / np.where(divisor == 0, 1, divisor)[:, None]).T.reshape(-1)
+            found.append(pa.array(divided.astype(np.float32), mask=zero))
         return found
 
 
@@ -126,13 +140,15 @@ def write_part(
     skipped: Iterable[tuple[str, str]],
     metadata: Mapping[str, str],
     details: Details | None = None,
+    chosen: np.ndarray | None = None,
 ) -> None:
     """Writes one block's scores `[documents, queries]` as rows sorted by query id, then document order.
 
     A row group holds whole queries, and its statistics say which: whoever wants one query reads a small part.
 
     `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
-    added to the file's own; `details` are list columns beside the scores. Raises ValueError for arrays of other shapes.
+    added to the file's own; `details` are columns beside the scores, and `chosen`
+    `[documents, queries]` says which pairs to write (None: all). Raises ValueError for arrays of other shapes.
     """
     shape = (len(doc_ids), len(query_ids))
     if scores.shape != shape or len(norms) != shape[0] or len(n_tokens) != shape[0]:
@@ -152,7 +168,8 @@ def write_part(
         for start in range(0, len(order), in_group):
             some = order[start : start + in_group]
             columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], *of_documents)
-            writer.write_table(pa.table([*columns, *details.columns(some)], schema))
+            rows = pa.table([*columns, *details.columns(some, scores[:, some], *of_documents)], schema)
+            writer.write_table(rows if chosen is None else rows.filter(pa.array(chosen[:, some].T.reshape(-1))))
 
 
 def _columns(

@@ -90,6 +90,8 @@ def _factors(facts: Facts) -> Iterator[Signal]:
 def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[Signal]:
     for scored in facts.scored:
         done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=None)
+        if scored.candidates is not None:
+            continue
         if done is not None and scored.documents and 1 - done / scored.documents > SKIPPED_SHARE:
             skipped = scored.documents - done
             reasons = facts.skipped.get(scored.label)
@@ -132,7 +134,7 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
         yield Signal(
             "One map carries most of the scores",
             f"{short_name(names[largest])} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
-            "very small eigenvalues does that; compare a larger damping, or leave it out with `modules`.",
+            "very small eigenvalues can do that; compare a larger damping, or leave it out with `modules`.",
         )
 
 

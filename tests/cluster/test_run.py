@@ -15,6 +15,7 @@ from results.finished import page_data
 
 from msif_ray import layout
 from msif_ray.cluster import pool
+from msif_ray.cluster.metrics import GAUGES
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.run import run
@@ -86,14 +87,14 @@ def test_the_report_is_there_and_holds_the_top_documents(one_process: str) -> No
 def test_progress_is_at_rays_metrics_port(one_process: str) -> None:
     """Which its dashboard and Prometheus read."""
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
-    found, wanted = "", "ray_msif_documents{"
-    for _ in range(60):
+    of_step: list[str] = []
+    for _ in range(120):  # it is told every ten seconds
         with urllib.request.urlopen(url, timeout=5) as answer:
-            found = answer.read().decode()
-        if wanted in found:
+            lines = answer.read().decode().splitlines()
+        of_step = [line for line in lines if line.startswith("ray_msif") and 'step="pretrain: scores"' in line]
+        if len(of_step) == len(GAUGES):
             break
         time.sleep(0.5)
-    of_step = [line for line in found.splitlines() if 'step="pretrain: scores"' in line]
     values = {line.partition("{")[0].removeprefix("ray_"): float(line.rpartition(" ")[2]) for line in of_step}
     assert values["msif_documents"] == 14 and values["msif_documents_skipped"] == 2
     assert values["msif_tokens_per_second"] > 0 and values["msif_replicas"] == 1
@@ -138,7 +139,8 @@ def test_shares_equal_the_dense_reference_and_sum_to_the_score(
         assert row["token_scores"] == pytest.approx(by_token, abs=close)
         for shares in (row["module_scores"], row["token_scores"]):
             assert math.fsum(shares) == pytest.approx(row["score"], abs=FLOAT32 * sum(map(abs, shares)))
-    assert read_json(Path(two_replicas) / "run.json")["identity"]["run"]["detail"] == {"tokens": True, "modules": True}
+    detail = read_json(Path(two_replicas) / "run.json")["identity"]["run"]["detail"]
+    assert detail == {"tokens": True, "modules": True, "normalised": False}
 
 
 def test_shares_of_top_documents_are_those_of_the_scores(one_process: str, two_replicas: str) -> None:
@@ -227,3 +229,32 @@ def test_factors_are_reused_and_responses_compared_in_one_pass(folder: Path, one
     assert own == runs.read_scores(one_process, "pretrain")
     assert runs.largest_error(infinite, own) > 0.01
     assert not (folder / "reused" / "factors").exists()
+
+
+def test_candidates_alone_are_scored_with_normalised_columns(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "candidates")
+    for stage in description["stages"]:
+        stage["factors"] = one_process
+    chosen = {"method": "bm25", "top": 3}
+    description["score"] = [
+        {"stage": "pretrain", "candidates": chosen},
+        {"stage": "pretrain", "name": "single", "candidates": chosen, "responses": {"tune": {"kind": "identity"}}},
+    ]
+    description["detail"] = {"normalised": True}
+    run(parse_run(description))
+    run_dir = Path(description["run_dir"])
+    table = pq.read_table(run_dir / "candidates" / "stage=pretrain.parquet", partitioning=None).to_pylist()
+    pairs = {(row["query_id"], row["doc_id"]) for row in table}
+    assert {sum(query == each for each, _ in pairs) for query, _ in pairs} == {3}
+    found, everything = (runs.read_scores(where, "pretrain") for where in (str(run_dir), one_process))
+    assert found.keys() == runs.read_scores(str(run_dir), "single").keys() == pairs
+    assert runs.largest_error(found, {pair: everything[pair] for pair in pairs}) < 1e-6
+    for row in pq.read_table(run_dir / "scores" / "stage=pretrain", partitioning=None).to_pylist():
+        assert row["score_per_token"] == pytest.approx(row["score"] / row["n_tokens"], rel=1e-6)
+        assert row["score_per_norm"] == pytest.approx(row["score"] / row["norm"], rel=1e-6)
+    top = pq.read_table(run_dir / "top.parquet").to_pylist()
+    assert {(row["query_id"], row["doc_id"]) for row in top} == pairs
+    assert "were skipped" not in (run_dir / "report.html").read_text(encoding="utf-8")
+    parts = {path: path.stat().st_mtime_ns for path in (run_dir / "scores").rglob("*.parquet")}
+    run(parse_run(description))
+    assert parts == {path: path.stat().st_mtime_ns for path in (run_dir / "scores").rglob("*.parquet")}

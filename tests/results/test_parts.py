@@ -157,3 +157,18 @@ def test_only_plain_types(tmp_path: Path) -> None:
     parts.write_part(tmp_path / "p", ["q"], ["a"], np.zeros((1, 1)), np.zeros(1), [2], [], {}, details)
     types = {str(field.type) for field in pq.read_schema(tmp_path / "p")}
     assert types == {"string", "float", "int32", "list<element: float>"}
+
+
+def test_normalised_columns_and_chosen_pairs(tmp_path: Path) -> None:
+    scores, chosen = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[True, False], [True, True]])
+    details = parts.Details((), normalised=True)
+    path = tmp_path / "p"
+    parts.write_part(path, ["b", "a"], ["x", "y"], scores, np.array([0.0, 8.0]), [2, 4], [], {}, details, chosen)
+    columns = ["query_id", "doc_id", "score_per_token", "score_per_norm"]
+    assert pq.ParquetFile(path).read(columns).to_pylist() == [
+        {"query_id": "a", "doc_id": "y", "score_per_token": 1.0, "score_per_norm": 0.5},
+        {"query_id": "b", "doc_id": "x", "score_per_token": 0.5, "score_per_norm": None},
+        {"query_id": "b", "doc_id": "y", "score_per_token": 0.75, "score_per_norm": 0.375},
+    ]
+    metadata = pq.read_schema(path).metadata
+    assert metadata[b"score_per_norm"] == b"score / norm; null where the norm is zero"
