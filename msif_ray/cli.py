@@ -20,10 +20,12 @@ app = typer.Typer(
 
 Description = Annotated[Path, typer.Argument(help="The run description, a YAML file.", show_default=False)]
 
+FinishedRun = Annotated[str, typer.Argument(help="The run_dir of a finished run.", show_default=False)]
+
 
 @app.command("run")
 def run_command(description: Description) -> None:
-    """Run everything that is left: fit, carry queries back, score, and list the top documents."""
+    """Run everything that is left: fit, carry queries back, score, list the top documents and write the report."""
     from msif_ray.run import run
 
     run(load_run(description))
@@ -68,6 +70,68 @@ def plan_command(
         print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
     else:
         print_plan(plan, Console(highlight=False))
+
+
+@app.command("report")
+def report_command(
+    run_dir: FinishedRun,
+) -> None:
+    """Write report.html anew: the top documents of every query, in one file to look at."""
+    from msif_ray.results.report import write_report
+    from msif_ray.results.signals import signal_lines
+
+    path, signals = write_report(run_dir)
+    for line in signal_lines(signals):
+        Console(stderr=True, soft_wrap=True).print(f"note: {line}", markup=False, highlight=False)
+    print(path)
+
+
+@app.command("show")
+def show_command(
+    run_dir: FinishedRun,
+    query: Annotated[str | None, typer.Option(help="The id of one query; default: all of them.")] = None,
+    scores: Annotated[str | None, typer.Option(help="The name of a `score` entry; default: the first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Documents of each side.")] = 5,
+) -> None:
+    """Print each query with the documents that support and oppose its completion most."""
+    from msif_ray.results.show import show
+
+    show(run_dir, Console(highlight=False), query, scores, top)
+
+
+@app.command("compare")
+def compare_command(
+    run_a: FinishedRun,
+    run_b: FinishedRun,
+    query: Annotated[str | None, typer.Option(help="The id of one query; default: all that both have.")] = None,
+    scores_a: Annotated[str | None, typer.Option(help="A `score` entry of the first; default: its first.")] = None,
+    scores_b: Annotated[str | None, typer.Option(help="A `score` entry of the second; default: its first.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Documents that make up the top.")] = 20,
+) -> None:
+    """Say how alike two runs' rankings are (two α, two models), and which documents moved most.
+
+    The same run twice compares two of its `score` entries.
+    """
+    from msif_ray.results.compare import compare
+
+    compare(run_a, run_b, Console(highlight=False), (scores_a, scores_b), query, top)
+
+
+@app.command("aggregate")
+def aggregate_command(
+    run_dir: FinishedRun,
+    by: Annotated[str, typer.Option(help="A column of the scored corpus.", show_default=False)],
+    query: Annotated[str | None, typer.Option(help="Print the groups of one query; default: means over all.")] = None,
+    scores: Annotated[str | None, typer.Option(help="The name of a `score` entry; default: the first.")] = None,
+    out: Annotated[str | None, typer.Option(help="A Parquet file for the groups of every query.")] = None,
+) -> None:
+    """Sum influence by a column of the corpus, such as a domain, a date or a licence."""
+    from msif_ray.results.aggregate import aggregate, print_aggregate, write_aggregate
+
+    table = aggregate(run_dir, by, scores)
+    if out is not None:
+        write_aggregate(table, out)
+    print_aggregate(table, by, Console(highlight=False), query)
 
 
 @app.command("demo")

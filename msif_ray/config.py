@@ -148,19 +148,36 @@ class Queries(Strict):
         )
 
 
+class Candidates(Strict):
+    """Which documents of the corpus are scored for each query: the `top` by BM25 of its prompt and completion, or the
+    pairs that a Parquet file at `path` names in `doc_id` and, unless all queries are meant, `query_id`."""
+
+    method: Literal["bm25"] | None = None
+    top: Annotated[int, Field(ge=1)] = 10_000
+    path: Location | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.method is None) == (self.path is None):
+            raise ValueError("give either `method: bm25` or `path`")
+        return self
+
+
 class Score(Strict):
     """A stage whose documents are scored; by default those that it was trained on.
 
     `responses` answers for the named stages instead of their own, for an ablation or another α: entries
     that differ in nothing else share one pass over the documents. Each needs a `name` of its own, which
     is the stage's unless given. `index` names the run directory (this one's, or another's) that holds an index of
-    the stage's documents, to score from that in place of a pass.
+    the stage's documents, to score from that in place of a pass. `candidates` chooses what is scored; all documents
+    are by default.
     """
 
     stage: Name
     name: Name | None = None
     documents: Documents | None = None
     index: Location | None = None
+    candidates: Candidates | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     responses: dict[str, Response] = {}
 
@@ -182,6 +199,16 @@ class Index(Strict):
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     rank: Annotated[int, Field(ge=1)] = 16
     dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "int8"
+
+
+class Detail(Strict):
+    """What is written beside every score: as list columns what it is a sum of, by token and by tracked map, which the
+    top documents have in any case; and `normalised`, the score per token and per unit of the gradient's norm.
+    """
+
+    tokens: bool = False
+    modules: bool = False
+    normalised: bool = False
 
 
 class Replicas(Strict):
@@ -235,6 +262,7 @@ class Run(Strict):
     queries: Queries
     index: list[Index] = []
     score: Annotated[list[Score], Field(min_length=1)]
+    detail: Detail = Detail()
     top: Annotated[int, Field(ge=1)] = 20
     cluster: Cluster = Cluster()
 
@@ -251,6 +279,9 @@ class Run(Strict):
         for key, response in of_first.items():
             if isinstance(response, ProximalResponse):
                 raise ValueError(f"{key}: {names[0]!r} is the first stage; a proximal response belongs to a later one")
+        both = next((i for i, s in enumerate(self.score) if s.index is not None and s.candidates is not None), None)
+        if both is not None:
+            raise ValueError(f"score.{both}.candidates: an index is scored as a whole; leave `index` or this out")
         for index, score in enumerate(self.score):
             unknown = next((name for name in score.responses if name not in names), None)
             if unknown is not None:
@@ -262,6 +293,9 @@ class Run(Strict):
                 raise ValueError(f"{key}.stage: there is no stage {stage!r}, only {', '.join(names)}")
             if documents is None and self.stages[names.index(stage)].documents is None:
                 raise ValueError(f"{key}.documents: neither this entry nor its stage names documents")
+        indexed = next((i for i, score in enumerate(self.score) if score.index is not None), None)
+        if self.detail.tokens and indexed is not None:
+            raise ValueError(f"detail.tokens: score.{indexed} reads an index, which keeps no tokens; leave one out")
         if self.cluster.offload and self.cluster.ranks_per_replica == 1:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
         return self

@@ -87,6 +87,11 @@ def directions_manifest(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
+def candidates(run_dir: str, scored: str) -> Path:
+    """The documents that are scored for each query, of the pass whose first entry is `scored`."""
+    return path_of(run_dir) / "candidates" / f"stage={scored}.parquet"
+
+
 def index(run_dir: str, stage: str) -> Path:
     """The compressed document gradients of one stage's corpus."""
     return path_of(run_dir) / "index" / f"stage={stage}"

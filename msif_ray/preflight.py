@@ -29,7 +29,8 @@ class Resolved:
     `run` has absolute paths and every `max_tokens` filled in; `corpora`, `rows` (documents of each file) and
     `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted,
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
-    queries. `reused` has the hash of the manifest of each stage's `factors`.
+    queries, `completion_tokens` how many of those are targets. `reused` has the hash of the manifest of each stage's
+    `factors`.
     """
 
     run: Run
@@ -39,6 +40,7 @@ class Resolved:
     contents: dict[str, tuple[str, ...]]
     queries: list[Document]
     query_tokens: tuple[int, ...]
+    completion_tokens: tuple[int, ...]
     maps: dict[str, tuple[int, int]]
     reused: dict[str, str]
 
@@ -69,7 +71,7 @@ def check(run: Run) -> Resolved:
         if score.index is not None:
             check_index(run, position, checkpoints, corpora[f"score.{position}"])
     _check_tokenizers(run, checkpoints, wanted)
-    lengths = _check_queries_fit(run, checkpoints[-1], queries)
+    lengths, completions = _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(
         run=run,
         stages=checkpoints,
@@ -78,6 +80,7 @@ def check(run: Run) -> Resolved:
         contents={key: census.contents for key, census in corpora.items()},
         queries=queries,
         query_tokens=lengths,
+        completion_tokens=completions,
         maps=checkpoints[0].maps,
         reused=reused,
     )
@@ -241,10 +244,13 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")
 
 
-def _check_queries_fit(run: Run, checkpoint: Checkpoint, queries: list[Document]) -> tuple[int, ...]:
-    """The tokens of each query. Queries are not cut into windows, so each must fit the last model's context."""
+def _check_queries_fit(
+    run: Run, checkpoint: Checkpoint, queries: list[Document]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens of each query, and of its completion. Queries are not cut into windows, so each must fit the last
+    model's context."""
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
-    lengths = []
+    lengths, completions = [], []
     for query in queries:
         encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)
         if isinstance(encoded, Skipped):
@@ -255,4 +261,5 @@ def _check_queries_fit(run: Run, checkpoint: Checkpoint, queries: list[Document]
                 f"{checkpoint.name!r}'s context; shorten its prompt"
             )
         lengths.append(len(encoded.ids))
-    return tuple(lengths)
+        completions.append(sum(encoded.targets))
+    return tuple(lengths), tuple(completions)

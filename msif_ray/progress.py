@@ -1,15 +1,65 @@
-"""Progress with throughput and time left: a live bar on a terminal, a line now and then in a log."""
+"""Progress with throughput and time left: a live bar on a terminal, a line a minute in a log, a summary at the end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Event, Thread
 from time import monotonic
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_BETWEEN_WAITS = 20.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a step stands. `resumed` documents were done by an earlier run of the same command; `replicas` is the
+    number of those at work (None: not known)."""
+
+    name: str
+    total: int | None
+    documents: int
+    tokens: int
+    skipped: int
+    resumed: int
+    seconds: float
+    replicas: int | None = None
+
+    @property
+    def done(self) -> int:
+        return self.documents + self.skipped
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate of this run's documents so far; None where it has done none, or there are none left."""
+        own = self.done - self.resumed
+        if not self.total or own <= 0 or self.done >= self.total:
+            return None
+        return self.seconds * (self.total - self.done) / own
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.done:,}" + (f" of {self.total:,}" if self.total else "") + " documents"]
+        parts += [f"{self.tokens:,} tokens", f"{self.tokens_per_second:,.0f} tokens/s", f"{self.seconds:.0f} s"]
+        if self.replicas is not None:
+            parts.append(f"{self.replicas} replica{'' if self.replicas == 1 else 's'}")
+        if self.skipped:
+            parts.append(f"{self.skipped:,} skipped")
+        if self.seconds_left is not None:
+            parts.append(f"{self.seconds_left:.0f} s left")
+        return ", ".join(parts)
+
+
+Observer = Callable[[Snapshot], None]
+
+
+def _nobody(_: Snapshot) -> None: ...
 
 
 @dataclass
@@ -20,10 +70,12 @@ class Step:
     total: int | None
     console: Console
     bar: Progress
+    observe: Observer = _nobody
     documents: int = 0
     tokens: int = 0
     skipped: int = 0
     resumed: int = 0
+    replicas: int | None = None
     started: float = field(default_factory=monotonic)
     _said: float = field(default_factory=monotonic)
 
@@ -35,10 +87,13 @@ class Step:
         self.documents += documents
         self.tokens += tokens
         self.skipped += skipped
-        self.bar.update(self._task, completed=self.documents + self.skipped, rate=f"{self._rate():,.0f} tokens/s")
-        if not self.console.is_terminal and monotonic() - self._said > SECONDS_BETWEEN_LINES:
-            self._said = monotonic()
-            self.console.print(self._line(), highlight=False, soft_wrap=True)
+        now = self.snapshot()
+        self.bar.update(self._task, completed=now.done, rate=f"{now.tokens_per_second:,.0f} tokens/s")
+        self.observe(now)
+
+    def alive(self, replicas: int) -> None:
+        """Says how many replicas are at work."""
+        self.replicas = replicas
 
     def resume(self, documents: int, skipped: int = 0) -> None:
         """Counts what an earlier run of the same command had done."""
@@ -54,30 +109,35 @@ class Step:
             self._said = monotonic()
             self.console.print(f"{self.name}: waiting: {reason}", highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
+    def tell(self) -> None:
+        """A line in a log that has had none for a minute; a terminal has its bar."""
+        if not self.console.is_terminal and monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = monotonic()
+            self.console.print(str(self.snapshot()), highlight=False, soft_wrap=True)
+
+    def close(self) -> Snapshot:
+        """Ends the step with a line that sums it up."""
         self.bar.remove_task(self._task)
-        self.console.print(self._line(), highlight=False, soft_wrap=True)
+        last = self.snapshot()
+        self.observe(last)
+        self.console.print(str(last), highlight=False, soft_wrap=True)
+        return last
 
-    def _rate(self) -> float:
-        return self.tokens / max(monotonic() - self.started, 1e-9)
-
-    def _line(self) -> str:
+    def snapshot(self) -> Snapshot:
         seconds = monotonic() - self.started
-        done = self.documents + self.skipped
-        parts = [f"{self.name}: {done:,}" + (f" of {self.total:,}" if self.total else "") + " documents"]
-        parts += [f"{self.tokens:,} tokens", f"{self._rate():,.0f} tokens/s", f"{seconds:.0f} s"]
-        if self.skipped:
-            parts.append(f"{self.skipped:,} skipped")
-        if self.total and 0 < done < self.total:
-            parts.append(f"{seconds * (self.total - done) / max(done - self.resumed, 1):.0f} s left")
-        return ", ".join(parts)
+        counts = (self.documents, self.tokens, self.skipped, self.resumed)
+        return Snapshot(self.name, self.total, *counts, seconds, self.replicas)
 
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where a run says what it does."""
+    """Where a run says what it does. `observe` is told where each step stands, as often as that changes; `finished`
+    gathers the steps."""
 
     console: Console = field(default_factory=lambda: Console(stderr=True))
+    observe: Observer = _nobody
+    finished: list[Snapshot] = field(default_factory=list)
+    started: float = field(default_factory=monotonic)
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -93,6 +153,46 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            step = Step(name, total, self.console, bar)
-            yield step
-            step.close()
+            step = Step(name, total, self.console, bar, self.observe)
+            with _each_minute(step):
+                yield step
+            self.finished.append(step.close())
+
+    def summarise(self) -> None:
+        """Prints the time of every step, with what this run did in it, and the time between them."""
+        if not self.finished:
+            return
+        total = monotonic() - self.started
+        table = Table(box=None, padding=(0, 1), header_style="dim")
+        table.add_column("step", overflow="fold")
+        for name in ("documents", "skipped", "tokens", "tokens/s", "seconds", "of the time"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for step in self.finished:
+            counts = [f"{count:,}" for count in (step.done - step.resumed, step.skipped, step.tokens)]
+            table.add_row(step.name, *counts, f"{step.tokens_per_second:,.0f}", *_of(step.seconds, total))
+        rest = total - sum(step.seconds for step in self.finished)
+        table.add_row("between the steps", "", "", "", "", *_of(rest, total), style="dim")
+        table.add_row("all", "", "", "", "", *_of(total, total), style="bold")
+        self.console.print(table, highlight=False)
+
+
+def _of(seconds: float, total: float) -> tuple[str, str]:
+    return f"{seconds:,.0f}", f"{seconds / max(total, 1e-9):.0%}"
+
+
+@contextmanager
+def _each_minute(step: Step) -> Iterator[None]:
+    """Lets the step tell where it stands, even while nothing is done, until the context is left."""
+    ended = Event()
+
+    def tell() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES / 10):
+            step.tell()
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()

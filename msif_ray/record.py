@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
+from msif_ray.config import Detail
+from msif_ray.corpus.census import fingerprint
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
@@ -50,10 +52,11 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     identity, device = _identity(resolved), _device(resolved)
     if not exists(path):
         _refuse_unrecorded(run_dir)
-        about = {"meaning": MEANING, "versions": versions(), "strengths": {}}
+        tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
+        about = {"meaning": MEANING, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
         write_json(path, {"identity": identity, "device": device} | about)
         return
-    record = _read_record(path)
+    record = read_record(path)
     difference = _first_difference(record["identity"], identity)
     if difference is not None:
         raise UserError(
@@ -75,10 +78,10 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
 def keep_strengths(run_dir: str, strengths: dict[str, Any]) -> None:
     """Adds the damping and α used, per scored stage, stage and map, to run.json."""
     path = layout.run_record(run_dir)
-    write_json(path, _read_record(path) | {"strengths": strengths})
+    write_json(path, read_record(path) | {"strengths": strengths})
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """A whole run.json. No advice to delete it: any configuration would then be taken for that of the results."""
     mend = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
     record = read_json(path, mend)
@@ -116,14 +119,21 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     run = resolved.run.model_dump(mode="json", exclude={"run_dir", "top"})
     for key in _PLACEMENT:
         run["cluster"].pop(key)
-    if not run["index"]:
-        run.pop("index")  # a run without one is the run that it was before there were any
+    for key, unset in (("index", []), ("detail", Detail().model_dump())):
+        if run[key] == unset:
+            run.pop(key)  # a run without is the run that it was before there was such a key
     indexes = {
         f"score.{i}": {key: read_manifest(index_folder(entry))[key] for key in ("rank", "dtype", "bytes", "tokens")}
         for i, entry in enumerate(resolved.run.score)
         if entry.index is not None and not is_own(resolved.run, entry)
     }
-    return ({"indexes": indexes} if indexes else {}) | {
+    listed = {
+        f"score.{i}": fingerprint(path_of(entry.candidates.path))
+        for i, entry in enumerate(resolved.run.score)
+        if entry.candidates is not None and entry.candidates.path is not None
+    }
+    optional = {"indexes": indexes, "candidates": listed}
+    return {key: found for key, found in optional.items() if found} | {
         "run": run,
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}

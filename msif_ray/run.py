@@ -17,7 +17,8 @@ from msif_ray.cluster.directions import shards
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
-from msif_ray.cluster.jobs import ScoreJob
+from msif_ray.cluster.jobs import ScoreJob, Shares
+from msif_ray.cluster.metrics import publish
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.queries import query_blocks, query_gradients
@@ -27,15 +28,19 @@ from msif_ray.cluster.stream import BlockTask, stream
 from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
+from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_chosen
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.machines import check_room, cluster_address, with_gpus
-from msif_ray.paths import reason
+from msif_ray.paths import exists, path_of, reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import MEANING, keep_index, keep_record, keep_strengths
 from msif_ray.results.parts import write_skipped
+from msif_ray.results.report import write_report
+from msif_ray.results.signals import signal_lines
+from msif_ray.results.statistics import STATISTICS, write_statistics
 from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import model_setup
 from msif_ray.store import sweep
@@ -56,7 +61,7 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
     Raises UserError for anything the user can mend, before any replica is started wherever it
     can be seen by then.
     """
-    reporter = reporter or Reporter()
+    reporter = reporter or Reporter(observe=publish)
     if until == "index" and not config.index:
         raise UserError("index: the run describes none; name a stage there")
     resolved = check(config)
@@ -67,6 +72,7 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
             keep_record(resolved, reporter.say)
             sweep(resolved.run.run_dir)
             _Driver(resolved, reporter).run(until)
+            reporter.summarise()
 
 
 @contextmanager
@@ -128,6 +134,8 @@ class _Driver:
 
     def run(self, until: Until | None) -> None:
         only_index = until == "index"
+        if until in (None, "score"):
+            self._choose_candidates()
         with ReplicaPool(self.config.cluster) as pool:
             fitted = stages.indexed_stages(self.config) if only_index else stages.stages_with_factors(self.config)
             for index in fitted:
@@ -147,6 +155,7 @@ class _Driver:
         if until == "score":
             return
         self._top()
+        self._report()
 
     def _setup(self, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
         return model_setup(self.resolved, index, documents, max_tokens)
@@ -245,22 +254,56 @@ class _Driver:
             blocks = replace(blocks, size=manifest["documents_per_block"])  # a part is named after the index's block
             about = {"index": str(index_folder(entry))}
             about |= {f"index_{key}": str(manifest[key]) for key in ("rank", "dtype")}
+        chosen = self._chosen(entry, blocks) if entry.candidates is not None else None
+        if chosen is not None:
+            blocks = CandidateBlocks(**vars(blocks), chosen=chosen)
+            about["candidates"] = str(chosen)
+        setup = self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens)
+        detail, maps = self.config.detail, tuple(self.resolved.maps)
+        wanted = Shares(detail.tokens, (setup.max_tokens or 1) - 1) if detail.tokens or detail.modules else None
         return ScoreTask(
             run_dir=self.config.run_dir,
-            setup=self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens),
+            setup=setup,
             job=ScoreJob(
                 tuple(self._directions(entry) for entry in entries),
                 self.config.cluster.directions_memory,
+                tracked=maps,
+                shares=wanted,
             ),
             blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
             labels=tuple(entry.label for entry in entries),
+            maps=maps,
+            detail=detail,
             metadata=MEANING | about,
+            candidates=chosen,
         )
 
+    def _choose_candidates(self) -> None:
+        """At once, so that what is wrong with a list is told before any replica is started."""
+        for first, *_ in self._passes():
+            if first.candidates is not None:
+                documents = self.config.scored_documents(first)
+                self._chosen(first, self._blocks(f"score.{self.config.score.index(first)}", documents))
+
+    def _chosen(self, entry: Score, blocks: CorpusBlocks) -> Path:
+        """The file of the documents that are scored for each query, chosen now unless it is there."""
+        first = next(entries[0] for entries in self._passes() if entry in entries)
+        path = layout.candidates(self.config.run_dir, first.label)
+        if not exists(path):
+            wanted, queries = entry.candidates, self.resolved.queries
+            if wanted is None:
+                raise ValueError(f"{entry.label} has no candidates")
+            key = f"score.{self.config.score.index(entry)}.candidates"
+            by_name = wanted.path is not None
+            table = by_list(blocks, queries, str(wanted.path), key) if by_name else by_bm25(blocks, queries, wanted.top)
+            write_chosen(path, table)
+            self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
+        return path
+
     def _score(self, entries: Sequence[Score]) -> None:
-        total = self.resolved.documents[f"score.{self.config.score.index(entries[0])}"]
         task: BlockTask = self._score_task(entries)
+        total = task.blocks.count
         if entries[0].index is not None:
             task = indexed_task(self._score_task(entries), index_folder(entries[0]))
         with self.reporter.step(f"{', '.join(entry.label for entry in entries)}: scores", total) as step:
@@ -299,7 +342,15 @@ class _Driver:
             return
         with ReplicaPool(self.config.cluster) as pool:
             write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
-        self.reporter.say(f"done: {self.config.run_dir}")
+
+    def _report(self) -> None:
+        run_dir = self.config.run_dir
+        if not exists(path_of(run_dir) / STATISTICS):
+            write_statistics(run_dir, [entry.label for entry in self.config.score])
+        report, signals = write_report(run_dir)
+        for line in signal_lines(signals):
+            self.reporter.say(f"note: {line}")
+        self.reporter.say(f"done: {report}")
 
     def _top_rows(self, pool: ReplicaPool) -> Iterator[Row]:
         for entry in self.config.score:

@@ -42,7 +42,8 @@ def passes(run: Run) -> list[list[Score]]:
     shared: dict[str, list[Score]] = {}
     for entry in run.score:
         documents = run.scored_documents(entry).model_dump_json()
-        shared.setdefault(f"{entry.stage} {entry.max_tokens} {entry.index} {documents}", []).append(entry)
+        chosen = "" if entry.candidates is None else entry.candidates.model_dump_json()
+        shared.setdefault(f"{entry.stage} {entry.max_tokens} {entry.index} {documents} {chosen}", []).append(entry)
     return list(shared.values())
 
 

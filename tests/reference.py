@@ -298,3 +298,32 @@ def scores(
             score = float(sum((carried[name][row] * g[name]).sum() for g in gradients for name in names))
             found[query["id"], document["id"]] = (score, norm, n_tokens)
     return found, skipped
+
+
+def shares(
+    stages: Sequence[StageSpec], queries: Sequence[Document], documents: Sequence[Document], scored: int = 0
+) -> dict[tuple[Any, Any], tuple[dict[str, float], list[float]]]:
+    """{(query id, document id): (score by map, score by token)}: Σ_windows ⟨D, G⟩ of each map from autograd's G on
+    the weights, and Σ_maps g_tᵀ D a_t of each position, D the query carried back; of documents with a target."""
+    names = tracked_names(stages[-1].model)
+    carried = carry_back(stages, [fit(stage, names) for stage in stages], queries, scored)
+    stage, found = stages[scored], {}
+    for document in documents:
+        ids, targets = tokenise(stage.tokenizer, document, stage.append_eos)
+        size = max(len(ids), 2) if stage.max_tokens is None else stage.max_tokens
+        by_map = {query["id"]: dict.fromkeys(names, 0.0) for query in queries}
+        by_token = {query["id"]: [0.0] * len(ids) for query in queries}
+        for start in range(0, len(ids), size - 1):
+            part, own = ids[start : start + size], [False, *targets[start + 1 : start + size]]
+            if not any(own):
+                continue
+            gradients = window_gradients(stage.model, names, part, own)
+            vectors = token_vectors(stage.model, names, part, data_labels(part, own))
+            for row, query in enumerate(queries):
+                for name in names:
+                    direction = carried[name][row]
+                    by_map[query["id"]][name] += float((direction * gradients[name]).sum())
+                    for t, (a, g) in enumerate(zip(*vectors[name], strict=True)):
+                        by_token[query["id"]][start + t] += float(g @ direction @ a)
+        found |= {(q["id"], document["id"]): (by_map[q["id"]], by_token[q["id"]]) for q in queries if any(targets)}
+    return found

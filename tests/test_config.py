@@ -65,6 +65,8 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("stages.0.model", ..., "stages.0.model: is missing"),
         ("seed", "x", "seed: input should be a valid integer"),
         ("stages", [], "stages: list should have at least 1 item"),
+        ("score.0.candidates", {"top": 3}, "score.0.candidates: give either `method: bm25` or `path`"),
+        ("score.0", {"stage": "pre", "index": "r", "candidates": {"path": "c"}}, "score.0.candidates: an index is"),
         ("stages.0.name", "a/b", "stages.0.name: string should match"),
         ("stages.1.name", "pre", "stages: the name 'pre' is there twice"),
         ("stages.0.documents.text", ..., "stages.0.documents: give either `text`, or `completion`"),
@@ -139,3 +141,10 @@ def test_a_file_that_holds_no_run_is_named(tmp_path: Path, content: bytes | None
     with pytest.raises(UserError) as error:
         load_run(path)
     assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
+
+
+def test_an_index_keeps_no_tokens() -> None:
+    indexed = changed("score.0.index", "other") | {"detail": {"tokens": True}}
+    with pytest.raises(UserError, match=r"detail\.tokens: score\.0 reads an index, which keeps no tokens"):
+        parse_run(indexed)
+    assert parse_run(indexed | {"detail": {"modules": True}}).detail.modules

@@ -56,19 +56,24 @@ class IndexBlock:
             read = (self._files[name].tensor(f"{key}/{name}") for key in ("activations", "gradients", "scales"))
             return Packed(*(tensor.to(self.device) for tensor in read)).unpack(self._dtype)
 
-    def score(self, scorers: Sequence[Scorer]) -> list[DocumentScores]:
-        """Every document's scores, with its exact squared norm."""
+    def score(self, scorers: Sequence[Scorer], by_map: Sequence[str] | None = None) -> list[DocumentScores]:
+        """Every document's scores, with its exact squared norm, and their shares of the maps named."""
         if not self.documents:
             return []
-        scores = torch.cat([self._scores(scorer) for scorer in scorers], dim=1).cpu()
-        found = zip(self.documents, scores, self.squared_norms.tolist(), strict=True)
-        return [DocumentScores(document, row, square) for document, row, square in found]
+        if by_map is None:
+            scores = torch.cat([functools.reduce(torch.add, self._by_map(scorer)) for scorer in scorers], dim=1).cpu()
+            found = zip(self.documents, scores, self.squared_norms.tolist(), strict=True)
+            return [DocumentScores(document, row, square) for document, row, square in found]
+        names = list(scorers[0].directions)
+        order = [names.index(name) for name in by_map]
+        shares = torch.cat([torch.stack(list(self._by_map(scorer)), dim=2) for scorer in scorers], dim=1).cpu()
+        of_documents = zip(self.documents, shares[:, :, order], self.squared_norms.tolist(), strict=True)
+        return [DocumentScores(document, row.sum(1), square, row) for document, row, square in of_documents]
 
-    def _scores(self, scorer: Scorer) -> Tensor:
-        """`[documents, queries]`, float64."""
-        maps = scorer.directions.items()
-        each = (scorer.score_map(name, directions, *self.vectors(name))[0].double() for name, directions in maps)
-        return functools.reduce(torch.add, each)
+    def _by_map(self, scorer: Scorer) -> Iterator[Tensor]:
+        """`[documents, queries]` of every map, float64."""
+        for name, directions in scorer.directions.items():
+            yield scorer.score_map(name, directions, *self.vectors(name))[0].double()
 
     @property
     def outcome(self) -> Outcome:
@@ -108,7 +113,9 @@ class IndexedReplica(BlockReplica):
         index = IndexBlock(self._task.folder, self._task.groups, block.id, dtype)
         index.device = self._device
         outcome = index.outcome
-        write_scores(self._task.score, block, outcome, index.score(self._scorers))
+        task = self._task.score
+        scores = index.score(self._scorers, task.maps if task.detail.modules else None)
+        write_scores(task, block, outcome, scores)
         return Counted(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
 
 

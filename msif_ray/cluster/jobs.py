@@ -154,27 +154,44 @@ class _QueryWork:
 
 @dataclass
 class DocumentScores:
-    """One document's scores `[queries]` (float64) and the squared norm of its gradient, both sums over windows."""
+    """One document's scores `[queries]` (float64) and the squared norm of its gradient, both sums over windows.
+
+    Where they were asked for: the scores by map, `[queries, maps]`, and by token, `[queries, tokens]` of each
+    window (float32), from the document's token that it begins with.
+    """
 
     document_id: str
     scores: Tensor
     squared_norm: float = 0.0
+    by_map: Tensor | None = None
+    by_token: list[tuple[int, numpy.ndarray]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What of a score is wanted beside it; `stride` is the number of tokens from one window's start to the next's."""
+
+    tokens: bool
+    stride: int
 
 
 @dataclass(frozen=True)
 class ScoreJob:
     """Scores against the queries of every folder of directions, one folder's after the other's.
 
-    `memory`: bytes of a rank's for the directions; None: a share of what is free.
+    `memory`: bytes of a rank's for the directions; None: a share of what is free. `shares`: with the scores by map
+    and perhaps by token.
     """
 
     directions: tuple[Path, ...]
     memory: int | None = None
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
+    shares: Shares | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
-        return _ScoreWork(load_directions(self.directions, maps, device, self.memory))
+        loaded = load_directions(self.directions, maps, device, self.memory)
+        return _ScoreWork(loaded) if self.shares is None else _DetailWork(loaded, shares=self.shares)
 
 
 @dataclass
@@ -186,23 +203,49 @@ class _ScoreWork:
 
     def add(self, captured: Captured) -> None:
         scored = [scorer.score(captured) for scorer in self.loaded.scorers]
-        scores, norms = torch.cat([scores for scores, _ in scored], dim=1).cpu(), scored[0][1].tolist()
-        for row, key in enumerate(captured.batch.keys):
-            found = self.documents.get(key.document_id)
-            if found is None:
-                found = DocumentScores(key.document_id, torch.zeros_like(scores[row]))
-                self.documents[key.document_id] = found
-            found.scores += scores[row]
-            found.squared_norm += norms[row]
+        self._count(captured, torch.cat([scores for scores, _ in scored], dim=1).cpu(), scored[0][1])
+
+    def _count(self, captured: Captured, scores: Tensor, squared_norms: Tensor) -> list[DocumentScores]:
+        """Adds a batch's scores `[rows, queries]` and norms `[rows]` to their documents; gives each row's."""
+        found = []
+        for key, row, square in zip(captured.batch.keys, scores, squared_norms.tolist(), strict=True):
+            document = self.documents.get(key.document_id)
+            if document is None:
+                document = DocumentScores(key.document_id, torch.zeros_like(row))
+                self.documents[key.document_id] = document
+            document.scores += row
+            document.squared_norm += square
+            found.append(document)
+        return found
 
     def take(self) -> list[DocumentScores]:
         taken, self.documents = list(self.documents.values()), {}
         return taken
 
 
+@dataclass
+class _DetailWork(_ScoreWork):
+    """Scores with their shares by map and, where wanted, by token."""
+
+    shares: Shares = field(kw_only=True)
+
+    def add(self, captured: Captured) -> None:
+        scored = [scorer.detailed(captured, self.shares.tokens) for scorer in self.loaded.scorers]
+        documents = self._count(captured, torch.cat([each.scores for each in scored], dim=1).cpu(), scored[0].norms)
+        for document, row in zip(documents, torch.cat([each.by_map for each in scored], dim=1).cpu(), strict=True):
+            document.by_map = row.clone() if document.by_map is None else document.by_map + row
+        by_token = [each.by_token for each in scored if each.by_token is not None]
+        if not by_token:
+            return
+        rows = torch.cat(by_token, dim=1).float().cpu().numpy()
+        lengths = captured.batch.attention_mask.sum(1).tolist()
+        for document, key, tokens, length in zip(documents, captured.batch.keys, rows, lengths, strict=True):
+            document.by_token.append((key.window * self.shares.stride, tokens[:, :length].copy()))
+
+
 @dataclass(frozen=True)
 class TokenJob:
-    """Per-token scores of chosen pairs; `queries_of` names, for each document, positions in the query list.
+    """Scores of chosen pairs by token and by map; `queries_of` names, for each document, positions in the query list.
 
     `stride` is the number of tokens from one window's start to the next's.
     """
@@ -220,13 +263,15 @@ class TokenJob:
 
 
 @dataclass(frozen=True)
-class WindowTokenScores:
-    """One window's scores by token for one query, `[tokens]`, from the document's token `start` on."""
+class WindowShares:
+    """One window's score for one query by token, `[tokens]`, from the document's token `start` on, and by map,
+    `[maps]`; both float64."""
 
     document_id: str
     start: int
     query: int
-    scores: numpy.ndarray
+    by_token: numpy.ndarray
+    by_map: numpy.ndarray
 
 
 @dataclass
@@ -234,7 +279,7 @@ class _TokenWork:
     loaded: LoadedDirections
     queries_of: Mapping[str, tuple[int, ...]]
     stride: int
-    windows: list[WindowTokenScores] = field(default_factory=list)
+    windows: list[WindowShares] = field(default_factory=list)
 
     def add(self, captured: Captured) -> None:
         keys = captured.batch.keys
@@ -247,14 +292,14 @@ class _TokenWork:
                 for query in self.queries_of[key.document_id]
                 if first <= query < first + queries
             ]
-            scores = scorer.pair_token_scores(captured, pairs).float().cpu().numpy() if pairs else ()
-            for (row, query), by_token in zip(pairs, scores, strict=True):
+            shares = [each.cpu().numpy() for each in scorer.pair_shares(captured, pairs)] if pairs else [(), ()]
+            for (row, query), by_token, by_map in zip(pairs, *shares, strict=True):
                 start = keys[row].window * self.stride
                 own = by_token[: lengths[row]].copy()  # a view would keep the padding, and all other pairs
-                self.windows.append(WindowTokenScores(keys[row].document_id, start, first + query, own))
+                self.windows.append(WindowShares(keys[row].document_id, start, first + query, own, by_map.copy()))
             first += queries
 
-    def take(self) -> list[WindowTokenScores]:
+    def take(self) -> list[WindowShares]:
         taken, self.windows = self.windows, []
         return taken
 

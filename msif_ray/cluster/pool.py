@@ -33,6 +33,10 @@ class Progress(Protocol):
         """What an earlier run of the same command had done."""
         ...
 
+    def alive(self, replicas: int) -> None:
+        """So many replicas are at work."""
+        ...
+
     def wait(self, reason: str) -> None:
         """Nothing is being done, for this reason."""
         ...
@@ -153,6 +157,7 @@ class ReplicaPool:
         for worker in self._workers:
             prepare(worker)
         idle: list[_Worker] = []
+        alive: set[_Worker] = set()
         ready, fewest = 0, self._cluster.replicas.min
         exhausted = False
         while not exhausted or any(turn.block is not None for turn in turns.values()):
@@ -166,6 +171,8 @@ class ReplicaPool:
                 result = _get(done[0])
             except DEATHS as death:
                 prepare(self._replace(turn.worker, death, turn.block))
+                alive.discard(turn.worker)
+                progress.alive(len(alive))
                 continue
             if turn.block is None and result is None:  # no room yet
                 prepare(turn.worker)
@@ -173,6 +180,8 @@ class ReplicaPool:
             if turn.block is None:
                 turn.worker.ready_for = destination
                 ready += 1
+                alive.add(turn.worker)
+                progress.alive(len(alive))
             else:
                 self._deaths = 0
                 yield turn.block, result

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy
@@ -9,9 +10,11 @@ import numpy
 from msif_ray.cluster.jobs import DocumentScores, ScoreJob
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.stream import ModelReplica
+from msif_ray.config import Detail
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.candidates import read_chosen
 from msif_ray.corpus.reader import Block
-from msif_ray.results.parts import done_blocks, part_path, write_part
+from msif_ray.results.parts import Details, done_blocks, part_path, write_part
 
 
 class ScoreReplica(ModelReplica):
@@ -20,7 +23,8 @@ class ScoreReplica(ModelReplica):
 
 @dataclass(frozen=True)
 class ScoreTask:
-    """One stage's corpus to be scored against carried-back queries: those of each label, in one pass."""
+    """One stage's corpus to be scored against carried-back queries: those of each label, in one pass. `candidates`
+    is the file that says which pairs (None: all)."""
 
     what: ClassVar[str] = "scores"
 
@@ -30,7 +34,10 @@ class ScoreTask:
     blocks: CorpusBlocks
     queries: tuple[str, ...]
     labels: tuple[str, ...]
+    maps: tuple[str, ...]
+    detail: Detail
     metadata: dict[str, str]
+    candidates: Path | None = None
 
     @property
     def replica(self) -> type[ScoreReplica]:
@@ -52,14 +59,45 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
     for document in documents:
         table[places[document.document_id]] += document.scores.numpy()
         squares[places[document.document_id]] += document.squared_norm
+    by_map, by_token = _shares(task, outcome, documents)
+    chosen = None if task.candidates is None else read_chosen(str(task.candidates)).pairs(ids, task.queries)
+    count = len(task.queries)
     for index, label in enumerate(task.labels):
+        own = slice(index * count, (index + 1) * count)
         write_part(
             part_path(task.run_dir, label, block.id),
             list(task.queries),
             ids,
-            table[:, index * len(task.queries) : (index + 1) * len(task.queries)],
+            table[:, own],
             numpy.sqrt(squares),
             list(outcome.tokens.values()),
             [(skip.document_id, skip.reason) for skip in outcome.skipped],
             task.metadata | {"stage": task.setup.stage, "name": label},
+            Details(
+                task.maps,
+                None if by_map is None else by_map[:, own],
+                None if by_token is None else [shares[own] for shares in by_token],
+                task.detail.normalised,
+            ),
+            chosen,
         )
+
+
+def _shares(
+    task: ScoreTask, outcome: Outcome, documents: Sequence[DocumentScores]
+) -> tuple[numpy.ndarray | None, list[numpy.ndarray] | None]:
+    """The scores by map, `[documents, queries, maps]`, and by token, `[queries, tokens]` of each document, where they
+    are wanted, for the queries of all labels; a document's windows are added up."""
+    places = {document: place for place, document in enumerate(outcome.tokens)}
+    queries = len(task.labels) * len(task.queries)
+    wanted = task.detail
+    by_map = numpy.zeros((len(places), queries, len(task.maps))) if wanted.modules else None
+    by_token = [numpy.zeros((queries, tokens)) for tokens in outcome.tokens.values()] if wanted.tokens else None
+    for document in documents:
+        place = places[document.document_id]
+        if by_map is not None and document.by_map is not None:
+            by_map[place] += document.by_map.numpy()
+        if by_token is not None:
+            for start, shares in document.by_token:
+                by_token[place][:, start : start + shares.shape[1]] += shares
+    return by_map, by_token

@@ -9,8 +9,9 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event, Thread
+from time import monotonic
 from typing import Any, ClassVar, Protocol
 
 import numpy
@@ -29,6 +30,9 @@ from msif_ray.errors import UserError
 RANK_RESTARTS = 4
 # Streams begun in a row without a block done, after which the machines are not to blame.
 FRUITLESS_TRIES = 4
+
+# Ray Data does not say which of its actors are alive: those are that have done a block within so many seconds.
+ALIVE_SECONDS = 300.0
 
 Columns = dict[str, numpy.ndarray]
 
@@ -65,11 +69,12 @@ class ModelTask(BlockTask, Protocol):
 
 @dataclass(frozen=True)
 class Counted:
-    """What a block held."""
+    """What a block held, and the id of the replica that did it."""
 
     documents: int
     tokens: int
     skipped: int
+    replica: str = ""
 
 
 def stream(task: BlockTask, cluster: Cluster, progress: Progress) -> None:
@@ -144,8 +149,11 @@ def _stream(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: P
         **resources.actor,
     )
     with _told_to_wait(progress, f"no replica has done a block yet; each takes {resources}") as begun:
+        seen: dict[str, float] = {}
         for row in finished.iter_rows():
             begun.set()
+            seen[str(row["replica"])] = monotonic()
+            progress.alive(sum(monotonic() - last < ALIVE_SECONDS for last in seen.values()))
             progress.add(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
 
 
@@ -199,7 +207,7 @@ class BlockReplica(ABC):
     file. What may fail is for `do`: it arrives as itself from there, from a constructor as a death without a cause."""
 
     def __call__(self, batch: Columns) -> Columns:
-        counted = self.do(batch["block"][0])
+        counted = replace(self.do(batch["block"][0]), replica=ray.get_runtime_context().get_actor_id() or "")
         return {name: numpy.array([value]) for name, value in vars(counted).items()}
 
     @abstractmethod

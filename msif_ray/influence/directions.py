@@ -135,6 +135,17 @@ class LowRankDirections:
 Directions = DenseDirections | LowRankDirections
 
 
+def token_scores(directions: Directions, activations: Tensor, gradients: Tensor) -> Tensor:
+    """The scores of all queries by position, `[queries, rows, positions]`, with a bounded number of intermediate
+    products at once: of `activations` `[rows, positions, columns]` and `gradients` `[rows, positions, out]`."""
+    rows, positions, columns = activations.shape
+    wide = columns if isinstance(directions, DenseDirections) else int(directions.ranks.max())
+    at_once = max(1, _entries(activations) // max(1, rows * positions * wide))
+    starts = range(0, len(directions), at_once)
+    parts = [directions.part(start, min(start + at_once, len(directions))) for start in starts]
+    return torch.cat([part.token_scores(activations, gradients) for part in parts])
+
+
 def _entries(like: Tensor) -> int:
     return PRODUCT_ENTRIES.get(like.device.type, PRODUCT_ENTRIES["cpu"])
 

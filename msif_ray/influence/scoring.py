@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, token_scores
 from msif_ray.influence.ekfac import GRADIENT_ENTRIES, window_gradients
 from msif_ray.influence.products import MANY, pairwise, wide_type
 
@@ -45,6 +45,17 @@ def expansion_cost(directions: LowRankDirections, rows: int | None = None) -> fl
 def gram_cost(tokens: int, out: int, columns: int) -> int:
     """Multiplications per window of Σ_ts (a_t·a_s)(g_t·g_s)."""
     return tokens * tokens * (out + columns + 1)
+
+
+@dataclass(frozen=True)
+class Detailed:
+    """Scores `[rows, queries]` and squared norms `[rows]` as of `Scorer.score`, with what they are sums of:
+    `by_map` `[rows, queries, maps]` and, where asked for, `by_token` `[rows, queries, tokens]`; all in float64."""
+
+    scores: Tensor
+    norms: Tensor
+    by_map: Tensor
+    by_token: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -83,28 +94,52 @@ class Scorer:
             norms = norms + map_norms.double()
         return torch.as_tensor(scores), torch.as_tensor(norms)
 
-    def token_scores(self, captured: Captured, query: int) -> Tensor:
-        """One query's score by position, `[rows, tokens]` in float64, summed over maps and uses.
+    def detailed(self, captured: Captured, tokens: bool) -> Detailed:
+        """As `score`, with every score's share of each map and, with `tokens`, of each position.
 
-        The entry of position t is the part of the gradient that flows through token t's own
-        activations; over positions it sums to the score.
+        With `tokens` every map is scored token by token, whatever that costs.
         """
-        return self.pair_token_scores(captured, [(row, query) for row in range(len(captured.batch.keys))])
+        length = captured.batch.input_ids.shape[1]
+        norms: Tensor | int = 0
+        by_token: Tensor | int = 0
+        by_map = []
+        for name, directions in self.directions.items():
+            if tokens:
+                activations, gradients = captured.activations(name), captured.gradients(name)
+                shares = token_scores(directions, activations, gradients).double()
+                shares = shares.unflatten(2, (-1, length)).sum(2).transpose(0, 1)
+                by_token = by_token + shares
+                scores, squares = shares.sum(2), squared_norms(activations, gradients)
+            else:
+                inputs, gradients = captured.vectors(name)
+                scores, squares = self.score_map(name, directions, inputs, gradients, captured.maps[name].bias)
+            by_map.append(scores.double())
+            norms = norms + squares.double()
+        together = torch.stack(by_map, dim=2)
+        of_tokens = torch.as_tensor(by_token) if tokens else None
+        return Detailed(together.sum(2), torch.as_tensor(norms), together, of_tokens)
 
-    def pair_token_scores(self, captured: Captured, pairs: Sequence[tuple[int, int]]) -> Tensor:
-        """As `token_scores`, of chosen pairs `(row, query)`: `[pairs, tokens]`."""
+    def pair_shares(self, captured: Captured, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """The scores of chosen pairs `(row, query)` by position and by map: `[pairs, tokens]` and `[pairs, maps]`
+        in float64, both of which sum to the score.
+
+        The entry of position t is the part of the gradient that flows through token t's own activations, summed
+        over maps and uses; maps are in the order of `directions`.
+        """
         tokens = captured.batch.input_ids.shape[1]
         total = torch.zeros(len(pairs), tokens, dtype=torch.float64, device=captured.losses.device)
+        by_map = total.new_zeros(len(pairs), len(self.directions))
         places: dict[int, list[int]] = {}
         for place, (_, query) in enumerate(pairs):
             places.setdefault(query, []).append(place)
-        for name, directions in self.directions.items():
+        for index, (name, directions) in enumerate(self.directions.items()):
             activations, gradients = captured.activations(name), captured.gradients(name)
             for query, at in places.items():
                 rows = [pairs[place][0] for place in at]
-                scores = directions.part(query, query + 1).token_scores(activations[rows], gradients[rows])[0]
-                total[at] += scores.double().reshape(len(at), -1, tokens).sum(1)
-        return total
+                shares = directions.part(query, query + 1).token_scores(activations[rows], gradients[rows])[0].double()
+                total[at] += shares.reshape(len(at), -1, tokens).sum(1)
+                by_map[at, index] = shares.sum(1)
+        return total, by_map
 
     def materialises(self, name: str, tokens: int, rows: int | None = None) -> bool:
         """Whether the map's window gradients are formed, or scored token by token: of `rows` windows of so many

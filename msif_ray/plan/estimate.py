@@ -13,6 +13,7 @@ from msif_ray.cluster.directions import kept_entries, shards
 from msif_ray.cluster.fit import EIGEN_COPIES
 from msif_ray.cluster.queries import largest_block
 from msif_ray.config import Score
+from msif_ray.corpus.candidates import listed_pairs
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
@@ -148,9 +149,14 @@ class Estimate:
         for entries in stages.passes(self.run):
             seen = self._scored(entries)
             pairs = len(resolved.queries) * (seen.documents - seen.skipped)
+            pairs = min(pairs, self._candidates(entries[0]) or pairs)
             rows = resolved.rows[f"score.{self.run.score.index(entries[0])}"]
             parts = sum(-(-each // cluster.documents_per_block) for each in rows)
             scores = parts * self.inputs.part.footer + pairs * self.inputs.part.pair
+            detail = self.run.detail
+            tokens = seen.tokens / max(1.0, seen.documents - seen.skipped)
+            lists = tokens * detail.tokens + len(resolved.maps) * detail.modules + 2 * detail.normalised
+            scores += 4.0 * pairs * lists
             stored += [Stored(f"scores of {entry.label} (Parquet)", scores) for entry in entries]
         return stored
 
@@ -284,12 +290,21 @@ class Estimate:
         return eigen / measured.eigen_rate + product / measured.product_rate + svd / measured.svd_rate
 
     def _scored(self, entries: Sequence[Score]) -> Tally:
-        return self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"]
+        """The documents of a pass; of candidates as many as there can be, each of one query alone."""
+        tally, most = self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"], self._candidates(entries[0])
+        return tally if most is None or most >= tally.documents else tally.scaled(most)
+
+    def _candidates(self, entry: Score) -> int | None:
+        """The pairs that an entry scores at most, where it does not score all."""
+        chosen, queries = entry.candidates, len(self.inputs.resolved.queries)
+        if chosen is None:
+            return None
+        return chosen.top * queries if chosen.path is None else listed_pairs(chosen.path, queries)
 
     def _scores(self, entries: Sequence[Score]) -> Step:
         tally, index = self._scored(entries), self.run.stage_index(entries[0].stage)
         scorer, job = self.scorer(entries), scoring_job(self.run.score.index(entries[0]))
-        flops = counts.pass_flops(self.inputs.sizes[index], tally) + counts.scoring_flops(scorer, tally)
+        flops = counts.pass_flops(self.inputs.sizes[index], tally) + self._scoring_flops(scorer, tally)
         if entries[0].index is not None:
             rank = self._indexed_rank(entries[0])
             tally = replace(tally, lengths={rank: tally.documents - tally.skipped})
@@ -303,6 +318,13 @@ class Estimate:
             self._hours(index, job, flops),
             self._peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
         )
+
+    def _scoring_flops(self, scorer: Scorer, tally: Tally) -> float:
+        """Of scores alone by the cheaper contraction of every map; with those of every token, token by token."""
+        if not self.run.detail.tokens:
+            return counts.scoring_flops(scorer, tally)
+        queries = len(next(iter(scorer.directions.values())))
+        return queries * counts.token_score_flops(scorer, tally.positions)
 
     def _indexed_rank(self, entry: Score) -> int:
         """The rank of the index that an entry scores from."""

@@ -6,10 +6,12 @@ A part carries its block's skipped documents in its own metadata, so that one re
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from msif_ray.errors import UserError
@@ -18,8 +20,10 @@ from msif_ray.store import replacing
 
 SKIPPED = b"skipped"
 
-# Pairs of a part that are made into rows, and read, at once: whole queries of its documents (about 50 MB).
-ROWS_AT_ONCE = 2**19
+# Row groups are whole queries of the part's documents: of so many rows at the least, and no more than so many groups.
+# With smaller ones less is read for one query, but the footer is a larger part of the file and each takes its time.
+GROUP_ROWS = 2**10
+GROUPS = 64
 
 UNITS = {
     "unit": "score: nats of the completion's log-likelihood per unit of weight on the document's loss inside "
@@ -28,6 +32,17 @@ UNITS = {
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; "
     "for several windows the root of the sum of their squares",
     "n_tokens": "tokens of the document, with its prompt and an appended EOS",
+}
+
+# Of the list columns that a run with `detail`, and top.parquet, have beside.
+SHARES = {
+    "token_scores": "each token's share of the score: what flows through its own activations; they sum to the score",
+    "module_scores": "each tracked map's share of the score, in the order of modules; they sum to the score",
+}
+
+NORMALISED = {
+    "score_per_token": "score / n_tokens",
+    "score_per_norm": "score / norm; null where the norm is zero",
 }
 
 SCORES_SCHEMA = pa.schema(
@@ -45,6 +60,55 @@ SKIPPED_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("doc_id", "reason", "stage")],
     metadata={"reason": "why the document has no score"},
 )
+
+
+@dataclass(frozen=True)
+class Details:
+    """What scores are sums of: by map, `[documents, queries, maps]`, and by token, `[queries, tokens]` of each
+    document; None where it is not wanted. `modules` names the maps."""
+
+    modules: tuple[str, ...]
+    by_map: np.ndarray | None = None
+    by_token: Sequence[np.ndarray] | None = None
+    normalised: bool = False
+
+    @property
+    def fields(self) -> list[pa.Field]:
+        wanted = {"token_scores": self.by_token, "module_scores": self.by_map}
+        lists = [
+            pa.field(name, pa.list_(pa.float32()), nullable=False)
+            for name, shares in wanted.items()
+            if shares is not None
+        ]
+        return lists + [pa.field(name, pa.float32()) for name in NORMALISED if self.normalised]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        names = {} if self.by_map is None else {"modules": json.dumps(self.modules)}
+        return {field.name: (SHARES | NORMALISED)[field.name] for field in self.fields} | names
+
+    def columns(
+        self, queries: np.ndarray, scores: np.ndarray, norms: np.ndarray, n_tokens: np.ndarray
+    ) -> list[pa.Array]:
+        """The columns of every pair of some queries, by query and then by document, from those queries' scores
+        `[documents, queries]`. A score per unit of a norm of zero is null."""
+        found = []
+        if self.by_token is not None:
+            rows = [shares[query] for query in queries for shares in self.by_token]
+            found.append(_lists(np.concatenate(rows or [np.zeros(0)]), [len(row) for row in rows]))
+        if self.by_map is not None:
+            shares = self.by_map[:, queries].transpose(1, 0, 2)
+            found.append(_lists(shares.reshape(-1), [shares.shape[2]] * (shares.shape[0] * shares.shape[1])))
+        for divisor in (n_tokens, norms) if self.normalised else ():
+            zero = np.tile(divisor == 0, len(queries))
+            divided = (scores / np.where(divisor == 0, 1, divisor)[:, None]).T.reshape(-1)
+            found.append(pa.array(divided.astype(np.float32), mask=zero))
+        return found
+
+
+def _lists(values: np.ndarray, lengths: Sequence[int]) -> pa.ListArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int32)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(values, dtype=np.float32)))
 
 
 def stage_folder(run_dir: str | Path, stage: str) -> Path:
@@ -75,27 +139,37 @@ def write_part(
     n_tokens: Sequence[int],
     skipped: Iterable[tuple[str, str]],
     metadata: Mapping[str, str],
+    details: Details | None = None,
+    chosen: np.ndarray | None = None,
 ) -> None:
-    """Writes one block's scores `[documents, queries]` as rows sorted by query, then document order.
+    """Writes one block's scores `[documents, queries]` as rows sorted by query id, then document order.
+
+    A row group holds whole queries, and its statistics say which: whoever wants one query reads a small part.
 
     `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
-    added to the file's own. Raises ValueError for arrays of other shapes.
+    added to the file's own; `details` are columns beside the scores, and `chosen`
+    `[documents, queries]` says which pairs to write (None: all). Raises ValueError for arrays of other shapes.
     """
     shape = (len(doc_ids), len(query_ids))
     if scores.shape != shape or len(norms) != shape[0] or len(n_tokens) != shape[0]:
         raise ValueError(f"scores {scores.shape}, norms {norms.shape}, n_tokens {len(n_tokens)} for {shape}")
-    about = {**UNITS, **metadata, SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
-    schema = SCORES_SCHEMA.with_metadata(about)
+    details = details or Details(())
+    skips = {SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
+    schema = pa.schema([*SCORES_SCHEMA, *details.fields], {**UNITS, **details.metadata, **metadata, **skips})
     of_documents = (np.asarray(norms, dtype=np.float32), np.asarray(n_tokens, dtype=np.int32))
-    at_once = max(1, ROWS_AT_ONCE // max(1, len(doc_ids)))
+    order = np.array(sorted(range(len(query_ids)), key=query_ids.__getitem__), dtype=np.int64)
+    in_group = max(-(-GROUP_ROWS // max(1, len(doc_ids))), -(-len(order) // GROUPS), 1)
     with (
         replacing(path) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
+        pq.ParquetWriter(
+            temporary, schema, write_page_checksum=True, sorting_columns=[pq.SortingColumn(0)]
+        ) as writer,
     ):
-        for start in range(0, len(query_ids), at_once):
-            some = slice(start, start + at_once)
-            columns = _columns(query_ids[some], doc_ids, scores[:, some], *of_documents)
-            writer.write_table(pa.table(columns, schema))
+        for start in range(0, len(order), in_group):
+            some = order[start : start + in_group]
+            columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], *of_documents)
+            rows = pa.table([*columns, *details.columns(some, scores[:, some], *of_documents)], schema)
+            writer.write_table(rows if chosen is None else rows.filter(pa.array(chosen[:, some].T.reshape(-1))))
 
 
 def _columns(
@@ -131,16 +205,43 @@ def skipped_of(path: Path) -> list[tuple[str, str]]:
 
 
 def read_part(path: Path) -> pa.Table:
-    """A part's rows. Raises UserError for a file that is not a part, or is damaged."""
+    """A part's rows, without the list columns of `detail`.
+
+    Raises UserError for a file that is not a part, or is damaged.
+    """
     with _opened(path) as part:
-        return part.read().cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
+        return _as_scores(part, part.read(columns=SCORES_SCHEMA.names))
 
 
 def read_rows(path: Path) -> Iterator[pa.Table]:
-    """A part's rows in their order, some at a time. Raises UserError as `read_part` does."""
+    """A part's rows as of `read_part` in their order, some at a time. Raises UserError as `read_part` does."""
     with _opened(path) as part:
         for group in range(part.num_row_groups):
-            yield part.read_row_group(group).cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
+            yield _as_scores(part, part.read_row_group(group, columns=SCORES_SCHEMA.names))
+
+
+def query_scores(run_dir: str | Path, stage: str, query: str) -> tuple[pa.Array, np.ndarray]:
+    """The documents and scores of one query, in the order of the parts; other queries' row groups are not read."""
+    found = []
+    for _, path in part_files(run_dir, stage):
+        with _opened(path) as part:
+            groups = [group for group in range(part.num_row_groups) if _may_hold(part.metadata.row_group(group), query)]
+            if groups:
+                rows = part.read_row_groups(groups, columns=["query_id", "doc_id", "score"])
+                found.append(rows.filter(pc.equal(rows["query_id"], query)).select(["doc_id", "score"]))
+    if not found:
+        return pa.array([], pa.string()), np.zeros(0, dtype=np.float32)
+    rows = pa.concat_tables(found)
+    return rows["doc_id"].combine_chunks(), rows["score"].to_numpy()
+
+
+def _may_hold(group: pq.RowGroupMetaData, query: str) -> bool:
+    statistics = group.column(0).statistics
+    return statistics is None or not statistics.has_min_max or statistics.min <= query <= statistics.max
+
+
+def _as_scores(part: pq.ParquetFile, rows: pa.Table) -> pa.Table:
+    return rows.cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
 
 
 @contextmanager

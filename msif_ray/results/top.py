@@ -1,6 +1,7 @@
 """The highest and lowest documents of each query, from the parts of a stage's scores."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -10,14 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from msif_ray.errors import UserError
 from msif_ray.paths import exists, path_of, storage
-from msif_ray.results.parts import UNITS, part_files, read_rows
+from msif_ray.results.parts import SHARES, UNITS, part_files, read_rows
 from msif_ray.store import replacing
 
 Side = Literal["highest", "lowest"]
 
 # Rows of `top.parquet` made at once: each has a document's tokens.
-ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 100
+# And read at once: of long documents each is large.
+ROWS_READ = 16
 
 TOP = "top.parquet"
 K = b"k"  # under which the file's metadata has the number of documents at each end
@@ -35,12 +39,15 @@ TOP_SCHEMA = pa.schema(
         ("text", pa.string()),
         ("tokens", pa.list_(pa.string())),
         ("token_scores", pa.list_(pa.float32())),
+        ("modules", pa.list_(pa.string())),
+        ("module_scores", pa.list_(pa.float32())),
     ],
     metadata={
         **UNITS,
         "side": "highest: the documents that support the completion most; lowest: those that oppose it most",
         "rank": "1 is the highest or the lowest score of the query; equal scores are in the order of doc_id",
-        "token_scores": "each token's share of the score, in the order of tokens",
+        "tokens": "a character that several tokens make up stands with the first of them; the others are empty",
+        **SHARES,
     },
 )
 
@@ -130,15 +137,49 @@ def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, 
 
 
 def has_top(run_dir: str | Path, k: int) -> bool:
-    """Whether `top.parquet` is there with k documents at each end; a run directory has no other run's."""
+    """Whether `top.parquet` is there with k documents at each end and this version's columns; a run directory has no
+    other run's."""
     path = path_of(run_dir) / TOP
     if not exists(path):
         return False
     with storage(path, "read"), path.open("rb") as file:
         try:
-            return pq.read_schema(file).metadata.get(K) == str(k).encode()
+            schema = pq.read_schema(file)
+            return schema.names == TOP_SCHEMA.names and schema.metadata.get(K) == str(k).encode()
         except (pa.ArrowException, AttributeError):  # not Parquet, or without metadata: to be written anew
             return False
+
+
+def count_top(run_dir: str | Path) -> int:
+    """The number of rows of `top.parquet`. Raises UserError as `read_top` does."""
+    with _opened(run_dir) as file:
+        return int(file.metadata.num_rows)
+
+
+def read_top(run_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of `top.parquet` without the documents' texts, some at a time.
+
+    Raises UserError where it is missing, damaged or of an earlier version.
+    """
+    with _opened(run_dir) as file:
+        columns = [name for name in TOP_SCHEMA.names if name != "text"]
+        for batch in file.iter_batches(ROWS_READ, columns=columns):
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def _opened(run_dir: str | Path) -> Iterator[pq.ParquetFile]:
+    path = path_of(run_dir) / TOP
+    if not exists(path):
+        raise UserError(f"{run_dir}: no {TOP} there yet; finish the run with `msif run`")
+    with storage(path, "read"), path.open("rb") as raw:
+        try:
+            file = pq.ParquetFile(raw)
+        except pa.ArrowException:
+            raise UserError(f"{path}: damaged; delete it, and run `msif run` again") from None
+        if file.schema_arrow.names != TOP_SCHEMA.names:
+            raise UserError(f"{path}: of another version; delete it, and run `msif run` again")
+        yield file
 
 
 def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]], k: int) -> None:

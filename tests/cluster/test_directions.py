@@ -165,9 +165,9 @@ def test_token_scores_are_those_of_the_pairs(world: World, tmp_path: Path) -> No
     whole = Scorer(world.plain(rank=2))
     captured = world.captured[0]
     pairs = [(0, 1), (1, 1), (0, 4), (1, 0)]
-    found = directions.load([folder], list(world.maps), CPU, 1).scorers[0].pair_token_scores(captured, pairs)
+    found = directions.load([folder], list(world.maps), CPU, 1).scorers[0].pair_shares(captured, pairs)[0]
     for (row, query), by_token in zip(pairs, found, strict=True):
-        torch.testing.assert_close(by_token, whole.token_scores(captured, query)[row], **CLOSE)
+        torch.testing.assert_close(by_token, whole.pair_shares(captured, [(row, query)])[0][0], **CLOSE)
         torch.testing.assert_close(by_token.sum(), whole.score(captured)[0][row, query], **CLOSE)
 
 

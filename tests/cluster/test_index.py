@@ -60,6 +60,12 @@ def gradients(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
+def modules(run_dir: str, stage: str) -> dict[tuple[str, str], tuple[list[float], float, int]]:
+    """Every pair's scores by map, and the other columns."""
+    rows = pq.read_table(Path(run_dir) / "scores" / f"stage={stage}", partitioning=None).to_pylist()
+    return {(row["query_id"], row["doc_id"]): (row["module_scores"], row["norm"], row["n_tokens"]) for row in rows}
+
+
 def test_an_index_takes_no_more_than_it_needs(built: Path) -> None:
     assert sorted(path.name for path in (built / "factors").iterdir()) == ["pretrain"]
     assert not (built / "queries").exists() and not (built / "scores").exists()
@@ -101,11 +107,13 @@ def test_new_queries_are_scored_from_it_without_its_documents(folder: Path, buil
         {"stage": "pretrain", "name": "single", "responses": other},
         from_index | {"name": "single-indexed", "responses": other},
     ]
+    description["detail"] = {"modules": True}
     run(parse_run(description))
     run_dir = description["run_dir"]
     for exact, indexed in (("pretrain", "indexed"), ("single", "single-indexed")):
         found = runs.read_scores(run_dir, indexed)
         assert runs.largest_error(found, runs.read_scores(run_dir, exact)) < FLOAT32
+        assert runs.largest_error(modules(run_dir, indexed), modules(run_dir, exact)) < FLOAT32
     parts = sorted((Path(run_dir) / "scores" / "stage=indexed").glob("part-*"))
     assert len(parts) == 4  # of the index's blocks
     schemas = [pq.read_schema(part) for part in (parts[0], next(Path(run_dir).glob("scores/stage=pretrain/part-*")))]

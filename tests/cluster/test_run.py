@@ -1,14 +1,21 @@
 """Whole runs on a real local Ray cluster against the dense reference."""
 
+import json
+import math
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from cluster import runs, spy
+from results.finished import page_data
 
 from msif_ray import layout
 from msif_ray.cluster import pool
+from msif_ray.cluster.metrics import GAUGES
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.run import run
@@ -54,10 +61,43 @@ def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str)
     for row in rows:
         assert len(row["tokens"]) == len(row["token_scores"]) == row["n_tokens"]
         assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
+        assert sum(row["module_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
     first = [row for row in rows if row["stage"] == "pretrain" and row["query_id"] == "query-0" and row["rank"] == 1]
     by_side = {row["side"]: row["score"] for row in first}
     of_query = [score for (query, _), (score, _, _) in scores.items() if query == "query-0"]
     assert by_side == {"highest": max(of_query), "lowest": min(of_query)}
+
+
+def test_the_report_is_there_and_holds_the_top_documents(one_process: str) -> None:
+    page = (Path(one_process) / "report.html").read_text(encoding="utf-8")
+    data = page_data(page)
+    assert [each["label"] for each in data["scored"]] == ["pretrain", "tune"]
+    assert [query["id"] for query in data["queries"]] == ["query-0", "query-1", "query-2"]
+    assert all(query["tokens"] > 1 and query["log_likelihood"] < 0 for query in data["queries"])
+    scores = runs.read_scores(one_process, "pretrain")
+    for query, found in zip(data["queries"], data["scored"][0]["queries"], strict=True):
+        own = [score for (name, _), (score, _, _) in scores.items() if name == query["id"]]
+        assert found["documents"] == len(own) == 14 and sum(found["histogram"]) == 14
+        first = found["supports"][0]
+        assert first["score"] == pytest.approx(max(own), rel=1e-5)
+        assert first["share"] == pytest.approx(max(own) / sum(map(abs, own)), rel=1e-4)
+    assert "14 of 16" in page and "Few documents for the factors of pretrain" in page
+
+
+def test_progress_is_at_rays_metrics_port(one_process: str) -> None:
+    """Which its dashboard and Prometheus read."""
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    of_step: list[str] = []
+    for _ in range(120):  # it is told every ten seconds
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        of_step = [line for line in lines if line.startswith("ray_msif") and 'step="pretrain: scores"' in line]
+        if len(of_step) == len(GAUGES):
+            break
+        time.sleep(0.5)
+    values = {line.partition("{")[0].removeprefix("ray_"): float(line.rpartition(" ")[2]) for line in of_step}
+    assert values["msif_documents"] == 14 and values["msif_documents_skipped"] == 2
+    assert values["msif_tokens_per_second"] > 0 and values["msif_replicas"] == 1
 
 
 def test_run_json_says_what_changes_a_score(one_process: str) -> None:
@@ -69,12 +109,48 @@ def test_run_json_says_what_changes_a_score(one_process: str) -> None:
     assert all(value > 0 for value in strengths["pretrain.damping"].values())
 
 
-def test_two_replicas_give_the_same_scores(folder: Path, one_process: str) -> None:
+@pytest.fixture(scope="module")
+def two_replicas(folder: Path) -> str:
+    """The same run on two replicas, with the shares of every score."""
     description = runs.two_stages(folder, "replicas", replicas=2)
-    run(parse_run(description))
-    for stage in ("pretrain", "tune"):
-        found = runs.read_scores(description["run_dir"], stage)
-        assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+    run(parse_run(description | {"detail": {"tokens": True, "modules": True}}))
+    return str(description["run_dir"])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "tune"])
+def test_two_replicas_give_the_same_scores(two_replicas: str, one_process: str, stage: str) -> None:
+    found = runs.read_scores(two_replicas, stage)
+    assert runs.largest_error(found, runs.read_scores(one_process, stage)) < 1e-5
+
+
+@pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
+def test_shares_equal_the_dense_reference_and_sum_to_the_score(
+    folder: Path, two_replicas: str, stage: str, scored: int
+) -> None:
+    wanted = runs.expected_shares(folder, scored)
+    path = Path(two_replicas) / "scores" / f"stage={stage}"
+    rows = pq.read_table(path, partitioning=None).to_pylist()
+    names = json.loads(pq.read_schema(next(path.glob("*.parquet"))).metadata[b"modules"])
+    assert {(row["query_id"], row["doc_id"]) for row in rows} == wanted.keys()
+    close = FLOAT32 * max(abs(share) for by_map, _ in wanted.values() for share in by_map.values())
+    for row in rows:
+        by_map, by_token = wanted[row["query_id"], row["doc_id"]]
+        assert dict(zip(names, row["module_scores"], strict=True)) == pytest.approx(by_map, abs=close)
+        assert row["token_scores"] == pytest.approx(by_token, abs=close)
+        for shares in (row["module_scores"], row["token_scores"]):
+            assert math.fsum(shares) == pytest.approx(row["score"], abs=FLOAT32 * sum(map(abs, shares)))
+    detail = read_json(Path(two_replicas) / "run.json")["identity"]["run"]["detail"]
+    assert detail == {"tokens": True, "modules": True, "normalised": False}
+
+
+def test_shares_of_top_documents_are_those_of_the_scores(one_process: str, two_replicas: str) -> None:
+    scores = pq.read_table(Path(two_replicas) / "scores").to_pylist()
+    all_rows = {(row["stage"], row["query_id"], row["doc_id"]): row for row in scores}
+    for row in pq.read_table(f"{one_process}/top.parquet").to_pylist():
+        full = all_rows[row["stage"], row["query_id"], row["doc_id"]]
+        for shares in ("token_scores", "module_scores"):
+            assert row[shares] == pytest.approx(full[shares], rel=1e-5, abs=1e-5)
+        assert "".join(row["tokens"]).removesuffix("<eos>") == row["text"]
 
 
 def test_two_ranks_that_shard_the_weights_give_the_same_scores(folder: Path, one_process: str) -> None:
@@ -153,3 +229,32 @@ def test_factors_are_reused_and_responses_compared_in_one_pass(folder: Path, one
     assert own == runs.read_scores(one_process, "pretrain")
     assert runs.largest_error(infinite, own) > 0.01
     assert not (folder / "reused" / "factors").exists()
+
+
+def test_candidates_alone_are_scored_with_normalised_columns(folder: Path, one_process: str) -> None:
+    description = runs.two_stages(folder, "candidates")
+    for stage in description["stages"]:
+        stage["factors"] = one_process
+    chosen = {"method": "bm25", "top": 3}
+    description["score"] = [
+        {"stage": "pretrain", "candidates": chosen},
+        {"stage": "pretrain", "name": "single", "candidates": chosen, "responses": {"tune": {"kind": "identity"}}},
+    ]
+    description["detail"] = {"normalised": True}
+    run(parse_run(description))
+    run_dir = Path(description["run_dir"])
+    table = pq.read_table(run_dir / "candidates" / "stage=pretrain.parquet", partitioning=None).to_pylist()
+    pairs = {(row["query_id"], row["doc_id"]) for row in table}
+    assert {sum(query == each for each, _ in pairs) for query, _ in pairs} == {3}
+    found, everything = (runs.read_scores(where, "pretrain") for where in (str(run_dir), one_process))
+    assert found.keys() == runs.read_scores(str(run_dir), "single").keys() == pairs
+    assert runs.largest_error(found, {pair: everything[pair] for pair in pairs}) < 1e-6
+    for row in pq.read_table(run_dir / "scores" / "stage=pretrain", partitioning=None).to_pylist():
+        assert row["score_per_token"] == pytest.approx(row["score"] / row["n_tokens"], rel=1e-6)
+        assert row["score_per_norm"] == pytest.approx(row["score"] / row["norm"], rel=1e-6)
+    top = pq.read_table(run_dir / "top.parquet").to_pylist()
+    assert {(row["query_id"], row["doc_id"]) for row in top} == pairs
+    assert "were skipped" not in (run_dir / "report.html").read_text(encoding="utf-8")
+    parts = {path: path.stat().st_mtime_ns for path in (run_dir / "scores").rglob("*.parquet")}
+    run(parse_run(description))
+    assert parts == {path: path.stat().st_mtime_ns for path in (run_dir / "scores").rglob("*.parquet")}

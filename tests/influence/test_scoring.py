@@ -122,10 +122,31 @@ def test_both_contractions_agree(captured, monkeypatch, formed):
             torch.testing.assert_close(found[1], norms, **CLOSE)
     for query in range(4):
         for kind in (directions, dense):
-            tokens = Scorer(kind).token_scores(captured, query)
-            assert tokens.shape == captured.batch.input_ids.shape
+            pairs = [(row, query) for row in range(len(captured.batch.keys))]
+            tokens, maps = Scorer(kind).pair_shares(captured, pairs)
+            assert tokens.shape == captured.batch.input_ids.shape and maps.shape == (len(pairs), len(captured.maps))
+            torch.testing.assert_close(maps.sum(1), scores[:, query], **CLOSE)
             torch.testing.assert_close(tokens.sum(1), scores[:, query], **CLOSE)
             assert not tokens[~captured.batch.attention_mask].any()
+
+
+@pytest.mark.parametrize("entries", (2**22, 1))  # all queries at once, and one by one
+def test_details_are_those_of_pairs(captured, monkeypatch, entries):
+    monkeypatch.setitem(PRODUCT_ENTRIES, "cpu", entries)
+    torch.manual_seed(0)
+    directions = ragged(low_rank(captured))
+    for kind in (directions, {name: DenseDirections(d.dense) for name, d in directions.items()}):
+        scorer = Scorer(kind)
+        scores, norms = scorer.score(captured)
+        pairs = [(row, query) for row in range(len(scores)) for query in range(4)]
+        by_token, by_map = (shares.unflatten(0, scores.shape) for shares in scorer.pair_shares(captured, pairs))
+        for tokens in (True, False):
+            found = scorer.detailed(captured, tokens)
+            assert (found.by_token is not None) == tokens
+            torch.testing.assert_close(found.by_map, by_map, **CLOSE)
+            torch.testing.assert_close(found.scores, scores, **CLOSE)
+            torch.testing.assert_close(found.norms, norms, **CLOSE)
+        torch.testing.assert_close(scorer.detailed(captured, True).by_token, by_token, **CLOSE)
 
 
 def test_the_chooser_counts_multiplications(captured):

@@ -125,7 +125,7 @@ def test_token_scores(captured: Captured) -> None:
         directions = counts.make_directions(shapes_of(captured), 3, rank, torch.float64, torch.device("cpu"))
         scorer = Scorer(directions)
         with counter() as count:
-            scorer.token_scores(captured, 1)
+            scorer.pair_shares(captured, [(row, 1) for row in range(ROWS)])
         assert counts.token_score_flops(scorer, ROWS * TOKENS) == count.get_total_flops()
 
 

@@ -124,6 +124,24 @@ def test_an_index_is_planned_and_scores_from_it_take_no_pass(description: Descri
     assert stored(found, "index of pretrain, at most") > 0
 
 
+def test_details_are_planned(description: Description, plan: Plan) -> None:
+    found = make_plan(parse_run(description | {"detail": {"tokens": True, "modules": True}}), measured=False)
+    step, maps = next(step for step in plan.steps if step.name == "pretrain: scores"), 8  # four in each of two layers
+    queries, skipped = len(runs.QUERIES), 2
+    lists = 4 * queries * (step.tokens + (step.documents - skipped) * maps)
+    name = "scores of pretrain (Parquet)"
+    assert stored(found, name) - stored(plan, name) == pytest.approx(lists)
+    assert next(each for each in found.steps if each.name == step.name).flops > 0
+
+
+def test_candidates_are_planned(description: Description, plan: Plan) -> None:
+    chosen = description | {"score": [{"stage": "pretrain", "candidates": {"method": "bm25", "top": 2}}]}
+    steps = {step.name: step for step in make_plan(parse_run(chosen), measured=False).steps}
+    exact = next(step for step in plan.steps if step.name == "pretrain: scores")
+    assert steps["pretrain: scores"].documents == 2 * len(runs.QUERIES)
+    assert 0 < steps["pretrain: scores"].flops < 0.6 * exact.flops
+
+
 def write(folder: Path, description: Description) -> str:
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(description))

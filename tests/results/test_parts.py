@@ -1,5 +1,6 @@
 """A part is all of a block or nothing, and readable by anything that reads Parquet."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import duckdb
@@ -21,15 +22,15 @@ def write(run_dir: Path, block: str, documents: list[str], skipped: list[tuple[s
     return path
 
 
-def test_rows_are_sorted_by_query_then_document_as_given(tmp_path: Path) -> None:
+def test_rows_are_sorted_by_query_id_then_document_as_given(tmp_path: Path) -> None:
     path = write(tmp_path, "00000-0000000", ["b", "a"], [])
     assert path == tmp_path / "scores" / "stage=one" / "part-00000-0000000.parquet"
     table = pq.ParquetFile(path).read()
     assert table.schema.equals(parts.SCORES_SCHEMA)
     assert table.to_pydict() == {
-        "query_id": ["q1", "q1", "q0", "q0"],
+        "query_id": ["q0", "q0", "q1", "q1"],
         "doc_id": ["b", "a", "b", "a"],
-        "score": [0.0, 2.0, 1.0, 3.0],
+        "score": [1.0, 3.0, 0.0, 2.0],
         "norm": [0.5, 1.5, 0.5, 1.5],
         "n_tokens": [3, 4, 3, 4],
     }
@@ -98,10 +99,76 @@ def test_a_flipped_bit_of_the_rows_is_noticed(tmp_path: Path) -> None:
             noticed += 1
         else:  # an unused field of a page's header
             assert table.to_pydict() == {
-                "query_id": ["q1", "q1", "q0", "q0"],
+                "query_id": ["q0", "q0", "q1", "q1"],
                 "doc_id": ["a", "b", "a", "b"],
-                "score": [0.0, 2.0, 1.0, 3.0],
+                "score": [1.0, 3.0, 0.0, 2.0],
                 "norm": [0.5, 1.5, 0.5, 1.5],
                 "n_tokens": [3, 4, 3, 4],
             }
     assert noticed > (footer - 4) / 2
+
+
+def test_details_are_list_columns_by_query_then_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "GROUP_ROWS", 2)  # a query at a time
+    by_map = np.arange(12.0).reshape(2, 2, 3)
+    by_token = [np.arange(4.0).reshape(2, 2), np.arange(6.0).reshape(2, 3)]
+    details = parts.Details(("x", "y", "z"), by_map, by_token)
+    path = tmp_path / "p.parquet"
+    parts.write_part(path, ["q1", "q0"], ["b", "a"], np.zeros((2, 2)), np.zeros(2), [2, 3], [], {}, details)
+    table = pq.ParquetFile(path).read()
+    assert table["module_scores"].to_pylist() == [[3, 4, 5], [9, 10, 11], [0, 1, 2], [6, 7, 8]]
+    assert table["token_scores"].to_pylist() == [[2, 3], [3, 4, 5], [0, 1], [0, 1, 2]]
+    assert table.schema.metadata[b"modules"] == b'["x", "y", "z"]'
+    assert parts.read_part(path).column_names == parts.SCORES_SCHEMA.names
+    for wanted in (parts.Details(("x",)), parts.Details(("x",), by_map[:, :, :1])):
+        parts.write_part(path, ["q1", "q0"], ["b", "a"], np.zeros((2, 2)), np.zeros(2), [2, 3], [], {}, wanted)
+        assert len(pq.read_schema(path)) == 5 + len(wanted.fields)
+
+
+def test_details_of_a_block_without_documents(tmp_path: Path) -> None:
+    details = parts.Details(("x",), np.zeros((0, 2, 1)), [])
+    parts.write_part(tmp_path / "p", ["q1", "q0"], [], np.zeros((0, 2)), np.zeros(0), [], [], {}, details)
+    assert pq.ParquetFile(tmp_path / "p").metadata.num_rows == 0
+
+
+def test_one_query_reads_a_small_part_of_a_file(tmp_path: Path) -> None:
+    """By statistics of row groups, as every reader of Parquet uses them."""
+    queries = [f"q{n}" for n in np.random.default_rng(0).permutation(200)]
+    scores = np.random.default_rng(1).standard_normal((256, 200)).astype(np.float32)
+    path, ids = parts.part_path(tmp_path, "s", "b"), [f"doc-{n}" for n in range(256)]
+    parts.write_part(path, queries, ids, scores, np.ones(256), [7] * 256, [], {})
+    metadata = pq.read_metadata(path)
+    assert 40 <= metadata.num_row_groups <= parts.GROUPS
+    assert metadata.serialized_size < 0.15 * path.stat().st_size
+    groups = [metadata.row_group(n) for n in range(metadata.num_row_groups)]
+    assert all(group.column(column).statistics.has_min_max for group in groups for column in range(5))
+    ends = [(group.column(0).statistics.min, group.column(0).statistics.max) for group in groups]
+    assert ends == sorted(ends) and all(one[1] < other[0] for one, other in pairwise(ends))
+    wanted = queries[17]
+    holding = [group.total_byte_size for group, (low, high) in zip(groups, ends, strict=True) if low <= wanted <= high]
+    assert len(holding) == 1 and holding[0] < 0.05 * sum(group.total_byte_size for group in groups)
+    found, own = parts.query_scores(tmp_path, "s", wanted)
+    assert found.to_pylist() == ids and (own == scores[:, 17]).all()
+    assert len(parts.query_scores(tmp_path, "s", "q")[0]) == 0
+
+
+def test_only_plain_types(tmp_path: Path) -> None:
+    details = parts.Details(("x",), np.zeros((1, 1, 1)), [np.zeros((1, 2))])
+    parts.write_part(tmp_path / "p", ["q"], ["a"], np.zeros((1, 1)), np.zeros(1), [2], [], {}, details)
+    types = {str(field.type) for field in pq.read_schema(tmp_path / "p")}
+    assert types == {"string", "float", "int32", "list<element: float>"}
+
+
+def test_normalised_columns_and_chosen_pairs(tmp_path: Path) -> None:
+    scores, chosen = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[True, False], [True, True]])
+    details = parts.Details((), normalised=True)
+    path = tmp_path / "p"
+    parts.write_part(path, ["b", "a"], ["x", "y"], scores, np.array([0.0, 8.0]), [2, 4], [], {}, details, chosen)
+    columns = ["query_id", "doc_id", "score_per_token", "score_per_norm"]
+    assert pq.ParquetFile(path).read(columns).to_pylist() == [
+        {"query_id": "a", "doc_id": "y", "score_per_token": 1.0, "score_per_norm": 0.5},
+        {"query_id": "b", "doc_id": "x", "score_per_token": 0.5, "score_per_norm": None},
+        {"query_id": "b", "doc_id": "y", "score_per_token": 0.75, "score_per_norm": 0.375},
+    ]
+    metadata = pq.read_schema(path).metadata
+    assert metadata[b"score_per_norm"] == b"score / norm; null where the norm is zero"

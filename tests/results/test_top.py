@@ -27,7 +27,7 @@ def test_ends_equal_those_of_all_rows_sorted(tmp_path: Path, k: int) -> None:
             rows = zip(scores[:, column].tolist(), documents, strict=True)
             everything[query] += [(score, document, f"b{number}") for score, document in rows]
     expected = []
-    for query, rows in everything.items():
+    for query, rows in sorted(everything.items()):
         for side, sign in (("highest", -1), ("lowest", 1)):
             best = sorted(rows, key=lambda row, sign=sign: (sign * row[0], row[1]))[:k]
             expected += [(query, side, rank, *row) for rank, row in enumerate(best, start=1)]
@@ -56,6 +56,7 @@ def row(**changes: Any) -> dict[str, Any]:
     return {
         "stage": "s", "query_id": "q", "side": "highest", "rank": 1, "doc_id": "d", "score": 0.5, "norm": 2.0,
         "n_tokens": 2, "text": "ab", "tokens": ["a", "b"], "token_scores": [0.25, 0.25],
+        "modules": ["m"], "module_scores": [0.5],
     } | changes  # fmt: skip
 
 

@@ -1,0 +1,202 @@
+"""Candidates first: which documents of a corpus are scored for each query, chosen by BM25 or given as a list.
+
+With models of billions of parameters a pass over a whole corpus costs as much as training on it; Bao et al. 2025 score
+the documents that BM25 finds for a query. What is not a candidate has no score, and is not among those skipped.
+"""
+
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from bm25s.tokenization import Tokenizer
+
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block, Document
+from msif_ray.errors import UserError
+from msif_ray.paths import path_of, storage
+from msif_ray.store import replacing
+
+SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("doc_id", pa.string()),
+        ("block", pa.string()),
+        ("rank", pa.int32()),
+        ("bm25", pa.float32()),
+    ],
+    metadata={
+        "rank": "1 is the query's first candidate",
+        "bm25": "of the query's prompt and completion in the document; null of a list that was given",
+        "block": "the block of the corpus that holds the document",
+    },
+)
+
+
+@dataclass(frozen=True)
+class CandidateBlocks(CorpusBlocks):
+    """The blocks of a corpus that hold candidates, with those alone; `chosen` is the file that says which."""
+
+    chosen: Path = Path()
+
+    @property
+    def ids(self) -> frozenset[str]:
+        return frozenset(self._chosen.documents)
+
+    def left_in(self, file: int, done: AbstractSet[str]) -> Iterator[Block]:
+        wanted = {name for name in self.ids if int(name.split("-")[0]) == file} - done
+        if not wanted:
+            return
+        for block in super().left_in(file, set(super()._names(file)) - wanted):
+            names = self._chosen.documents[block.id]
+            yield Block(block.id, tuple(document for document in block.documents if document.id in names))
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._chosen.documents.values()))
+
+    def documents_in(self, block: str) -> int:
+        return len(self._chosen.documents[block])
+
+    @property
+    def _chosen(self) -> "Chosen":
+        return read_chosen(str(self.chosen))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The pairs to be scored."""
+
+    table: pa.Table
+
+    @cached_property
+    def documents(self) -> dict[str, frozenset[str]]:
+        """The candidates of any query by block."""
+        found: dict[str, set[str]] = {}
+        columns = (self.table[name].to_pylist() for name in ("block", "doc_id"))
+        for block, document in zip(*columns, strict=True):
+            found.setdefault(block, set()).add(document)
+        return {block: frozenset(documents) for block, documents in found.items()}
+
+    @cached_property
+    def queries(self) -> dict[str, frozenset[str]]:
+        """The queries of each document."""
+        found: dict[str, set[str]] = {}
+        columns = (self.table[name].to_pylist() for name in ("query_id", "doc_id"))
+        for query, document in zip(*columns, strict=True):
+            found.setdefault(document, set()).add(query)
+        return {document: frozenset(queries) for document, queries in found.items()}
+
+    def pairs(self, documents: Sequence[str], queries: Sequence[str]) -> np.ndarray:
+        """Which pairs are to be scored, `[documents, queries]` bool."""
+        none: frozenset[str] = frozenset()
+        of = [self.queries.get(document, none) for document in documents]
+        return np.array([[query in own for query in queries] for own in of], dtype=bool).reshape(-1, len(queries))
+
+
+@lru_cache(maxsize=4)
+def read_chosen(path: str) -> Chosen:
+    """The candidates in a file of `write_chosen`, read once per process. Raises UserError for one that is damaged."""
+    with storage(path, "read"), path_of(path).open("rb") as file:
+        try:
+            return Chosen(pq.read_table(file).cast(SCHEMA))
+        except (pa.ArrowException, ValueError):
+            raise UserError(f"{path}: damaged; delete it, and run the same command again") from None
+
+
+def write_chosen(path: Path, table: pa.Table) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int) -> pa.Table:
+    """The `top` documents of each query's prompt and completion by BM25, those that share no word with it left out.
+
+    The whole corpus's words are in this process's memory, some ten bytes for each.
+    """
+    documents: list[tuple[str, str]] = []
+    words = Tokenizer(splitter=r"(?u)\b\w+\b", stopwords=[])
+    texts = _texts(blocks, documents)
+    index = bm25s.BM25()
+    found = words.tokenize(texts, length=blocks.count, return_as="tuple", show_progress=False, allow_empty=False)
+    index.index(found, create_empty_token=False, show_progress=False)
+    wanted = [f"{query.prompt or ''}{query.text}" for query in queries]
+    asked = words.tokenize(wanted, update_vocab=False, return_as="string", show_progress=False, allow_empty=False)
+    count = min(top, len(documents))
+    places, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=0)
+    rows = [
+        (query.id, *documents[place], rank, score)
+        for query, of_query, own in zip(queries, places.tolist(), scores.tolist(), strict=True)
+        for rank, (place, score) in enumerate(zip(of_query, own, strict=True), start=1)
+        if score > 0
+    ]
+    if not rows:
+        raise UserError("candidates: no document of the corpus shares a word with any query")
+    columns = zip(*rows, strict=True)
+    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
+
+
+def _texts(blocks: CorpusBlocks, documents: list[tuple[str, str]]) -> Iterator[str]:
+    """The documents' texts; their ids and blocks go to `documents`."""
+    for block in blocks.left(frozenset()):
+        for document in block.documents:
+            documents.append((document.id, block.id))
+            text = f"{document.prompt or ''}{document.text or ''}" if isinstance(document.text, str) else ""
+            yield text
+
+
+def by_list(blocks: CorpusBlocks, queries: Sequence[Document], path: str, key: str) -> pa.Table:
+    """The pairs that a Parquet file names in `doc_id` and, unless all queries are meant, `query_id`.
+
+    Raises UserError, naming `key`, for a file without those columns and for an id that is not there.
+    """
+    with storage(f"{key}.path: {path}", "read"), path_of(path).open("rb") as file:
+        try:
+            listed = pq.read_table(file)
+        except pa.ArrowException as error:
+            raise UserError(f"{key}.path: {path} cannot be read: {' '.join(str(error).split())}") from None
+    if "doc_id" not in listed.column_names:
+        raise UserError(f"{key}.path: {path} has no column 'doc_id'; it has {', '.join(listed.column_names)}")
+    ids = [query.id for query in queries]
+    wanted = [str(document) for document in listed["doc_id"].to_pylist()]
+    if "query_id" in listed.column_names:
+        pairs = dict.fromkeys(zip(map(str, listed["query_id"].to_pylist()), wanted, strict=True))
+    else:
+        pairs = dict.fromkeys((query, document) for query in ids for document in dict.fromkeys(wanted))
+    of_document = _blocks_of(blocks, {document for _, document in pairs})
+    for query, document in pairs:
+        if query not in ids:
+            raise UserError(f"{key}.path: {path}: there is no query {query!r}")
+        if document not in of_document:
+            raise UserError(f"{key}.path: {path}: the corpus has no document {document!r}")
+    if not pairs:
+        raise UserError(f"{key}.path: {path}: names no document")
+    ranks: dict[str, int] = {}
+    rows = []
+    for query, document in pairs:
+        ranks[query] = ranks.get(query, 0) + 1
+        rows.append((query, document, of_document[document], ranks[query], None))
+    columns = zip(*rows, strict=True)
+    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
+
+
+def listed_pairs(path: str, queries: int) -> int:
+    """The rows of such a file, for each of so many queries where it names none."""
+    with storage(path, "read"), path_of(path).open("rb") as file:
+        table = pq.ParquetFile(file)
+        return int(table.metadata.num_rows) * (1 if "query_id" in table.schema_arrow.names else queries)
+
+
+def _blocks_of(blocks: CorpusBlocks, wanted: AbstractSet[str]) -> dict[str, str]:
+    """The block of each document that is wanted."""
+    return {
+        document.id: block.id
+        for block in blocks.left(frozenset())
+        for document in block.documents
+        if document.id in wanted
+    }

@@ -1,0 +1,168 @@
+"""Influence by a column of the corpus (domain, date, licence): sums over the documents that share its value."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from msif_ray.config import Run, Score
+from msif_ray.corpus.reader import block_id, corpus_files, row_id
+from msif_ray.corpus.reader import read_rows as read_corpus
+from msif_ray.errors import UserError
+from msif_ray.indexes import index_folder, read_manifest
+from msif_ray.paths import exists
+from msif_ray.results.excerpt import visible
+from msif_ray.results.facts import Facts, read_facts
+from msif_ray.results.parts import UNITS, part_path, read_rows
+from msif_ray.store import replacing
+
+# Values of the column that are printed.
+SHOWN = 30
+NOTHING = "(none)"  # a document whose column is null
+
+SCHEMA = pa.schema(
+    [
+        ("query_id", pa.string()),
+        ("value", pa.string()),
+        ("documents", pa.int64()),
+        ("mean", pa.float64()),
+        ("total", pa.float64()),
+        ("share", pa.float64()),
+        ("net_share", pa.float64()),
+        ("share_of_documents", pa.float64()),
+    ],
+    metadata={
+        "unit": UNITS["unit"],
+        "sign": UNITS["sign"],
+        "value": "of the column that the documents are grouped by, as text",
+        "mean": "mean score of the group's documents; total: their sum",
+        "share": "the group's sum of |score| over that of all documents",
+        "net_share": "the group's sum of scores over the sum of |score| of all documents",
+        "share_of_documents": "what share would be if all documents had the same |score|",
+    },
+)
+
+
+@dataclass
+class _Sums:
+    """By query and value: the number of documents, the sum of their scores and of |score|."""
+
+    sums: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+
+    def add(self, rows: pa.Table, values: pa.Array) -> None:
+        sizes = pc.abs(rows["score"].cast(pa.float64()))
+        table = pa.table(
+            {"query_id": rows["query_id"], "value": values, "score": rows["score"].cast(pa.float64()), "size": sizes}
+        ).filter(pc.is_finite(rows["score"]))
+        found = table.group_by(["query_id", "value"]).aggregate([("score", "count"), ("score", "sum"), ("size", "sum")])
+        for row in found.to_pylist():
+            own = np.array([row["score_count"], row["score_sum"], row["size_sum"]], dtype=np.float64)
+            key = (row["query_id"], row["value"])
+            self.sums[key] = self.sums[key] + own if key in self.sums else own
+
+
+def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.Table:
+    """Sums of the scores of `label` (default: the run's first) by query and by the value of the corpus's `column`:
+    a table of `SCHEMA`, by query and then by falling share.
+
+    The corpus is read again, a block and its scores at a time. Raises UserError for a column that it does not have,
+    and for a corpus that is no longer as it was scored.
+    """
+    facts = read_facts(run_dir)
+    scored = facts.scored_as(label) if label is not None else facts.scored[0]
+    entry = next(each for each in facts.run.score if each.label == scored.label)
+    sums = _Sums()
+    for block, values in _blocks(facts.run, entry, column):
+        path = part_path(facts.run_dir, scored.label, block)
+        if not exists(path):
+            if entry.candidates is not None:
+                continue  # none of its documents was one
+            raise UserError(f"{path}: missing; finish the run with `msif run`")
+        for rows in read_rows(path):
+            places = pc.index_in(rows["doc_id"], value_set=pa.array(list(values), pa.string()))
+            if places.null_count:
+                unknown = rows["doc_id"].filter(pc.is_null(places))[0].as_py()
+                raise UserError(f"{path}: {unknown!r} is not in the block's documents: the corpus has changed since")
+            sums.add(rows, pa.array(list(values.values()), pa.string()).take(places.combine_chunks()))
+    return _table(facts, sums)
+
+
+def _blocks(run: Run, entry: Score, column: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The id of every block, and the column's value of each of its documents by id."""
+    documents, key = run.scored_documents(entry), f"score.{run.score.index(entry)}.documents"
+    size = run.cluster.documents_per_block
+    if entry.index is not None:
+        size = read_manifest(index_folder(entry))["documents_per_block"]
+    columns = list(dict.fromkeys(name for name in (documents.id, column) if name is not None))
+    for index, file in enumerate(corpus_files(documents, key)):
+        rows = enumerate(read_corpus(file, columns, key))
+        number = 0
+        while some := list(islice(rows, size)):
+            values = {row_id(file, place, row, documents, key): _text(row[column]) for place, row in some}
+            yield block_id(index, number), values
+            number += 1
+
+
+def _text(value: object) -> str:
+    return NOTHING if value is None else str(value)
+
+
+def _table(facts: Facts, sums: _Sums) -> pa.Table:
+    rows = []
+    for query in facts.queries:
+        own = {value: each for (name, value), each in sums.sums.items() if name == query.id}
+        count, _, size = sum(own.values(), np.zeros(3))
+        for value, (documents, total, absolute) in sorted(own.items(), key=lambda item: (-item[1][2], item[0])):
+            rows.append(
+                {
+                    "query_id": query.id,
+                    "value": value,
+                    "documents": int(documents),
+                    "mean": total / documents if documents else 0.0,
+                    "total": total,
+                    "share": absolute / size if size else 0.0,
+                    "net_share": total / size if size else 0.0,
+                    "share_of_documents": documents / count if count else 0.0,
+                }
+            )
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+def print_aggregate(table: pa.Table, column: str, console: Console, query: str | None = None) -> None:
+    """Prints one query's groups, or the means of their shares over all queries: shares have no unit, and queries'
+    scores differ in size. Raises UserError for a query that is not there."""
+    if query is not None:
+        table = table.filter(pc.equal(table["query_id"], query))
+        if not len(table):
+            raise UserError(f"--query: there are no scores of {query!r}")
+    queries = len(pc.unique(table["query_id"]))
+    means = [("documents", "max"), ("share", "sum"), ("net_share", "sum"), ("share_of_documents", "max")]
+    groups = table.group_by("value").aggregate(means).sort_by([("share_sum", "descending")]).to_pylist()
+    shown = Table(box=None, padding=(0, 1), header_style="dim")
+    shown.add_column(column, overflow="fold")
+    for name in ("documents", "share", "net", "per document"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in groups[:SHOWN]:
+        share, documents = row["share_sum"] / queries, row["share_of_documents_max"]
+        ratio = f"{share / documents:.2f}×" if documents else ""
+        net = f"{row['net_share_sum'] / queries:+.1%}"
+        shown.add_row(visible(row["value"]), f"{row['documents_max']:,}", f"{share:.1%}", net, ratio)
+    console.print(shown)
+    if len(groups) > SHOWN:
+        console.print(Text(f"and {len(groups) - SHOWN:,} more values", style="dim"))
+    over = "" if query is not None else f" (mean over {queries} queries)"
+    words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
+    console.print(Text(words, style="dim"))
+
+
+def write_aggregate(table: pa.Table, path: str | Path) -> None:
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)

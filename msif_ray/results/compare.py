@@ -1,0 +1,183 @@
+"""Two sets of scores of the same queries and documents: how alike their rankings are, and what moved most."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from msif_ray.errors import UserError
+from msif_ray.results.excerpt import visible
+from msif_ray.results.facts import Facts, Scored, read_facts
+from msif_ray.results.parts import query_scores
+
+# Documents at an end that make up the top, and of those that moved, how many are named.
+TOP = 20
+MOVED = 3
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A document of either top, with its ranks (1: the highest score) and scores in both."""
+
+    doc_id: str
+    ranks: tuple[int, int]
+    scores: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One query in two sets of scores, over the documents of both.
+
+    `spearman` and `pearson` are None where either side's scores are all equal. `overlap` is the share of the highest
+    scores' documents that both have, of as many as `top`; `moved` the documents of either top, highest or lowest,
+    the farthest first.
+    """
+
+    query_id: str
+    documents: int
+    alone: tuple[int, int]
+    spearman: float | None
+    pearson: float | None
+    overlap: float
+    moved: list[Moved]
+
+
+def compare_scores(
+    query_id: str, one: tuple[pa.Array, np.ndarray], other: tuple[pa.Array, np.ndarray], top: int = TOP
+) -> Compared:
+    """Compares the `(document ids, scores)` of one query. Equal scores share their mean rank in the correlation, and
+    are ranked in the first one's order of documents otherwise."""
+    places = pc.index_in(one[0], value_set=other[0])
+    common = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
+    ids = one[0].take(pa.array(common))
+    scores = one[1][common], other[1][places.drop_null().to_numpy().astype(np.int64)]
+    finite = np.isfinite(scores[0]) & np.isfinite(scores[1])
+    ids, scores = ids.filter(pa.array(finite)), (scores[0][finite], scores[1][finite])
+    alone = (len(one[0]) - len(common), len(other[0]) - len(common))
+    if not len(ids):
+        return Compared(query_id, 0, alone, None, None, 0.0, [])
+    ranks = [_ranks(each) for each in scores]
+    k = min(top, len(ids))
+    tops = [set(np.flatnonzero(each <= k).tolist()) for each in ranks]
+    ends = set().union(*tops, *(np.flatnonzero(each > len(ids) - k).tolist() for each in ranks))
+    farthest = sorted(ends, key=lambda place: (-abs(int(ranks[0][place]) - int(ranks[1][place])), place))
+    moved = [
+        Moved(
+            ids[place].as_py(),
+            (int(ranks[0][place]), int(ranks[1][place])),
+            (float(scores[0][place]), float(scores[1][place])),
+        )
+        for place in farthest
+    ]
+    mean_ranks = [pd.Series(each).rank().to_numpy() for each in scores]
+    spearman, pearson = (_correlation(*pair) for pair in (mean_ranks, scores))
+    return Compared(query_id, len(ids), alone, spearman, pearson, len(tops[0] & tops[1]) / k, moved)
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    """1 for the highest score."""
+    ranks = np.empty(len(scores), dtype=np.int64)
+    ranks[np.argsort(-scores, kind="stable")] = np.arange(1, len(scores) + 1)
+    return ranks
+
+
+def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
+        return None
+    return float(np.corrcoef(one.astype(np.float64), other.astype(np.float64))[0, 1])
+
+
+def compare_runs(
+    one: tuple[Facts, Scored], other: tuple[Facts, Scored], queries: list[str], top: int = TOP
+) -> Iterator[Compared]:
+    """Compares two runs query by query; the scores of one query are in memory at a time."""
+    for query in queries:
+        found = [query_scores(facts.run_dir, scored.label, query) for facts, scored in (one, other)]
+        yield compare_scores(query, found[0], found[1], top)
+
+
+def compare(
+    run_a: str | Path,
+    run_b: str | Path,
+    console: Console,
+    labels: tuple[str | None, str | None] = (None, None),
+    query: str | None = None,
+    top: int = TOP,
+) -> None:
+    """Prints how alike two runs' rankings are, query by query, and the documents that moved most.
+
+    `labels` name the scores of each run (default: its first). Raises UserError for runs that have no query in common.
+    """
+    sides = [_side(run, label) for run, label in zip((run_a, run_b), labels, strict=True)]
+    queries = _common(sides[0][0], sides[1][0], query)
+    for letter, (facts, scored) in zip("AB", sides, strict=True):
+        console.print(Text(f"{letter}: {scored.label} of {facts.run_dir}"), soft_wrap=True)
+        for passed in scored.passed:
+            console.print(Text(f"   {passed.stage}: {passed.response}", style="dim"), soft_wrap=True)
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    table.add_column("query", overflow="fold")
+    for name in ("documents", "Spearman", "Pearson", f"top-{top} in common"):
+        table.add_column(name, justify="right", no_wrap=True)
+    found = list(compare_runs(sides[0], sides[1], queries, top))
+    for each in found:
+        row = (visible(each.query_id), f"{each.documents:,}", _number(each.spearman), _number(each.pearson))
+        table.add_row(*row, f"{each.overlap:.0%}")
+    if len(found) > 1:
+        means = [_mean([each.spearman for each in found]), _mean([each.pearson for each in found])]
+        overlap = f"{np.mean([each.overlap for each in found]):.0%}"
+        table.add_row("mean", "", *map(_number, means), overlap, style="bold")
+    console.print(table)
+    _print_moved(console, found, MOVED if query is None else top)
+    alone = [max(each.alone[side] for each in found) for side in (0, 1)]
+    for letter, count in zip("AB", alone, strict=True):
+        if count:
+            console.print(Text(f"{count:,} documents have scores in {letter} alone, and are left out.", style="yellow"))
+
+
+def _side(run: str | Path, label: str | None) -> tuple[Facts, Scored]:
+    facts = read_facts(run)
+    return facts, facts.scored[0] if label is None else facts.scored_as(label)
+
+
+def _common(one: Facts, other: Facts, query: str | None) -> list[str]:
+    asked = [{each.id: (each.prompt, each.completion) for each in facts.queries} for facts in (one, other)]
+    if query is not None and not all(query in each for each in asked):
+        raise UserError(f"--query: {query!r} is not a query of both runs")
+    common = [each for each in asked[0] if each in asked[1] and query in (None, each)]
+    if not common:
+        raise UserError(f"{one.run_dir} and {other.run_dir} have no query in common")
+    changed = next((each for each in common if asked[0][each] != asked[1][each]), None)
+    if changed is not None:
+        raise UserError(f"{other.run_dir}: the query {changed!r} has another prompt or completion there")
+    return common
+
+
+def _print_moved(console: Console, found: list[Compared], count: int) -> None:
+    title = "what moved most of either's top"
+    table = Table(box=None, padding=(0, 1), header_style="dim", title=title, title_justify="left")
+    table.add_column("query", overflow="fold")
+    table.add_column("document", overflow="fold")
+    for name in ("rank in A", "in B", "score in A", "in B"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in found:
+        for place, moved in enumerate(each.moved[:count]):
+            name = visible(each.query_id) if place == 0 else ""
+            ranks, scores = (f"{rank:,}" for rank in moved.ranks), (f"{score:+.4g}" for score in moved.scores)
+            table.add_row(name, visible(moved.doc_id), *ranks, *scores)
+    console.print(table)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return float(np.mean(there)) if there else None
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

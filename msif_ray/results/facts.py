@@ -1,0 +1,212 @@
+"""What a run directory says of how its scores were computed, read back for reports, signals and comparisons."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from msif_ray import layout, stages
+from msif_ray.config import IdentityResponse, Run, Score, Strength, UnrolledResponse, parse_run
+from msif_ray.errors import UserError
+from msif_ray.paths import exists, path_of, storage
+from msif_ray.record import read_record
+from msif_ray.store import read_json
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query, its completion's log-likelihood under the last stage's model (nats), and the completion's tokens;
+    None where the run directory does not say."""
+
+    id: str
+    prompt: str
+    completion: str
+    log_likelihood: float | None
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a stage's factors were estimated from."""
+
+    documents: int
+    tokens: int
+    skipped: int
+    share: float
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage: its model, what it was fitted on (None: it has no factors here)."""
+
+    name: str
+    model: str
+    revision: str | None
+    fitted: Fitted | None
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A stage as a scored entry's queries passed it: its response in words, and the smallest and largest damping or
+    α over the maps (eigenvalue units; None where it has none)."""
+
+    stage: str
+    response: str
+    strengths: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A carried-back query at low rank: means over maps of its rank and of the share of its squared norm kept, and
+    the smallest such share."""
+
+    rank: float
+    energy: float
+    least_energy: float
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One entry of `score`. `documents` is the corpus's number; `candidates` says which of them are scored for each
+    query (None: all); `passed` is in the order of the query's way back."""
+
+    label: str
+    stage: str
+    documents: int
+    index: str | None
+    candidates: str | None
+    max_tokens: int | None
+    passed: list[Passed]
+    kept: Mapping[str, Kept]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All of it. `maps` has the shape `(out, columns)` of every tracked map; `skipped` counts reasons by label."""
+
+    run_dir: str
+    run: Run
+    device: str
+    versions: dict[str, str]
+    queries: list[Query]
+    stages: list[StageFacts]
+    scored: list[Scored]
+    maps: dict[str, tuple[int, int]]
+    skipped: dict[str, Counter[str]]
+
+    def scored_as(self, label: str) -> Scored:
+        """Raises UserError for a label that the run does not have."""
+        found = next((each for each in self.scored if each.label == label), None)
+        if found is None:
+            have = ", ".join(each.label for each in self.scored)
+            raise UserError(f"{self.run_dir}: no scores are called {label!r}; it has {have}")
+        return found
+
+
+def read_facts(run_dir: str | Path) -> Facts:
+    """Raises UserError for a directory that holds no run, or one whose files are damaged."""
+    path = layout.run_record(str(run_dir))
+    if not exists(path):
+        raise UserError(f"{run_dir}: no run.json there; name the run_dir of a run")
+    record = read_record(path)
+    identity = record["identity"]
+    run = parse_run(identity["run"] | {"run_dir": str(run_dir)}, str(path))
+    about = next((found for entry in run.score if (found := _carried(run, entry)) is not None), {})
+    likelihoods = about.get("log_likelihood", {})
+    tokens = record.get("completion_tokens", {})
+    return Facts(
+        run_dir=str(run_dir),
+        run=run,
+        device=record["device"],
+        versions=record["versions"],
+        queries=[
+            Query(query, prompt or "", completion, likelihoods.get(query), tokens.get(query))
+            for query, prompt, completion in identity["queries"]
+        ],
+        stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
+        scored=[
+            _scored(run, entry, identity["documents"][f"score.{i}"], record["strengths"].get(entry.label, {}))
+            for i, entry in enumerate(run.score)
+        ],
+        maps={name: (shape[0], shape[1]) for name, shape in identity["maps"].items()},
+        skipped=_skipped(run),
+    )
+
+
+def _carried(run: Run, entry: Score) -> dict[str, Any] | None:
+    path = layout.directions_manifest(layout.directions(run.run_dir, entry.label))
+    return read_json(path) if exists(path) else None
+
+
+def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
+    stage = run.stages[index]
+    path = layout.factors_manifest(layout.factors(stage.factors or run.run_dir, stage.name))
+    fitted = None
+    if exists(path):
+        found = read_json(path)
+        fitted = Fitted(found["documents"], found["tokens"], len(found["skipped"]), found["share_covered"])
+    return StageFacts(stage.name, stage.model, models[stage.name]["revision"], fitted)
+
+
+def _scored(run: Run, entry: Score, documents: int, strengths: Mapping[str, Mapping[str, float]]) -> Scored:
+    scored = run.stage_index(entry.stage)
+    answering = run.answering(entry)
+    passed = [_passed(answering, index, scored, strengths) for index in stages.carried_through(run, scored)]
+    chosen, candidates = entry.candidates, None
+    if chosen is not None:
+        candidates = f"listed in {chosen.path}" if chosen.path is not None else f"the first {chosen.top:,} by BM25"
+    kept = _kept(run, entry)
+    return Scored(entry.label, entry.stage, documents, entry.index, candidates, entry.max_tokens, passed, kept)
+
+
+def _passed(run: Run, index: int, scored: int, strengths: Mapping[str, Mapping[str, float]]) -> Passed:
+    stage = run.stages[index]
+    used = strengths.get(f"{stage.name}.{'damping' if index == scored else 'alpha'}", {}).values()
+    between = (min(used), max(used)) if used else None
+    response = stage.response
+    if isinstance(response, IdentityResponse):
+        return Passed(stage.name, "identity: its curvature is left out", None)
+    if isinstance(response, UnrolledResponse):
+        return Passed(stage.name, f"unrolled: {response.steps} steps at rate {response.rate:g}", None)
+    if index == scored:
+        return Passed(stage.name, f"damped inverse, damping {_words(stage.damping)}", between)
+    alpha = response.alpha if response is not None else Strength(relative=0.1)
+    return Passed(stage.name, f"proximal, α {_words(alpha)}", between)
+
+
+def _words(strength: Strength) -> str:
+    if strength.absolute is not None:
+        return f"{strength.absolute:g}"
+    return f"{strength.relative:g} × each map's mean eigenvalue"
+
+
+def _kept(run: Run, entry: Score) -> dict[str, Kept]:
+    path = layout.energy_file(layout.directions(run.run_dir, entry.label))
+    if not exists(path):
+        return {}
+    with storage(path, "read"), path.open("rb") as file:
+        table = pq.read_table(file)
+    aggregates: list[tuple[str, str]] = [("rank", "mean"), ("energy_kept", "mean"), ("energy_kept", "min")]
+    found = table.group_by("query_id").aggregate(aggregates).to_pylist()
+    return {
+        row["query_id"]: Kept(row["rank_mean"], row["energy_kept_mean"], row["energy_kept_min"]) for row in found
+    }
+
+
+def _skipped(run: Run) -> dict[str, Counter[str]]:
+    """Reasons by label: a pass's skipped documents are written once, under its first label."""
+    path = path_of(run.run_dir) / "skipped.parquet"
+    if not exists(path):
+        return {}
+    with storage(path, "read"), path.open("rb") as file:
+        table: pa.Table = pq.read_table(file, columns=["stage", "reason"])
+    found: dict[str, Counter[str]] = {}
+    for entries in stages.passes(run):
+        own = table.filter(pc.equal(table["stage"], entries[0].label))["reason"].to_pylist()
+        found |= {entry.label: Counter(own) for entry in entries}
+    return found

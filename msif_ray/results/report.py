@@ -1,0 +1,213 @@
+"""report.html: the top documents of every query to look at, in one file that needs no network and no server.
+
+The page's shell is a template, escaped by default; queries and documents travel as JSON and are set as text by the
+page's own script. A Content-Security-Policy names that script and the style by their hashes and allows nothing else,
+whatever a document holds.
+"""
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+import numpy as np
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from msif_ray.paths import path_of
+from msif_ray.results.excerpt import Excerpt, excerpt, visible
+from msif_ray.results.facts import Facts, Query, Scored, read_facts
+from msif_ray.results.maps import grid, short_name
+from msif_ray.results.signals import Signals, find_signals
+from msif_ray.results.statistics import read_statistics
+from msif_ray.results.top import count_top, read_top
+from msif_ray.store import write_atomic
+
+REPORT = "report.html"
+
+# Documents and tokens shown in the whole page, about 300 and 12 bytes each, and tokens shown of one document.
+DOCUMENTS_SHOWN = 4000
+TOKENS_SHOWN = 160_000
+LEAST_TOKENS, MOST_TOKENS = 40, 240
+# Characters shown of a prompt or a completion: of a longer prompt its end, which the completion follows.
+QUERY_CHARACTERS = 2000
+MAPS_NAMED = 3
+
+Json = dict[str, Any]
+Key = tuple[str, str]  # of a label and a query's id
+Statistics = Mapping[Key, Mapping[str, Any]]
+SIDES = {"highest": "supports", "lowest": "opposes"}
+
+
+def write_report(run_dir: str | Path) -> tuple[Path, Signals]:
+    """Writes `report.html` of a finished run; gives its path, and the signals in it.
+
+    Raises UserError for a run without results.
+    """
+    path, gathered = path_of(run_dir) / REPORT, gather(run_dir)
+    write_atomic(path, render(gathered).encode("utf-8"))
+    return path, gathered.signals
+
+
+@dataclass
+class Shown:
+    """One query's documents as the page has them, by side, and what each map contributes to those of each side:
+    the sums of its shares and of their sizes, `[maps]`."""
+
+    documents: dict[str, list[Json]] = field(default_factory=lambda: {side: [] for side in SIDES.values()})
+    by_map: dict[str, np.ndarray] = field(default_factory=dict)
+    sizes: np.ndarray | float = 0.0
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """All that a report says."""
+
+    facts: Facts
+    statistics: Statistics
+    shown: dict[Key, Shown]
+    modules: list[str]
+    signals: Signals
+
+
+def gather(run_dir: str | Path) -> Gathered:
+    """Reads a finished run. Raises UserError where something is missing or damaged."""
+    facts, statistics = read_facts(run_dir), read_statistics(run_dir)
+    per_side = max(1, DOCUMENTS_SHOWN // max(1, 2 * len(facts.queries) * len(facts.scored)))
+    rows = min(count_top(run_dir), 2 * per_side * len(facts.queries) * len(facts.scored))
+    limit = min(MOST_TOKENS, max(LEAST_TOKENS, TOKENS_SHOWN // max(1, rows)))
+    shown: dict[Key, Shown] = {}
+    modules: list[str] = list(facts.maps)
+    for row in read_top(run_dir):
+        modules = row["modules"]
+        key, side = (row["stage"], row["query_id"]), SIDES[row["side"]]
+        # Of few documents all are at both ends: each is shown on the side of its sign.
+        if row["rank"] > per_side or not (row["score"] > 0 if side == "supports" else row["score"] < 0):
+            continue
+        of_query, shares = shown.setdefault(key, Shown()), np.array(row["module_scores"], dtype=np.float64)
+        of_query.documents[side].append(_document(row, shares, float(statistics[key]["total_absolute"]), limit))
+        of_query.by_map[side] = of_query.by_map.get(side, 0.0) + shares
+        of_query.sizes = of_query.sizes + np.abs(shares)
+    sizes = {key: (modules, np.asarray(each.sizes)) for key, each in shown.items()}
+    return Gathered(facts, statistics, shown, modules, find_signals(facts, statistics, sizes))
+
+
+def _document(row: Mapping[str, Any], shares: np.ndarray, total: float, limit: int) -> Json:
+    found: Excerpt = excerpt(row["tokens"], row["token_scores"], limit)
+    largest = max((abs(score) for segment in found.segments for score in segment.scores), default=0.0) or 1.0
+    carried = np.abs(shares).sum() or 1.0
+    return {
+        "id": visible(row["doc_id"], QUERY_CHARACTERS),
+        "rank": row["rank"],
+        "score": _short(row["score"]),
+        "norm": _short(row["norm"]),
+        "n_tokens": row["n_tokens"],
+        "share": _short(abs(row["score"]) / total if total else 0.0),
+        "largest": _short(largest),
+        "segments": [
+            [each.before, each.texts, [round(1000 * score / largest) for score in each.scores]]
+            for each in found.segments
+        ],
+        "after": found.after,
+        "maps": [
+            [int(place), _short(shares[place] / carried)] for place in np.argsort(-np.abs(shares))[:MAPS_NAMED]
+        ],
+    }
+
+
+def render(gathered: Gathered) -> str:
+    """The page as HTML."""
+    page = files("msif_ray.results") / "page"
+    style, script = ((page / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((page / "report.html.j2").read_text(encoding="utf-8"))
+    facts = gathered.facts
+    return template.render(
+        facts=facts,
+        scored=[_scored(gathered, each) for each in facts.scored],
+        parameters=sum(out * columns for out, columns in facts.maps.values()),
+        run_signals=gathered.signals.run,
+        data=htmlsafe_json_dumps(_data(gathered), ensure_ascii=False, separators=(",", ":"), allow_nan=False),
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+def _hash(content: str) -> str:
+    """As a Content-Security-Policy names an inline script or style."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode()}"
+
+
+def _scored(gathered: Gathered, about: Scored) -> Json:
+    """What the foot of the page says of one entry of `score`."""
+    rows = [row for (label, _), row in gathered.statistics.items() if label == about.label]
+    kept = about.kept.values()
+    return {
+        "about": about,
+        "documents": max((row["documents"] for row in rows), default=0),
+        "skipped": gathered.facts.skipped.get(about.label, {}).items(),
+        "rank": fmean(each.rank for each in kept) if kept else None,
+        "energy": fmean(each.energy for each in kept) if kept else None,
+        "least": min((each.least_energy for each in kept), default=None),
+    }
+
+
+def _data(gathered: Gathered) -> Json:
+    """What the page's script shows."""
+    layers, kinds, cells = grid(gathered.modules)
+    names = [short_name(name) for name in gathered.modules]
+    return {
+        "queries": [_query(query) for query in gathered.facts.queries],
+        "maps": {"layers": layers, "kinds": kinds, "cells": cells, "names": names},
+        "scored": [
+            {
+                "label": scored.label,
+                "queries": [_results(gathered, scored, query.id) for query in gathered.facts.queries],
+            }
+            for scored in gathered.facts.scored
+        ],
+    }
+
+
+def _query(query: Query) -> Json:
+    prompt = query.prompt if len(query.prompt) <= QUERY_CHARACTERS else "…" + query.prompt[-QUERY_CHARACTERS:]
+    return {
+        "id": visible(query.id, QUERY_CHARACTERS),
+        "prompt": visible(prompt, None),
+        "completion": visible(query.completion, QUERY_CHARACTERS),
+        "log_likelihood": None if query.log_likelihood is None else _short(query.log_likelihood),
+        "tokens": query.tokens,
+    }
+
+
+def _results(gathered: Gathered, scored: Scored, query: str) -> Json:
+    key = (scored.label, query)
+    row, kept = gathered.statistics.get(key, {}), scored.kept.get(query)
+    shown = gathered.shown.get(key, Shown())
+    numbers = ("mean", "deviation", "lowest", "highest")
+    heat = {}
+    for side in SIDES.values():
+        shares = shown.by_map.get(side)
+        total = 0.0 if shares is None else float(np.abs(shares).sum())
+        heat[side] = np.rint(1000 * shares / total).astype(int).tolist() if total and shares is not None else None
+    return {
+        "documents": row.get("documents", 0),
+        "histogram": row.get("histogram", []),
+        **{name: _short(row.get(name, 0.0)) for name in numbers},
+        "rank": None if kept is None else _short(kept.rank),
+        "energy": None if kept is None else _short(kept.energy),
+        "signals": [[signal.title, signal.detail] for signal in gathered.signals.queries.get(key, [])],
+        "heat": heat,
+        **shown.documents,
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

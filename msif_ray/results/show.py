@@ -1,0 +1,98 @@
+"""A finished run in the terminal: each query with the documents that support and oppose it most."""
+
+from collections.abc import Mapping
+from math import exp
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from msif_ray.errors import UserError
+from msif_ray.results.excerpt import excerpt, visible
+from msif_ray.results.facts import Query, read_facts
+from msif_ray.results.statistics import read_statistics
+from msif_ray.results.top import read_top
+
+# Tokens shown of a document, and documents of each side.
+TOKENS = 60
+DOCUMENTS = 5
+# A token with this share of its document's strongest is set off.
+STRONG = 0.4
+STYLES = {"highest": "blue", "lowest": "dark_orange3"}
+TITLES = {"highest": "supports", "lowest": "opposes"}
+
+
+def show(
+    run_dir: str | Path, console: Console, query: str | None = None, label: str | None = None, top: int = DOCUMENTS
+) -> None:
+    """Prints one query, or all of them, with the `top` documents of each side by the scores of `label` (default: the
+    run's first).
+
+    Raises UserError for a query or a label that the run does not have.
+    """
+    facts = read_facts(run_dir)
+    scored = facts.scored_as(label) if label is not None else facts.scored[0]
+    queries = [each for each in facts.queries if query is None or each.id == query]
+    if not queries:
+        some = ", ".join(each.id for each in facts.queries[:5])
+        raise UserError(f"--query: {run_dir} has no query {query!r}; it has {some}" + _more(len(facts.queries) - 5))
+    wanted: dict[str, list[dict[str, Any]]] = {each.id: [] for each in queries}
+    for row in read_top(run_dir):
+        of_its_side = row["score"] > 0 if row["side"] == "highest" else row["score"] < 0
+        if row["stage"] == scored.label and row["query_id"] in wanted and row["rank"] <= top and of_its_side:
+            wanted[row["query_id"]].append(row)
+    statistics = read_statistics(run_dir)
+    for each in queries:
+        _print(console, each, scored.label, wanted[each.id], statistics.get((scored.label, each.id), {}))
+
+
+def _more(count: int) -> str:
+    return f" and {count} more" if count > 0 else ""
+
+
+def _print(
+    console: Console, query: Query, label: str, rows: list[dict[str, Any]], statistics: Mapping[str, Any]
+) -> None:
+    console.rule(Text(query.id, style="bold"), align="left")
+    console.print(Text.assemble(visible(query.prompt, None), (visible(query.completion, None), "bold underline")))
+    about = [f"scores of {label}"]
+    if query.log_likelihood is not None:
+        likelihood = f"log-likelihood {query.log_likelihood:.3g} nats"
+        if query.tokens:
+            likelihood += f" ({exp(query.log_likelihood / query.tokens):.0%} per token)"
+        about.append(likelihood)
+    if statistics:
+        about.append(f"{statistics['documents']:,} documents, deviation {statistics['deviation']:.3g}")
+    console.print(Text(", ".join(about), style="dim"))
+    total = statistics.get("total_absolute") or 0.0
+    for side in ("highest", "lowest"):
+        table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
+        table.add_column(TITLES[side], justify="right", style=STYLES[side], no_wrap=True)
+        table.add_column("share", justify="right", style="dim", no_wrap=True)
+        table.add_column("document", ratio=1)
+        for row in (row for row in rows if row["side"] == side):
+            share = f"{abs(row['score']) / total:.1%}" if total else ""
+            name = Text(visible(row["doc_id"], None), style="bold")
+            table.add_row(f"{row['score']:+.4g}", share, Group(name, _tokens(row)))
+        if not table.row_count:
+            table.add_row("–", "", Text("no document has a score on this side", style="dim"))
+        console.print(table)
+
+
+def _tokens(row: Mapping[str, Any]) -> Text:
+    """The excerpt, its strongest tokens in the colour of their side."""
+    found = excerpt(row["tokens"], row["token_scores"], TOKENS)
+    largest = max((abs(score) for segment in found.segments for score in segment.scores), default=0.0)
+    text = Text()
+    for segment in found.segments:
+        if segment.before:
+            text.append(" … ", style="dim")
+        for token, score in zip(segment.texts, segment.scores, strict=True):
+            strong = largest > 0 and abs(score) >= STRONG * largest
+            side = "highest" if score > 0 else "lowest"
+            text.append(token, style=f"bold {STYLES[side]}" if strong else "")
+    if found.after:
+        text.append(" …", style="dim")
+    return text

@@ -1,0 +1,148 @@
+"""Signs that a result should not be trusted, from what the run left. Thresholds are ours, and said with each sign."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+import numpy as np
+
+from msif_ray.results.facts import Facts, Fitted, Query, Scored
+from msif_ray.results.maps import short_name
+
+# A covariance of dimension d is estimated from tokens, and the eigenvalues in its basis from documents: with fewer
+# tokens than a few times d the smallest eigenvalues, which the response amplifies most, are noise.
+TOKENS_PER_DIMENSION = 10
+# Share of a query's squared norm that low rank should keep, on average over maps.
+LEAST_ENERGY = 0.9
+# Geometric mean probability of a completion's tokens, below which the model would hardly have said it.
+LEAST_PROBABILITY = 0.05
+# Share of the shown documents' scores in one map, and correlation of |score| with length.
+ONE_MAP = 0.5
+FEWEST_MAPS = 4
+LENGTH_CORRELATION = 0.7
+SKIPPED_SHARE = 0.05
+# Queries named in a line of a terminal.
+QUERIES_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is doubtful in a few words, and why, with what can be done."""
+
+    title: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Those of the whole run, and those of single queries by `(label, query id)`."""
+
+    run: list[Signal]
+    queries: Mapping[tuple[str, str], list[Signal]]
+
+
+def find_signals(
+    facts: Facts,
+    statistics: Mapping[tuple[str, str], Mapping[str, Any]],
+    module_shares: Mapping[tuple[str, str], tuple[list[str], np.ndarray]],
+) -> Signals:
+    """`statistics` has the rows of `statistics.parquet`; `module_shares` the maps' names and, `[maps]`, the sums of
+    |share| over each query's top documents."""
+    of_queries: dict[tuple[str, str], list[Signal]] = {}
+    for scored in facts.scored:
+        for query in facts.queries:
+            key = (scored.label, query.id)
+            found = [*_preferred(query), *_energy(scored, query)]
+            found += [*_modules(*module_shares[key])] if key in module_shares else []
+            found += [*_length(statistics[key])] if key in statistics else []
+            of_queries[key] = found
+    return Signals([*_factors(facts), *_skipped(facts, statistics)], of_queries)
+
+
+def signal_lines(signals: Signals) -> list[str]:
+    """The signals in lines for a terminal or a log: those of queries by title, with the queries that have them."""
+    lines = [f"{signal.title}: {signal.detail}" for signal in signals.run]
+    queries = list(dict.fromkeys(query for _, query in signals.queries))
+    by_title: dict[str, dict[str, None]] = {}
+    for (_, query), found in signals.queries.items():
+        for signal in found:
+            by_title.setdefault(signal.title, {})[query] = None
+    for title, having in by_title.items():
+        some = [*list(having)[:QUERIES_NAMED], *(["…"] if len(having) > QUERIES_NAMED else [])]
+        lines.append(f"{title}: {len(having)} of {len(queries)} queries ({', '.join(some)})")
+    return lines
+
+
+def _factors(facts: Facts) -> Iterator[Signal]:
+    largest = max(max(shape) for shape in facts.maps.values())
+    for stage in facts.stages:
+        fitted: Fitted | None = stage.fitted
+        if fitted is not None and fitted.tokens < TOKENS_PER_DIMENSION * largest:
+            yield Signal(
+                f"Few documents for the factors of {stage.name}",
+                f"{fitted.tokens:,} tokens of {fitted.documents:,} documents estimate covariances of up to {largest:,} "
+                f"dimensions; below {TOKENS_PER_DIMENSION} tokens per dimension their small eigenvalues are noise. "
+                "Fit on more documents, or raise the damping.",
+            )
+
+
+def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[Signal]:
+    for scored in facts.scored:
+        done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=None)
+        if scored.candidates is not None:
+            continue
+        if done is not None and scored.documents and 1 - done / scored.documents > SKIPPED_SHARE:
+            skipped = scored.documents - done
+            reasons = facts.skipped.get(scored.label)
+            most = f", most because: {reasons.most_common(1)[0][0]}" if reasons else ""
+            yield Signal(
+                f"Many documents of {scored.label} were skipped",
+                f"{skipped:,} of {scored.documents:,} have no score{most}. skipped.parquet names each one.",
+            )
+
+
+def _preferred(query: Query) -> Iterator[Signal]:
+    if query.log_likelihood is None or not query.tokens:
+        return
+    probability = exp(query.log_likelihood / query.tokens)
+    if probability < LEAST_PROBABILITY:
+        yield Signal(
+            "The model did not prefer this completion",
+            f"its tokens have a geometric mean probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What "
+            "would make an unlikely completion likelier is another question than why the model said it; check the "
+            "completion's text and leading space.",
+        )
+
+
+def _energy(scored: Scored, query: Query) -> Iterator[Signal]:
+    kept = scored.kept.get(query.id)
+    if kept is not None and kept.energy < LEAST_ENERGY:
+        yield Signal(
+            "Much of the query was lost to low rank",
+            f"{kept.energy:.0%} of its squared norm is kept on average over maps, {kept.least_energy:.0%} at least; "
+            "raise queries.rank, or set queries.energy.",
+        )
+
+
+def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
+    total = float(shares.sum())
+    if len(names) < FEWEST_MAPS or not total:
+        return
+    largest = int(shares.argmax())
+    if shares[largest] / total > ONE_MAP:
+        yield Signal(
+            "One map carries most of the scores",
+            f"{short_name(names[largest])} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
+            "very small eigenvalues can do that; compare a larger damping, or leave it out with `modules`.",
+        )
+
+
+def _length(row: Mapping[str, Any]) -> Iterator[Signal]:
+    correlation = row["length_correlation"]
+    if correlation is not None and correlation > LENGTH_CORRELATION:
+        yield Signal(
+            "Long documents dominate",
+            f"|score| and the number of tokens have a correlation of {correlation:.2f}; a score is a sum over tokens. "
+            "Compare score / norm, or score / n_tokens.",
+        )

@@ -1,0 +1,126 @@
+"""How the scores of each query are distributed: one row per stage and query, from one pass over the parts."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from msif_ray.errors import UserError
+from msif_ray.paths import exists, path_of, storage
+from msif_ray.results.parts import UNITS, part_files, read_rows
+from msif_ray.store import replacing
+
+STATISTICS = "statistics.parquet"
+BINS = 64
+
+SCHEMA = pa.schema(
+    [
+        ("stage", pa.string()),
+        ("query_id", pa.string()),
+        ("documents", pa.int64()),
+        ("mean", pa.float64()),
+        ("deviation", pa.float64()),
+        ("lowest", pa.float64()),
+        ("highest", pa.float64()),
+        ("total_absolute", pa.float64()),
+        ("length_correlation", pa.float64()),
+        ("mean_tokens", pa.float64()),
+        ("histogram", pa.list_(pa.int64())),
+    ],
+    metadata={
+        **UNITS,
+        "documents": "those with a score of the query that is a number; the other columns are over these",
+        "deviation": "standard deviation of the scores",
+        "total_absolute": "sum of |score|: of which a document's share of the whole is a share",
+        "length_correlation": "Pearson's correlation of |score| with n_tokens; null where either is constant",
+        "histogram": f"documents in {BINS} intervals of equal width from the lowest score to the highest",
+    },
+)
+
+Ends = tuple[float, float]
+
+
+@dataclass
+class _Sums:
+    """Running sums of one query's scores s and their documents' lengths n."""
+
+    ends: Ends
+    moments: np.ndarray = field(default_factory=lambda: np.zeros(7))  # 1, s, s², |s|, n, n², |s|·n
+    histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+
+    def add(self, scores: np.ndarray, tokens: np.ndarray) -> None:
+        kept = np.isfinite(scores)
+        s, n = scores[kept].astype(np.float64), tokens[kept].astype(np.float64)
+        size = np.abs(s)
+        self.moments += (len(s), s.sum(), s @ s, size.sum(), n.sum(), n @ n, size @ n)
+        lowest, highest = self.ends
+        places = (s - lowest) / ((highest - lowest) or 1.0) * BINS
+        self.histogram += np.bincount(np.clip(places.astype(np.int64), 0, BINS - 1), minlength=BINS)
+
+    def row(self, stage: str, query: str) -> dict[str, Any]:
+        count, total, squares, absolute, tokens, squared_tokens, products = self.moments.tolist()
+        mean = total / count if count else 0.0
+        variances = (squares - absolute**2 / count) * (squared_tokens - tokens**2 / count) if count else 0.0
+        correlation = (products - absolute * tokens / count) / variances**0.5 if variances > 0 else None
+        return {
+            "stage": stage,
+            "query_id": query,
+            "documents": int(count),
+            "mean": mean,
+            "deviation": max(0.0, squares / count - mean**2) ** 0.5 if count else 0.0,
+            "lowest": self.ends[0],
+            "highest": self.ends[1],
+            "total_absolute": absolute,
+            "length_correlation": None if correlation is None else max(-1.0, min(1.0, correlation)),
+            "mean_tokens": tokens / count if count else 0.0,
+            "histogram": self.histogram.tolist(),
+        }
+
+
+def write_statistics(run_dir: str | Path, stages: Iterable[str]) -> None:
+    """Writes `statistics.parquet` of the stages' scores. Two passes: the ends first, then what lies between."""
+    rows = [sums.row(stage, query) for stage in stages for query, sums in _gather(run_dir, stage).items()]
+    with replacing(path_of(run_dir) / STATISTICS) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
+
+
+def read_statistics(run_dir: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of `statistics.parquet` by stage and query."""
+    path = path_of(run_dir) / STATISTICS
+    if not exists(path):
+        raise UserError(f"{run_dir}: no {STATISTICS} there yet; finish the run with `msif run`")
+    with storage(path, "read"), path.open("rb") as file:
+        rows = pq.read_table(file).to_pylist()
+    return {(row["stage"], row["query_id"]): row for row in rows}
+
+
+def _gather(run_dir: str | Path, stage: str) -> dict[str, _Sums]:
+    ends: dict[str, Ends] = {}
+    for query, scores, _ in _by_query(run_dir, stage):
+        finite = scores[np.isfinite(scores)]
+        if len(finite):
+            lowest, highest = ends.get(query, (np.inf, -np.inf))
+            ends[query] = (min(lowest, float(finite.min())), max(highest, float(finite.max())))
+    sums = {query: _Sums(found) for query, found in ends.items()}
+    for query, scores, tokens in _by_query(run_dir, stage):
+        if query in sums:
+            sums[query].add(scores, tokens)
+    return sums
+
+
+def _by_query(run_dir: str | Path, stage: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """A query's scores and its documents' lengths, `[rows]`, as they lie together in a part."""
+    for _, path in part_files(run_dir, stage):
+        for rows in read_rows(path):
+            queries = rows["query_id"].combine_chunks().dictionary_encode()
+            codes = queries.indices.to_numpy()
+            starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
+            scores, tokens = rows["score"].to_numpy(), rows["n_tokens"].to_numpy()
+            names = queries.dictionary.to_pylist()
+            for start, stop in pairwise([*starts, len(codes)]):
+                yield names[codes[start]], scores[start:stop], tokens[start:stop]

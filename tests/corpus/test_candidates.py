@@ -1,0 +1,107 @@
+"""Candidates: BM25's are those of its formula, lists are taken at their word, and blocks hold no others."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from msif_ray.config import Documents
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, listed_pairs, read_chosen, write_chosen
+from msif_ray.corpus.reader import Document, corpus_files
+from msif_ray.errors import UserError
+
+TEXTS = [
+    "the river runs to the sea", "a king of the old city", None, "the sea is green and the sea is old", "winter",
+    "a market in the north", "the king and the sea", "stone house", "a river, a river", "green light",
+]  # fmt: skip
+QUERIES = [Document("q0", "Where is the ", "SEA", True), Document("q1", None, "king river", False)]
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> CorpusBlocks:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"id": f"d{n}", "text": text}) + "\n" for n, text in enumerate(TEXTS)))
+    documents = Documents(path=str(path), text="text", id="id")
+    return CorpusBlocks(tuple(corpus_files(documents, "k")), (len(TEXTS),), documents, 4, "k")
+
+
+def bm25(query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
+    """Lucene's formula, which is the library's default, over lower-case words."""
+    bags = [re.findall(r"\w+", (text or "").lower()) for text in TEXTS]
+    mean = sum(map(len, bags)) / len(bags)
+    scores = [0.0] * len(bags)
+    for word in re.findall(r"\w+", query.lower()):
+        having = sum(word in bag for bag in bags)
+        weight = math.log(1 + (len(bags) - having + 0.5) / (having + 0.5))
+        for place, bag in enumerate(bags):
+            count = bag.count(word)
+            scores[place] += weight * count / (count + k1 * (1 - b + b * len(bag) / mean))
+    return scores
+
+
+@pytest.mark.parametrize("top", [2, 100])
+def test_bm25_is_its_formula(blocks: CorpusBlocks, top: int) -> None:
+    found = by_bm25(blocks, QUERIES, top).to_pylist()
+    for query in QUERIES:
+        wanted = bm25(f"{query.prompt or ''}{query.text}")
+        own = [row for row in found if row["query_id"] == query.id]
+        assert len(own) == min(top, sum(score > 0 for score in wanted))
+        assert [row["rank"] for row in own] == list(range(1, len(own) + 1))
+        assert [row["bm25"] for row in own] == pytest.approx(sorted(wanted, reverse=True)[: len(own)], rel=1e-5)
+        for row in own:
+            number = int(row["doc_id"][1:])
+            assert row["bm25"] == pytest.approx(wanted[number], rel=1e-5)
+            assert row["block"] == f"00000-{number // 4:07d}"
+
+
+def test_no_word_in_common_is_said(blocks: CorpusBlocks) -> None:
+    with pytest.raises(UserError, match="shares a word"):
+        by_bm25(blocks, [Document("q", None, "zebra", False)], 5)
+    found = by_bm25(blocks, [Document("q", None, "zebra", False), *QUERIES], 5)
+    assert set(found["query_id"].to_pylist()) == {"q0", "q1"}
+
+
+def write(tmp_path: Path, **columns: list[str]) -> str:
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    return str(tmp_path / "list.parquet")
+
+
+def test_a_list_is_taken_at_its_word(blocks: CorpusBlocks, tmp_path: Path) -> None:
+    path = write(tmp_path, query_id=["q1", "q0", "q1", "q1"], doc_id=["d9", "d0", "d1", "d9"])
+    rows = [(row["query_id"], row["doc_id"], row["rank"]) for row in by_list(blocks, QUERIES, path, "k").to_pylist()]
+    assert rows == [("q1", "d9", 1), ("q0", "d0", 1), ("q1", "d1", 2)]
+    path = write(tmp_path, doc_id=["d3", "d3"])
+    assert by_list(blocks, QUERIES, path, "k")["query_id"].to_pylist() == ["q0", "q1"]
+    assert listed_pairs(path, 2) == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"id": ["d0"]}, "no column 'doc_id'"),
+        ({"doc_id": ["d10"]}, "no document 'd10'"),
+        ({"doc_id": ["d1"], "query_id": ["q7"]}, "no query 'q7'"),
+    ],
+)
+def test_what_is_not_there_is_said(
+    blocks: CorpusBlocks, tmp_path: Path, columns: dict[str, list[str]], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        by_list(blocks, QUERIES, write(tmp_path, **columns), "score.0.candidates")
+
+
+def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> None:
+    path = write(tmp_path, query_id=["q1", "q0", "q1"], doc_id=["d9", "d0", "d1"])
+    write_chosen(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, path, "k"))
+    chosen = CandidateBlocks(**vars(blocks), chosen=tmp_path / "chosen.parquet")
+    names = ["00000-0000000", "00000-0000002"]
+    assert chosen.ids == set(names) and chosen.count == 3 and chosen.documents_in(names[0]) == 2
+    assert [[each.id for each in block.documents] for block in chosen.left(set())] == [["d0", "d1"], ["d9"]]
+    assert [block.id for block in chosen.left({names[0]})] == names[1:]
+    pairs = read_chosen(str(tmp_path / "chosen.parquet")).pairs(["d0", "d1", "d5", "d9"], ["q0", "q1"])
+    assert pairs.tolist() == [[True, False], [False, True], [False, False], [False, True]]

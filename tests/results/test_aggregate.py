@@ -1,0 +1,63 @@
+"""Influence by a column of the corpus equals that of all scores at once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from results.finished import Finished
+from typer.testing import CliRunner
+
+from msif_ray.cli import app
+from msif_ray.errors import UserError
+from msif_ray.results.aggregate import aggregate
+
+DOMAINS = ["web", "books", None]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """12 documents in blocks of six, one more skipped."""
+    lines = [{"id": f"doc-{n:02d}", "text": "x", "domain": DOMAINS[n % 3], "year": 2000 + n} for n in range(12)]
+    lines.insert(2, {"id": "skipped", "text": None, "domain": "web", "year": 1})
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    documents = {"path": str(corpus), "text": "text", "id": "id"}
+    stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
+    changes = {"stages": stages, "cluster": {"documents_per_block": 7}}
+    run = Finished(changes=changes, skipped=[("skipped", "text is null")])
+    return run.write(tmp_path / "run")
+
+
+def test_sums_are_those_of_all_scores(run_dir: Path) -> None:
+    found = aggregate(run_dir, "domain").to_pylist()
+    scores = Finished().scores("pretrain").astype(float)
+    for row in found:
+        number = int(row["query_id"][1])
+        value = None if row["value"] == "(none)" else row["value"]
+        own = scores[[n for n in range(12) if DOMAINS[n % 3] == value], number]
+        assert row["documents"] == 4 and row["share_of_documents"] == pytest.approx(1 / 3)
+        assert row["mean"] == pytest.approx(own.mean(), rel=1e-6) and row["total"] == pytest.approx(own.sum(), rel=1e-6)
+        total = np.abs(scores[:, number]).sum()
+        assert row["share"] == pytest.approx(np.abs(own).sum() / total, rel=1e-6)
+        assert row["net_share"] == pytest.approx(own.sum() / total, rel=1e-6)
+    assert len(found) == 6
+    assert [row["share"] for row in found[:3]] == sorted((row["share"] for row in found[:3]), reverse=True)
+
+
+def test_the_command_prints_and_writes(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by" / "year.parquet"
+    arguments = ["aggregate", str(run_dir), "--by", "year", "--query", "q1", "--out", str(out)]
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0 and "2011" in result.stdout and "per document" in result.stdout
+    assert pq.read_table(out).num_rows == 24  # of all queries
+
+
+def test_another_column_and_another_corpus_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no column 'licence'"):
+        aggregate(run_dir, "licence")
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("doc-03", "other"))
+    with pytest.raises(UserError, match="'doc-03' is not in the block's documents: the corpus has changed since"):
+        aggregate(run_dir, "domain")

@@ -1,0 +1,84 @@
+"""`msif compare`: correlations equal another library's, and what moved is named."""
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+from results.finished import Finished
+from rich.console import Console
+from typer.testing import CliRunner
+
+from msif_ray.cli import app
+from msif_ray.errors import UserError
+from msif_ray.results.compare import compare, compare_scores
+
+
+def side(ids: list[str], scores: np.ndarray) -> tuple[pa.Array, np.ndarray]:
+    return pa.array(ids, pa.string()), scores.astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_correlations_are_those_of_polars_over_the_common_documents(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    one, other = random.integers(-5, 6, 60), random.standard_normal(60)  # with ties
+    ids = [f"d{n}" for n in range(60)]
+    order = random.permutation(60)[:50]
+    found = compare_scores("q", side(ids, one), side([ids[n] for n in order], other[order]), top=10)
+    frame = pl.DataFrame({"one": one[order].astype(float), "other": other[order].astype(np.float32).astype(float)})
+    assert (found.documents, found.alone) == (50, (10, 0))
+    assert found.spearman == pytest.approx(frame.select(pl.corr("one", "other", method="spearman")).item())
+    assert found.pearson == pytest.approx(frame.select(pl.corr("one", "other")).item())
+
+
+def test_ranks_overlap_and_what_moved() -> None:
+    ids = [f"d{n}" for n in range(30)]
+    one = np.arange(30.0)[::-1]  # d0 is the highest
+    other = one.copy()
+    other[0], other[29] = -1.0, 50.0  # d0 falls to the last place, d29 rises to the first
+    found = compare_scores("q", side(ids, one), side(ids, other), top=5)
+    assert found.overlap == 0.8  # d29 has taken d0's place
+    assert {moved.doc_id for moved in found.moved[:2]} == {"d0", "d29"}
+    first = next(moved for moved in found.moved if moved.doc_id == "d0")
+    assert first.ranks == (1, 30) and first.scores == (29.0, -1.0)
+
+
+def test_the_same_scores_are_alike_and_constant_ones_have_no_correlation() -> None:
+    ids, scores = ["a", "b", "c"], np.array([1.0, np.nan, 2.0])
+    found = compare_scores("q", side(ids, scores), side(ids, scores))
+    assert (found.documents, found.overlap) == (2, 1.0) and found.spearman == pytest.approx(1)
+    found = compare_scores("q", side(ids, np.ones(3)), side(ids, np.arange(3.0)))
+    assert found.spearman is None and found.pearson is None
+    assert compare_scores("q", side([], np.zeros(0)), side(ids, np.ones(3))).documents == 0
+
+
+def test_the_command_prints_every_query(tmp_path: Path) -> None:
+    one = Finished().write(tmp_path / "one")
+    other = Finished(seed=7).write(tmp_path / "other")
+    arguments = ["compare", str(one), str(other), "--top", "4"]
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    for text in ("A: pretrain of", "damped inverse", "q0", "q1", "mean", "top-4 in common", "what moved most"):
+        assert text in result.stdout
+    scores = [run.scores("pretrain")[:, 0] for run in (Finished(), Finished(seed=7))]
+    spearman = pl.DataFrame({"a": scores[0], "b": scores[1]}).select(pl.corr("a", "b", method="spearman")).item()
+    assert f"{spearman:.3f}" in result.stdout
+
+
+def test_two_entries_of_one_run(tmp_path: Path) -> None:
+    run = Finished(labels=("two", "one")).write(tmp_path)
+    arguments = ["compare", str(run), str(run), "--scores-b", "one", "--query", "q1"]
+    printed = CliRunner(env={"COLUMNS": "120"}).invoke(app, arguments, catch_exceptions=False).stdout
+    assert "B: one of" in printed and "q0" not in printed
+
+
+def test_runs_of_other_queries_are_refused(tmp_path: Path) -> None:
+    one = Finished().write(tmp_path / "one")
+    changed = Finished(queries=[("q0", "Is it?", " no")]).write(tmp_path / "changed")
+    other = Finished(queries=[("x", "Is it?", " yes")]).write(tmp_path / "other")
+    for run, said in ((changed, "'q0' has another prompt or completion"), (other, "no query in common")):
+        with pytest.raises(UserError, match=said):
+            compare(one, run, Console())
+    with pytest.raises(UserError, match="'q9' is not a query of both"):
+        compare(one, one, Console(), query="q9")

@@ -1,0 +1,136 @@
+"""Every block of docs/recipes.md runs on a run directory, in the tools that it names, and finds what is there."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from results.finished import MAPS, Finished
+
+from msif_ray.results import parts
+
+RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
+RUN = Finished(documents=40, labels=("pretrain", "single-stage"), tokens_of=lambda n: ["t"] * (2 + n))
+
+
+def blocks() -> list[tuple[str, str, str]]:
+    """`(heading, language, code)` of every block."""
+    found = re.findall(r"^## (.+?)$|^```(sql|python)\n(.*?)^```", RECIPES.read_text(encoding="utf-8"), re.M | re.S)
+    heading, named = "", []
+    for title, language, code in found:
+        heading = title or heading
+        if language:
+            named.append((heading, language, code))
+    return named
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    RUN.write(folder / "run")
+    ids = [RUN.id_of(number) for number in range(40)]
+    corpus = {"id": ids, "text": ["x"] * 40, "domain": [("web", "books")[n % 2] for n in range(40)]}
+    pq.write_table(pa.table(corpus), folder / "corpus.parquet")
+    by_map = np.random.default_rng(0).standard_normal((3, 2, len(MAPS)))
+    scores = by_map.sum(2)
+    by_token = [np.stack([[score - 9, 9] for score in row]) for row in scores]
+    path = parts.part_path(folder / "detailed", "pretrain", "00000-0000000")
+    details = parts.Details(tuple(MAPS), by_map, by_token)
+    parts.write_part(path, ["q0", "q1"], ids[:3], scores, np.ones(3), [2] * 3, [], {}, details)
+    return folder
+
+
+@pytest.fixture
+def result(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A block's rows, or the names that it leaves."""
+    _, language, code = request.param
+    monkeypatch.chdir(folder)
+    if language == "sql":
+        return duckdb.sql(code).fetchall()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    names: dict[str, Any] = {}
+    exec(compile(code, str(RECIPES), "exec"), names)
+    return names
+
+
+def having(text: str) -> Any:
+    """The blocks under a heading that contains the text."""
+    found = [block for block in blocks() if text in block[0]]
+    assert found
+    return pytest.mark.parametrize("result", found, indirect=True, ids=[block[1] for block in found])
+
+
+SCORES = RUN.scores("pretrain")
+
+
+def test_no_block_is_left_out() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    headings = re.findall(r'^@having\("(.+?)"\)', text, re.M)
+    assert all(any(heading in title for heading in headings) for title, _, _ in blocks())
+
+
+@having("The top of a query")
+def test_top(result: Any) -> None:
+    best = [f"doc-{number:02d}" for number in np.argsort(-SCORES[:, 0])]
+    if len(result[0]) == 2:
+        assert [row[0] for row in result] == best[:20]
+    else:
+        assert [row[2] for row in result] == best[: RUN.top]
+
+
+@having("What the numbers mean")
+def test_meaning(result: Any) -> None:
+    assert {key for key, _ in result} == {"unit", "sign", "norm", "n_tokens"}
+    assert dict(result)["sign"].startswith("positive: training more on the document would have made")
+
+
+@having("Join back to the corpus")
+def test_by_source(result: Any) -> None:
+    found = {(query, domain): (documents, mean, share) for query, domain, documents, mean, share in result}
+    web = SCORES[::2, 0].astype(float)
+    documents, mean, share = found["q0", "web"]
+    assert documents == 20 and mean == pytest.approx(web.mean(), rel=1e-5)
+    assert share == pytest.approx(np.abs(web).sum() / np.abs(SCORES[:, 0]).sum(), rel=1e-5)
+
+
+@having("By length")
+def test_by_length(result: Any) -> None:
+    lengths = np.arange(40) + 2
+    row = result["by_length"].filter((result["pl"].col("query_id") == "q1") & (result["pl"].col("length") == 4))
+    own = np.abs(SCORES[(lengths >= 16) & (lengths < 32), 1])
+    assert row["documents"].item() == 16 and row["mean_size"].item() == pytest.approx(own.mean(), rel=1e-5)
+    best = (SCORES[:, 0] / (np.arange(40) % 5 + 1.0)).argmax()
+    assert result["top_per_norm"]["doc_id"][0] == f"doc-{best:02d}"
+
+
+@having("Compare two sets of scores")
+def test_compare(result: Any) -> None:
+    ranks = [np.argsort(np.argsort(RUN.scores(label)[:, 0])) for label in RUN.labels]
+    assert result["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert result["moved"].iloc[0] == np.abs(ranks[0] - ranks[1]).max()
+
+
+@having("Tokens and maps")
+def test_shares(result: Any) -> None:
+    assert result["tokens"]["score"].sum() == pytest.approx(SCORES[:, 0].max(), rel=1e-5)
+    own = np.sort(SCORES[:, 0])[-RUN.top :].sum() + np.sort(RUN.scores("single-stage")[:, 0])[-RUN.top :].sum()
+    assert result["maps"]["q0", "highest"].sum() == pytest.approx(own, rel=1e-5)
+
+
+@having("As a dataset")
+def test_datasets(result: Any) -> None:
+    assert result["dataset"].num_rows == 80
+    assert result["supporting"].num_rows == (SCORES[:, 0] > 0).sum()
+
+
+@having("by token and by map")
+def test_details(result: Any) -> None:
+    assert len(result) == 3
+    for _, score, of_tokens, of_modules, strongest in result:
+        assert of_tokens == pytest.approx(score, abs=1e-5) and of_modules == pytest.approx(score, abs=1e-5)
+        assert strongest == 2

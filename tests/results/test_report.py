@@ -1,0 +1,227 @@
+"""report.html in a real browser: what it shows, what it refuses to run, and how it is used."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results import browser
+from results.finished import MAPS, Finished, page_data
+from typer.testing import CliRunner
+
+from msif_ray.cli import app
+from msif_ray.errors import UserError
+from msif_ray.results.report import write_report
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>"
+WRITTEN = ["שלום עולם, זה מסמך", "مرحبا بالعالم", "世界 你好", "नमस्ते", "👩‍👩‍👧 naïve"]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser.launched() as launched:
+        yield launched
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 queries of 20 documents at each end, each of 300 tokens."""
+    queries = [(f"query-{n:02d}", f"Question {n}?", f" answer {n}") for n in range(50)]
+    words = [" the", " river", " stone", " market", " winter"]
+    run = Finished(
+        queries=queries,
+        documents=90,
+        labels=("two-stages", "single-stage"),
+        top=20,
+        tokens_of=lambda number: [f"Doc{number}", *(words[(place * number) % 5] for place in range(299))],
+    )
+    return write_report(run.write(tmp_path_factory.mktemp("large")))[0]
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Markup where text is expected, a document of ten megabytes, and scripts of all directions."""
+
+    def tokens(number: int) -> list[str]:
+        if number == 0:
+            return ["x", HOSTILE, " y"]
+        if number == 1:
+            return [" long"] * 2_000_000
+        if number == 2:
+            return ["\u202eevil", "\nline", "\x00"]
+        if number - 3 < len(WRITTEN):
+            return [character for c in WRITTEN[number - 3] for character in (c, *[""] * (len(c.encode()) - 1))]
+        return ["plain", " text"]
+
+    run = Finished(
+        queries=[(HOSTILE, HOSTILE, f" {HOSTILE}")],
+        documents=10,
+        top=10,
+        tokens_of=tokens,
+        id_of=lambda number: f"{number}{HOSTILE}" if number == 0 else f"doc-{number}",
+    )
+    return write_report(run.write(tmp_path_factory.mktemp("strange")))[0]
+
+
+def test_the_page_stays_small(large: Path) -> None:
+    assert large.stat().st_size < 5e6
+    results = page_data(large.read_text(encoding="utf-8"))["scored"][0]["queries"][0]
+    assert [each["rank"] for each in results["supports"]] == list(range(1, 21))
+
+
+def test_it_asks_for_nothing_and_shows_the_first_query(chromium: Any, large: Path) -> None:
+    seen = browser.Watched(chromium, large)
+    page = seen.page
+    assert page.locator("#completion").inner_text() == " answer 0"
+    assert page.locator("#supports > li").count() == page.locator("#opposes > li").count() == 20
+    assert "documents scored" in page.locator("#query-facts").inner_text()
+    assert page.locator("#heat td:not(.sum)").count() == len(MAPS)
+    assert page.locator("#distribution .tick-supports").count() == 20
+    footer = page.locator("footer").inner_text()
+    for text in ("1,000 documents, 20,000 tokens", "90 of 90", "proximal, α 0.1", "damped inverse", "models/<tuned>"):
+        assert text in footer
+    seen.assert_quiet()
+
+
+def test_shares_and_shades_are_those_of_the_scores(chromium: Any, large: Path) -> None:
+    results = page_data(large.read_text(encoding="utf-8"))["scored"][0]["queries"][0]
+    first = results["supports"][0]
+    page = browser.Watched(chromium, large).page
+    card = page.locator("#supports > li").first
+    total = Finished(queries=[("", "", "")] * 50, documents=90, labels=("two-stages",)).scores("two-stages")[:, 0]
+    assert first["share"] == pytest.approx(total.max() / abs(total).sum(), rel=1e-4)
+    assert f"{first['score']:.3g}" in card.locator(".score").inner_text()
+    scores = [score for segment in first["segments"] for score in segment[2]]
+    shaded = card.locator(".text span.p8")
+    assert shaded.count() >= 1 and max(map(abs, scores)) == 1000
+    opposing = card.locator(".text span[class^=n]").first
+    assert "underline" in opposing.evaluate("node => getComputedStyle(node).textDecorationLine")
+    assert opposing.get_attribute("title").startswith("−")
+
+
+def test_search_and_sort_work_without_a_server(chromium: Any, large: Path) -> None:
+    seen = browser.Watched(chromium, large)
+    page = seen.page
+    page.get_by_label("Search 50 queries").fill("query-4")
+    assert page.locator("#queries li:visible").count() == 10
+    assert page.locator("#queries-found").inner_text() == "10 found"
+    page.locator("#queries li:visible button").first.click()
+    assert page.locator("#query-title").inner_text() == "query-40" and page.url.endswith("#0/40")
+    page.get_by_label("Scores", exact=True).select_option(label="single-stage")
+    assert page.url.endswith("#1/40")
+    ids = page.locator("#supports h4").all_inner_texts()
+    page.get_by_label("Order").select_option("id")
+    assert page.locator("#supports h4").all_inner_texts() == sorted(ids) != ids
+    page.get_by_label("Search documents").fill(ids[3])
+    assert page.locator("#supports h4").all_inner_texts() == [ids[3]]
+    assert page.locator("#documents-found").inner_text().endswith("of 40 documents")
+    page.get_by_label("Search documents").fill("nothing has this")
+    assert "None of the shown documents" in page.locator("#supports").inner_text()
+    page.reload()
+    assert page.locator("#query-title").inner_text() == "query-40"  # the address remembers
+
+
+def test_it_is_used_by_keyboard(chromium: Any, large: Path) -> None:
+    page = browser.Watched(chromium, large).page
+    focused = "() => document.activeElement.textContent || document.activeElement.id"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "Skip to the query"
+    page.keyboard.press("Enter")
+    assert page.evaluate("() => document.activeElement.id") == "query"
+    page.locator("#queries button").first.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert "query-02" in page.evaluate(focused)
+    assert page.evaluate("() => getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    assert page.locator("#query-title").inner_text() == "query-02"
+    assert page.locator("#queries [aria-current=true]").inner_text().startswith("query-02")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("which", ["large", "strange"])
+def test_a_screen_reader_finds_its_way(
+    chromium: Any, large: Path, strange: Path, scheme: str, which: str, tmp_path: Path
+) -> None:
+    """By axe-core's rules, contrast among them."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = browser.Watched(chromium, large if which == "large" else strange, color_scheme=scheme).page
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_markup_is_shown_as_text(chromium: Any, strange: Path) -> None:
+    seen = browser.Watched(chromium, strange)
+    page = seen.page
+    assert page.locator("#query-title").inner_text() == HOSTILE
+    assert page.locator("#prompt").inner_text() == HOSTILE
+    assert any(HOSTILE in text for text in page.locator("h4").all_inner_texts())
+    assert any("<script>window.hacked = 1</script>" in text for text in page.locator(".text").all_inner_texts())
+    assert page.evaluate("() => window.hacked") is None
+    assert page.locator("img").count() == 0 and page.locator("script").count() == 2
+    seen.assert_quiet()
+
+
+def test_a_script_that_got_in_would_not_run(chromium: Any, strange: Path) -> None:
+    page = browser.Watched(chromium, strange).page
+    page.evaluate("() => document.body.insertAdjacentHTML('beforeend', `<img src=x onerror='window.hacked=1'>`)")
+    add = "const added = document.createElement('script'); added.textContent = 'window.hacked = 1';"
+    page.evaluate(f"() => {{ {add} document.body.append(added) }}")
+    page.wait_for_timeout(200)
+    assert page.evaluate("() => window.hacked") is None
+
+
+def test_a_document_of_ten_megabytes_is_an_excerpt(chromium: Any, strange: Path) -> None:
+    assert strange.stat().st_size < 300_000
+    began = time.monotonic()
+    page = browser.Watched(chromium, strange).page
+    card = page.locator("li:has(> article):has(h4:text-is('doc-1'))").first
+    left_out = [int(gap.replace(",", "").split()[0]) for gap in card.locator(".gap").all_inner_texts()]
+    assert 2_000_000 - 240 <= sum(left_out) < 2_000_000
+    assert time.monotonic() - began < 20
+
+
+def test_all_scripts_are_characters(chromium: Any, strange: Path) -> None:
+    page = browser.Watched(chromium, strange).page
+    shown = page.locator(".text").all_inner_texts()
+    for text in WRITTEN:
+        assert text in shown
+    assert "\ufffd" not in page.content()
+    hebrew = page.locator(".text", has_text="מסמך").first
+    assert hebrew.evaluate("node => getComputedStyle(node).direction") == "rtl"
+    assert "⟨202E⟩evil↵line␀" in shown
+
+
+def test_without_scripts_it_says_where_the_data_is(chromium: Any, large: Path) -> None:
+    page = browser.Watched(chromium, large, java_script_enabled=False).page
+    assert "top.parquet" in page.locator("main").inner_text()
+
+
+def test_a_query_without_scores_and_one_side_alone(chromium: Any, tmp_path: Path) -> None:
+    run = Finished(queries=[("q", "", " x")], documents=1, top=1)
+    seen = browser.Watched(chromium, write_report(run.write(tmp_path))[0])
+    empty = seen.page.locator("#opposes" if run.scores("pretrain")[0, 0] > 0 else "#supports")
+    assert "No document has a score on this side" in empty.inner_text()
+    seen.assert_quiet()
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run\.json there"):
+        write_report(tmp_path)
+    Finished().write(tmp_path)
+    for name in ("top.parquet", "statistics.parquet"):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        with pytest.raises(UserError, match="finish the run"):
+            write_report(tmp_path)
+        (tmp_path / name).write_bytes(content)
+
+
+def test_the_command_writes_it_and_prints_what_is_doubtful(tmp_path: Path) -> None:
+    Finished(log_likelihood=-20.0).write(tmp_path)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.strip() == str(tmp_path / "report.html")
+    assert "note: The model did not prefer this completion: 2 of 2 queries (q0, q1)" in result.stderr
+    assert "The model did not prefer this completion" in (tmp_path / "report.html").read_text(encoding="utf-8")

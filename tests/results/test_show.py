@@ -1,0 +1,55 @@
+"""`msif show`: queries and their documents in the terminal."""
+
+from pathlib import Path
+
+import pytest
+from results.finished import Finished
+from typer.testing import CliRunner
+
+from msif_ray.cli import app
+from msif_ray.errors import UserError
+from msif_ray.results.show import show
+
+
+def shown(*arguments: str) -> str:
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["show", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return Finished(labels=("two", "one")).write(tmp_path)
+
+
+def test_all_queries_with_both_sides(run_dir: Path) -> None:
+    printed = shown(str(run_dir))
+    for text in ("Is it? yes", "Or not? no", "supports", "opposes", "log-likelihood -1 nats (61% per token)"):
+        assert text in printed
+    scores = Finished(labels=("two", "one")).scores("two")
+    best, worst = scores[:, 0].argmax(), scores[:, 0].argmin()
+    lines = printed.splitlines()
+    assert any(f"{scores[best, 0]:+.4g}" in line and f"doc-{best:02d}" in line for line in lines)
+    assert any(f"{scores[worst, 0]:+.4g}" in line and f"doc-{worst:02d}" in line for line in lines)
+    assert f"word{best} and more" in printed
+
+
+def test_one_query_of_other_scores(run_dir: Path) -> None:
+    printed = shown(str(run_dir), "--query", "q1", "--scores", "one", "--top", "1")
+    scores = Finished(labels=("two", "one")).scores("one")[:, 1]
+    assert "Is it?" not in printed and printed.count("doc-") == 2
+    assert f"{scores.max():+.4g}" in printed and f"{scores.min():+.4g}" in printed
+
+
+def test_escapes_of_a_terminal_and_markup_are_text(tmp_path: Path) -> None:
+    run = Finished(tokens_of=lambda number: ["\x1b[31mred", " [bold]b[/bold]"])
+    printed = shown(str(run.write(tmp_path)))
+    assert "\x1b" not in printed and "␛[31mred [bold]b[/bold]" in printed
+
+
+@pytest.mark.parametrize(("query", "label", "said"), [("q9", None, "--query"), (None, "x", "no scores are called")])
+def test_what_is_not_there_is_said(run_dir: Path, query: str | None, label: str | None, said: str) -> None:
+    from rich.console import Console
+
+    with pytest.raises(UserError, match=said):
+        show(run_dir, Console(), query, label)

@@ -1,0 +1,85 @@
+"""Each sign of a doubtful result is there when it should be, and only then."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from results.finished import MAPS, Finished
+
+from msif_ray.results.facts import Facts, Fitted, read_facts
+from msif_ray.results.signals import Signals, find_signals, signal_lines
+from msif_ray.results.statistics import read_statistics
+
+KEY = ("pretrain", "q0")
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> tuple[Facts, dict[Any, Any], dict[Any, Any]]:
+    """A run without any."""
+    Finished().write(tmp_path)
+    even = {(label, query): (MAPS, np.ones(len(MAPS))) for label in ("pretrain",) for query in ("q0", "q1")}
+    return read_facts(tmp_path), read_statistics(tmp_path), even
+
+
+def titles(signals: Signals) -> tuple[list[str], list[str]]:
+    return [each.title for each in signals.run], [each.title for each in signals.queries[KEY]]
+
+
+def test_a_sound_run_has_none(found: Any) -> None:
+    facts, statistics, shares = found
+    statistics = {key: row | {"length_correlation": None} for key, row in statistics.items()}
+    assert titles(find_signals(facts, statistics, shares)) == ([], [])
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(89, 1), (90, 0)])
+def test_few_documents_for_the_dimension(found: Any, tokens: int, expected: int) -> None:
+    facts, statistics, shares = found  # maps of 8 and 9 dimensions
+    stage = replace(facts.stages[0], fitted=Fitted(documents=30, tokens=tokens, skipped=0, share=1.0))
+    signals = find_signals(replace(facts, stages=[stage, facts.stages[1]]), statistics, shares)
+    assert [each.title for each in signals.run] == ["Few documents for the factors of pretrain"] * expected
+
+
+def test_a_query_that_the_model_did_not_prefer(tmp_path: Path) -> None:
+    for likelihood, expected in ((2 * np.log(0.051), False), (2 * np.log(0.049), True)):
+        facts = read_facts(Finished(log_likelihood=float(likelihood)).write(tmp_path / str(expected)))
+        found_titles = titles(find_signals(facts, {}, {}))[1]
+        assert found_titles == (["The model did not prefer this completion"] if expected else [])
+
+
+def test_energy_lost_to_low_rank(tmp_path: Path) -> None:
+    facts = read_facts(Finished(energy=0.7).write(tmp_path))
+    (signal,) = find_signals(facts, {}, {}).queries[KEY]
+    assert signal.title == "Much of the query was lost to low rank" and "70%" in signal.detail
+
+
+def test_one_map_dominates(found: Any) -> None:
+    facts, _, shares = found
+    largest = np.ones(len(MAPS))
+    largest[4] = 20
+    (signal,) = find_signals(facts, {}, shares | {KEY: (MAPS, largest)}).queries[KEY]
+    assert signal.title == "One map carries most of the scores" and "1.mlp.up has 71%" in signal.detail
+
+
+def test_long_documents_dominate(found: Any) -> None:
+    facts, statistics, _ = found
+    rows = statistics | {KEY: statistics[KEY] | {"length_correlation": 0.8}}
+    assert titles(find_signals(facts, rows, {}))[1] == ["Long documents dominate"]
+
+
+def test_many_are_skipped(tmp_path: Path) -> None:
+    run = Finished(skipped=[("x", "text is null"), ("y", "text is null"), ("z", "fewer than two tokens")])
+    run_dir = run.write(tmp_path)
+    (signal,) = find_signals(read_facts(run_dir), read_statistics(run_dir), {}).run
+    assert signal.title == "Many documents of pretrain were skipped"
+    assert "3 of 15" in signal.detail and "text is null" in signal.detail
+
+
+def test_lines_name_the_queries_once(tmp_path: Path) -> None:
+    queries = [(f"q{n}", "Is it?", " yes") for n in range(9)]
+    run = Finished(queries=queries, labels=("one", "two"), log_likelihood=-20.0, skipped=[("x", "text is null")] * 9)
+    run_dir = run.write(tmp_path)
+    lines = signal_lines(find_signals(read_facts(run_dir), read_statistics(run_dir), {}))
+    assert len(lines) == 3 and "9 of 21" in lines[0] and "9 of 21" in lines[1]
+    assert lines[2] == "The model did not prefer this completion: 9 of 9 queries (q0, q1, q2, q3, q4, …)"

@@ -1,0 +1,41 @@
+"""The statistics of scores equal those of all scores at once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from msif_ray.results import parts
+from msif_ray.results.statistics import BINS, read_statistics, write_statistics
+
+
+def test_they_are_those_of_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "GROUP_ROWS", 20)
+    random = np.random.default_rng(0)
+    scores = random.standard_normal((40, 3)).astype(np.float32)
+    scores[3, 1] = np.nan
+    tokens = random.integers(2, 90, 40)
+    for block, some in (("0", slice(0, 25)), ("1", slice(25, 40))):
+        ids = [f"d{number}" for number in range(40)][some]
+        path = parts.part_path(tmp_path, "s", block)
+        parts.write_part(path, ["a", "b", "c"], ids, scores[some], np.ones(40)[some], tokens[some].tolist(), [], {})
+    write_statistics(tmp_path, ["s"])
+    found = read_statistics(tmp_path)
+    assert list(found) == [("s", "a"), ("s", "b"), ("s", "c")]
+    for column, row in enumerate(found.values()):
+        kept = np.isfinite(scores[:, column])
+        own, lengths = scores[kept, column].astype(float), tokens[kept]
+        assert row["documents"] == len(own) and row["lowest"] == own.min() and row["highest"] == own.max()
+        assert row["mean"] == pytest.approx(own.mean()) and row["deviation"] == pytest.approx(own.std())
+        assert row["total_absolute"] == pytest.approx(np.abs(own).sum())
+        assert row["length_correlation"] == pytest.approx(np.corrcoef(np.abs(own), lengths)[0, 1])
+        assert row["mean_tokens"] == pytest.approx(lengths.mean())
+        assert row["histogram"] == np.histogram(own, BINS)[0].tolist()
+
+
+def test_equal_scores_have_no_correlation_and_one_bin(tmp_path: Path) -> None:
+    path = parts.part_path(tmp_path, "s", "0")
+    parts.write_part(path, ["a"], ["x", "y"], np.ones((2, 1)), np.ones(2), [2, 3], [], {})
+    write_statistics(tmp_path, ["s"])
+    row = read_statistics(tmp_path)["s", "a"]
+    assert row["length_correlation"] is None and row["deviation"] == 0 and sum(row["histogram"]) == 2
