@@ -1,0 +1,28 @@
+"""The run description (DESIGN.md §4): types, defaults and the validation that needs no files."""
+
+from msif_ray.config.base import Positive, Strength, Strict
+from msif_ray.config.cluster import Cluster, Replicas
+from msif_ray.config.entries import Index, Queries, Score
+from msif_ray.config.run import Run, load_run, parse_run
+from msif_ray.config.stage import Documents, Fit, IdentityResponse, ProximalResponse, Response, Stage, UnrolledResponse
+
+__all__ = [
+    "Cluster",
+    "Documents",
+    "Fit",
+    "IdentityResponse",
+    "Index",
+    "Positive",
+    "ProximalResponse",
+    "Queries",
+    "Replicas",
+    "Response",
+    "Run",
+    "Score",
+    "Stage",
+    "Strength",
+    "Strict",
+    "UnrolledResponse",
+    "load_run",
+    "parse_run",
+]
