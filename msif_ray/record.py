@@ -72,10 +72,12 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
         say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
 
 
-def keep_strengths(run_dir: str, strengths: dict[str, Any]) -> None:
-    """Adds the damping and α used, per scored stage, stage and map, to run.json."""
+def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any]) -> None:
+    """Adds to run.json the damping and α used, per `score` entry, stage and map, and what came of each entry's stages
+    that conjugate gradients solved."""
     path = layout.run_record(run_dir)
-    write_json(path, _read_record(path) | {"strengths": strengths})
+    solved = {"solvers": solvers} if any(solvers.values()) else {}
+    write_json(path, _read_record(path) | {"strengths": strengths} | solved)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -118,6 +120,9 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         run["cluster"].pop(key)
     if not run["index"]:
         run.pop("index")  # a run without one is the run that it was before there were any
+    for stage in run["stages"]:
+        if stage["solver"]["kind"] == "ekfac":
+            stage.pop("solver")  # likewise
     indexes = {
         f"score.{i}": {key: read_manifest(index_folder(entry))[key] for key in ("rank", "dtype", "bytes", "tokens")}
         for i, entry in enumerate(resolved.run.score)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from msif_ray.cluster.jobs import Job, Sums, Work
+from msif_ray.cluster.jobs import Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.reader import Document
@@ -188,19 +188,24 @@ class Rank:
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> dict[WindowKey, bool]:
         """The windows of batches that were left out, and whether each one's own loss is finite."""
         work = self._started()
-        labels = self._sample if self._sampled else None
         refused: dict[WindowKey, bool] = {}
         with Capture(self.model, self._tracked) as capture:
             for windows in batches:
-                captured = capture.run(to_batch(windows).to(self.device), labels)
-                finite: list[bool] = torch.isfinite(captured.losses).tolist()
-                if all(finite):
-                    work.add(captured)
-                else:
-                    refused |= zip(captured.batch.keys, finite, strict=True)
+                batch = to_batch(windows).to(self.device)
+                losses = work.pass_over(capture, batch) if isinstance(work, Products) else self._add(capture, batch)
+                finite: list[bool] = torch.isfinite(losses).tolist()
+                if not all(finite):
+                    refused |= zip(batch.keys, finite, strict=True)
             for _ in range(empty_steps):
                 capture.run(to_batch([_EMPTY]).to(self.device))
         return refused
+
+    def _add(self, capture: Capture, batch: Batch) -> Tensor:
+        """One pass over a batch, which goes to the work unless a loss is not finite; gives the losses, `[rows]`."""
+        captured = capture.run(batch, self._sample if self._sampled else None)
+        if torch.isfinite(captured.losses).all():
+            self._started().add(captured)
+        return captured.losses
 
     @property
     def _sample(self) -> LabelChoice:

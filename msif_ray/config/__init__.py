@@ -4,11 +4,23 @@ from msif_ray.config.base import Positive, Strength, Strict
 from msif_ray.config.cluster import Cluster, Replicas
 from msif_ray.config.entries import Index, Queries, Score
 from msif_ray.config.run import Run, load_run, parse_run
-from msif_ray.config.stage import Documents, Fit, IdentityResponse, ProximalResponse, Response, Stage, UnrolledResponse
+from msif_ray.config.stage import (
+    CgSolver,
+    Documents,
+    EkfacSolver,
+    Fit,
+    IdentityResponse,
+    ProximalResponse,
+    Response,
+    Stage,
+    UnrolledResponse,
+)
 
 __all__ = [
+    "CgSolver",
     "Cluster",
     "Documents",
+    "EkfacSolver",
     "Fit",
     "IdentityResponse",
     "Index",

@@ -10,7 +10,15 @@ from pydantic import Field, ValidationError, model_validator
 from msif_ray.config.base import Location, Strict
 from msif_ray.config.cluster import Cluster
 from msif_ray.config.entries import Index, Queries, Score
-from msif_ray.config.stage import Documents, ProximalResponse, Stage
+from msif_ray.config.stage import (
+    CgSolver,
+    Documents,
+    IdentityResponse,
+    ProximalResponse,
+    Response,
+    Stage,
+    UnrolledResponse,
+)
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of
 
@@ -54,6 +62,39 @@ class Run(Strict):
                 raise ValueError(f"{key}.documents: neither this entry nor its stage names documents")
         if self.cluster.offload and self.cluster.ranks_per_replica == 1:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
+        return self
+
+    @model_validator(mode="after")
+    def _solvable(self) -> Self:
+        """Refuses what conjugate gradients do not answer, or would answer wrongly."""
+        for index, stage in enumerate(self.stages):
+            solver, key = stage.solver, f"stages.{index}.solver"
+            if not isinstance(solver, CgSolver):
+                continue
+            if isinstance(stage.response, IdentityResponse):
+                raise ValueError(f"{key}: the response of {stage.name!r} is the identity, so there is nothing to solve")
+            answers: dict[str, Response | None] = {f"stages.{index}.response": stage.response}
+            answers |= {f"score.{i}.responses": s.responses.get(stage.name) for i, s in enumerate(self.score)}
+            unrolled = next((k for k, answer in answers.items() if isinstance(answer, UnrolledResponse)), None)
+            if unrolled is not None:
+                raise ValueError(
+                    f"{key}: cg solves linear systems, and an unrolled response ({unrolled}) of {stage.name!r} is a "
+                    "matrix exponential; use a proximal response, or kind: ekfac"
+                )
+            if (solver.documents or 0) > (stage.fit.documents or float("inf")):
+                raise ValueError(
+                    f"{key}.documents: {solver.documents} is more than the {stage.fit.documents} documents of fit"
+                )
+            if self.cluster.ranks_per_replica > 1:
+                raise ValueError(
+                    f"{key}: cg needs forward-mode derivatives, which a model sharded over ranks has not; set "
+                    "cluster.ranks_per_replica to 1, or use kind: ekfac"
+                )
+            if self.cluster.dtype == "bfloat16":
+                raise ValueError(
+                    f"{key}: bfloat16 rounds too coarsely for conjugate gradients; set cluster.dtype to float32, or "
+                    "use kind: ekfac"
+                )
         return self
 
     def answering(self, score: Score) -> "Run":
@@ -102,7 +143,7 @@ def load_run(path: str | Path) -> Run:
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     # A discriminated union repeats its tag, and a union its member, in the path of an error.
-    members = ("proximal", "unrolled", "identity", "str", "list[str]")
+    members = ("proximal", "unrolled", "identity", "ekfac", "cg", "str", "list[str]")
     parts = [str(part) for part in fault["loc"] if part not in members]
     key = ".".join(parts)
     message = str(fault["msg"]).removeprefix("Value error, ")

@@ -67,6 +67,29 @@ class IdentityResponse(Strict):
 Response = Annotated[ProximalResponse | UnrolledResponse | IdentityResponse, Field(discriminator="kind")]
 
 
+class EkfacSolver(Strict):
+    """Queries go back through the stage by its EK-FAC factors alone."""
+
+    kind: Literal["ekfac"] = "ekfac"
+
+
+class CgSolver(Strict):
+    """EK-FAC's answer, refined by conjugate gradients on the stage's damped Gauss-Newton Hessian itself.
+
+    That is of the first `documents` of those that the stage is fitted on (default: all of them), met once per query
+    and iteration; EK-FAC is the preconditioner. A query is solved once its residual is within `tolerance` times its
+    right-hand side; one that `iterations` do not solve keeps EK-FAC's answer, since one stopped half-way can be worse.
+    """
+
+    kind: Literal["cg"]
+    iterations: Annotated[int, Field(ge=1)] = 20
+    documents: Annotated[int, Field(ge=1)] | None = None
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+
+Solver = Annotated[EkfacSolver | CgSolver, Field(discriminator="kind")]
+
+
 class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds."""
 
@@ -79,3 +102,4 @@ class Stage(Strict):
     factors: Location | None = None
     damping: Strength = Strength(relative=0.1)
     response: Response | None = None
+    solver: Solver = EkfacSolver()
