@@ -185,13 +185,21 @@ class Capture:
         logits, J_t v their derivative in the `direction` v (`[out, columns]` by map) and C_t = diag p − p pᵀ is held:
         what they sum to over windows and positions is the Gauss-Newton Hessian times v (Martens 2020, §8.1).
 
-        Forward-mode differentiation gives J_t v, one backward pass the rest. The losses are the data's own.
+        Forward-mode differentiation gives J_t v, one backward pass the rest. The losses are the data's own. Raises
+        UserError as `run` does, and for a model with an operation that has no forward-mode derivative.
         """
         # Fused attention kernels have no forward-mode derivative; the plain products have.
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             self._direction = direction
             try:
                 logits, tangents = forward_ad.unpack_dual(self._target_logits(batch))
+            except (NotImplementedError, RuntimeError) as error:
+                if not any(sign in str(error) for sign in ("forward AD", "jvp")):
+                    raise
+                raise UserError(
+                    "solver: the model has an operation without a forward-mode derivative, which cg needs "
+                    f"({' '.join(str(error).split())[:200]}); use kind: ekfac"
+                ) from None
             finally:
                 self._direction = None
             # Outside the level nothing carries a tangent, so the backward pass is a plain one.

@@ -10,6 +10,7 @@ import reference_solve
 import torch
 
 from msif_ray.corpus.windows import to_batch
+from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.conjugate import System, solve
 from msif_ray.influence.gauss_newton import ProductSums
@@ -122,6 +123,29 @@ def test_an_infinite_loss_adds_nothing():
     with Capture(stage.model, maps) as capture:
         assert not torch.isfinite(sums.add(capture, batch)).any()
     assert not sums.sums
+
+
+class Opaque(torch.autograd.Function):
+    """The identity, without a forward-mode derivative, as a fused kernel would be."""
+
+    @staticmethod
+    def forward(context, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient
+
+
+def test_an_operation_without_a_forward_mode_derivative_is_the_users_to_know():
+    stage = make_stage("gpt_neox")
+    (batch, *_), _ = stage_batches(stage)
+    maps = find_linear_maps(stage.model)
+    stage.model.gpt_neox.final_layer_norm.register_forward_hook(lambda module, args, output: Opaque.apply(output))
+    with Capture(stage.model, maps) as capture:
+        with pytest.raises(UserError, match="solver: the model has an operation without a forward-mode derivative"):
+            ProductSums(random_directions(maps)).add(capture, batch)
+        assert torch.isfinite(capture.run(batch).losses).all()
 
 
 @pytest.mark.parametrize(
