@@ -26,5 +26,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt torch==2.13.0 -e ".[demo,test]"
+	$(BIN)/pip install -c constraints.txt torch==2.13.0 -e ".[demo,test,validate]"
 	touch $@

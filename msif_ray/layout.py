@@ -92,6 +92,31 @@ def candidates(run_dir: str, scored: str) -> Path:
     return path_of(run_dir) / "candidates" / f"stage={scored}.parquet"
 
 
+def residuals_file(folder: Path) -> Path:
+    """The relative residual of each query after each iteration of each stage solved by conjugate gradients."""
+    return folder / "residuals.parquet"
+
+
+def solves(folder: Path) -> Path:
+    """What conjugate gradients keep while the queries of a folder of directions are carried back."""
+    return folder / "solve"
+
+
+def solve(folder: Path, stage: str, queries: tuple[int, int]) -> Path:
+    """The solve of some queries' systems at one stage."""
+    return solves(folder) / stage / f"{queries[0]:06d}-{queries[1]:06d}"
+
+
+def solve_record(solve: Path) -> Path:
+    """How far a solve has come; it names the vectors that count."""
+    return solve / "record.json"
+
+
+def solve_vectors(solve: Path, what: str, map_name: str) -> Path:
+    """One map's vectors of a solve: of its `start`, an iterate or its `answer`."""
+    return solve / what / f"{map_name}.safetensors"
+
+
 def index(run_dir: str, stage: str) -> Path:
     """The compressed document gradients of one stage's corpus."""
     return path_of(run_dir) / "index" / f"stage={stage}"

@@ -27,7 +27,7 @@ class Resolved:
     """A run that has been checked against the files it names.
 
     `run` has absolute paths and every `max_tokens` filled in; `corpora`, `rows` (documents of each file) and
-    `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted,
+    `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted or solved,
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
     queries, `completion_tokens` how many of those are targets. `reused` has the hash of the manifest of each stage's
     `factors`.
@@ -101,15 +101,18 @@ def _writable(run_dir: str) -> str:
 
 
 def _wanted_corpora(run: Run) -> dict[str, Documents]:
-    """The corpora to read: of stages whose factors are to be fitted, and of scored stages."""
+    """The corpora to read: of stages whose factors are to be fitted or that cg solves, and of scored stages."""
     wanted = {}
+    solved = stages.all_solved_stages(run)
     for index in stages.stages_with_factors(run):
         stage = run.stages[index]
-        if stage.factors is None:
+        if stage.factors is None or index in solved:
             if stage.documents is None:
                 raise UserError(
                     f"stages.{index}.documents: {stage.name!r} needs documents to fit its factors, "
                     "`factors:` of another run, or the response identity"
+                    if stage.factors is None
+                    else f"stages.{index}.documents: {stage.name!r} needs documents for its solver, cg"
                 )
             wanted[f"stages.{index}"] = stage.documents
     wanted |= {f"index.{i}": run.scored_documents(entry) for i, entry in enumerate(run.index)}

@@ -75,10 +75,12 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
         say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
 
 
-def keep_strengths(run_dir: str, strengths: dict[str, Any]) -> None:
-    """Adds the damping and α used, per scored stage, stage and map, to run.json."""
+def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any]) -> None:
+    """Adds to run.json the damping and α used, per `score` entry, stage and map, and what came of each entry's stages
+    that conjugate gradients solved."""
     path = layout.run_record(run_dir)
-    write_json(path, read_record(path) | {"strengths": strengths})
+    solved = {"solvers": solvers} if any(solvers.values()) else {}
+    write_json(path, read_record(path) | {"strengths": strengths} | solved)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -122,6 +124,9 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for key, unset in (("index", []), ("detail", Detail().model_dump())):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
+    for stage in run["stages"]:
+        if stage["solver"]["kind"] == "ekfac":
+            stage.pop("solver")  # likewise
     indexes = {
         f"score.{i}": {key: read_manifest(index_folder(entry))[key] for key in ("rank", "dtype", "bytes", "tokens")}
         for i, entry in enumerate(resolved.run.score)

@@ -12,37 +12,33 @@ from typing import Literal
 import ray
 
 from msif_ray import layout, lease, stages
-from msif_ray.cluster.carry import CarryTask, carried_strengths, carry, is_carried
-from msif_ray.cluster.directions import shards
+from msif_ray.carrying import Carrying
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
 from msif_ray.cluster.jobs import ScoreJob, Shares
 from msif_ray.cluster.metrics import publish
-from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
-from msif_ray.cluster.queries import query_blocks, query_gradients
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.stream import BlockTask, stream
 from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score
-from msif_ray.corpus.blocks import CorpusBlocks, ListedBlocks
+from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_chosen
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
-from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.machines import check_room, cluster_address, with_gpus
 from msif_ray.paths import exists, path_of, reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
-from msif_ray.record import MEANING, keep_index, keep_record, keep_strengths
+from msif_ray.record import MEANING, keep_index, keep_record
 from msif_ray.results.parts import write_skipped
 from msif_ray.results.report import write_report
 from msif_ray.results.signals import signal_lines
 from msif_ray.results.statistics import STATISTICS, write_statistics
 from msif_ray.results.top import has_top, top_pairs, write_top
-from msif_ray.setup import model_setup
+from msif_ray.setup import corpus_blocks, factors_folder, model_setup
 from msif_ray.store import sweep
 
 # A cluster that is there answers at once; a name or a route that leads nowhere may never.
@@ -143,7 +139,7 @@ class _Driver:
             if until == "fit":
                 return
             if not only_index:
-                self._carry(pool)
+                Carrying(self.resolved, pool, self.reporter).run()
         for position in range(len(self.config.index)):
             self._index(position)
         if only_index:
@@ -160,13 +156,8 @@ class _Driver:
     def _setup(self, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
         return model_setup(self.resolved, index, documents, max_tokens)
 
-    def _factors(self, index: int) -> Path:
-        """Where a stage's factors are: here, or in the run they are reused from."""
-        stage = self.config.stages[index]
-        return layout.factors(stage.factors or self.config.run_dir, stage.name)
-
     def _fit(self, index: int, pool: ReplicaPool) -> None:
-        stage, folder = self.config.stages[index], self._factors(index)
+        stage, folder = self.config.stages[index], factors_folder(self.config, index)
         if stage.factors is not None:
             return  # of another run, and checked before this one began
         if is_fitted(folder):
@@ -176,7 +167,7 @@ class _Driver:
         documents, cluster = stage.documents, self.config.cluster
         if documents is None:
             raise UserError(f"stages.{index}.documents: {stage.name!r} needs documents to fit its factors")
-        blocks = self._blocks(f"stages.{index}", documents, stage.fit.documents)
+        blocks = corpus_blocks(self.resolved, f"stages.{index}", documents, stage.fit.documents)
         task = FitTask(
             self._setup(index, documents, stage.fit.max_tokens),
             stage.fit.labels,
@@ -195,46 +186,6 @@ class _Driver:
         )
         fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count), self.reporter.say)
 
-    def _blocks(self, corpus: str, documents: Documents, limit: int | None = None) -> CorpusBlocks:
-        resolved = self.resolved
-        return CorpusBlocks(
-            tuple(resolved.corpora[corpus]),
-            resolved.rows[corpus],
-            documents,
-            self.config.cluster.documents_per_block,
-            f"{corpus}.documents",
-            limit,
-        )
-
-    def _carry(self, pool: ReplicaPool) -> None:
-        folders = {entry.label: self._directions(entry) for entry in self.config.score}
-        ids = tuple(query.id for query in self.resolved.queries)
-        if not all(is_carried(folder) for folder in folders.values()):
-            gradients = self._query_gradients(pool)
-            for query, why in gradients.skipped:
-                raise UserError(f"queries: {query!r} has no gradient: {why}")
-            itemsize = accumulating_bytes(self.config.cluster.dtype)
-            memory = self.config.cluster.directions_memory
-            cut = shards(len(ids), self.resolved.maps, self.config.queries.rank, itemsize, memory)
-            for entry in self.config.score:
-                variant, index = self.config.answering(entry), self.config.stage_index(entry.stage)
-                factors = {
-                    stage: None if stages.is_identity(variant, stage) else self._factors(stage)
-                    for stage in stages.carried_through(variant, index)
-                }
-                task = CarryTask(variant, index, factors, ids, folders[entry.label], tuple(cut))
-                carry(task, gradients, self.resolved.maps)
-                self.reporter.say(f"queries: carried back to {entry.label}")
-        keep_strengths(self.config.run_dir, {name: carried_strengths(folder) for name, folder in folders.items()})
-
-    def _query_gradients(self, pool: ReplicaPool) -> Coverage:
-        resolved, last = self.resolved, len(self.config.stages) - 1
-        itemsize = accumulating_bytes(self.config.cluster.dtype)
-        blocks = ListedBlocks(query_blocks(resolved.queries, resolved.query_tokens, resolved.maps, itemsize))
-        setup = self._setup(last, self.config.queries.documents, None)
-        with self.reporter.step("queries: gradients", len(resolved.queries)) as progress:
-            return query_gradients(setup, blocks, layout.query_partials(self.config.run_dir), pool, progress)
-
     def _directions(self, entry: Score) -> Path:
         return layout.directions(self.config.run_dir, entry.label)
 
@@ -247,7 +198,7 @@ class _Driver:
         position = self.config.score.index(entry)
         documents = self.config.scored_documents(entry)
         index = self.config.stage_index(entry.stage)
-        blocks = self._blocks(f"score.{position}", documents)
+        blocks = corpus_blocks(self.resolved, f"score.{position}", documents)
         about: dict[str, str] = {}
         if entry.index is not None:
             manifest = read_manifest(index_folder(entry))
@@ -284,7 +235,7 @@ class _Driver:
         for first, *_ in self._passes():
             if first.candidates is not None:
                 documents = self.config.scored_documents(first)
-                self._chosen(first, self._blocks(f"score.{self.config.score.index(first)}", documents))
+                self._chosen(first, corpus_blocks(self.resolved, f"score.{self.config.score.index(first)}", documents))
 
     def _chosen(self, entry: Score, blocks: CorpusBlocks) -> Path:
         """The file of the documents that are scored for each query, chosen now unless it is there."""
@@ -313,14 +264,14 @@ class _Driver:
         """Builds one index, unless it is there, and says in run.json what it is."""
         config, entry, key = self.config, self.config.index[position], f"index.{position}"
         stage, documents = config.stage_index(entry.stage), config.scored_documents(entry)
-        folder, blocks = layout.index(config.run_dir, entry.stage), self._blocks(key, documents)
-        means = mean_eigenvalues(self._factors(stage)).items()
+        folder, blocks = layout.index(config.run_dir, entry.stage), corpus_blocks(self.resolved, key, documents)
+        means = mean_eigenvalues(factors_folder(self.config, stage)).items()
         strength, at_fault = config.stages[stage].damping, f"stages.{stage}.damping"
         plan = IndexPlan(
             setup=self._setup(stage, documents, entry.max_tokens),
             blocks=blocks,
             folder=folder,
-            factors=self._factors(stage),
+            factors=factors_folder(self.config, stage),
             maps=self.resolved.maps,
             damping={name: stages.positive_strength(strength, mean, at_fault, name) for name, mean in means},
             rank=entry.rank,

@@ -1,7 +1,11 @@
-"""What a rank needs to know of a stage, from the run: the same for a run and for its plan."""
+"""What steps need to know of a stage and of a corpus, from the run."""
 
+from pathlib import Path
+
+from msif_ray import layout
 from msif_ray.cluster.rank import ModelSetup
-from msif_ray.config import Documents
+from msif_ray.config import Documents, Run
+from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.preflight import Resolved
 
 
@@ -22,4 +26,22 @@ def model_setup(resolved: Resolved, index: int, documents: Documents, max_tokens
         threads=cluster.cpus_per_rank,
         cuda=bool(cluster.gpus_per_rank),
         offload=cluster.offload,
+    )
+
+
+def factors_folder(run: Run, index: int) -> Path:
+    """Where a stage's factors are: in the run's directory, or in the run that they are reused from."""
+    stage = run.stages[index]
+    return layout.factors(stage.factors or run.run_dir, stage.name)
+
+
+def corpus_blocks(resolved: Resolved, corpus: str, documents: Documents, limit: int | None = None) -> CorpusBlocks:
+    """The blocks of a checked corpus (`stages.<i>`, `index.<i>` or `score.<i>`), or of its first `limit` documents."""
+    return CorpusBlocks(
+        tuple(resolved.corpora[corpus]),
+        resolved.rows[corpus],
+        documents,
+        resolved.run.cluster.documents_per_block,
+        f"{corpus}.documents",
+        limit,
     )

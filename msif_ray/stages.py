@@ -1,6 +1,6 @@
 """A stage as the run uses it: which stages need factors, and the response each one has."""
 
-from msif_ray.config import IdentityResponse, ProximalResponse, Run, Score, Strength, UnrolledResponse
+from msif_ray.config import CgSolver, IdentityResponse, ProximalResponse, Run, Score, Strength, UnrolledResponse
 from msif_ray.errors import UserError
 from msif_ray.influence.response import (
     DampedInverse,
@@ -19,6 +19,25 @@ def is_identity(run: Run, index: int) -> bool:
 def carried_through(run: Run, scored: int) -> list[int]:
     """The stages a query passes on its way back to the scored one, last stage first, scored stage last."""
     return list(range(len(run.stages) - 1, scored - 1, -1))
+
+
+def solved_stages(run: Run, scored: int) -> list[int]:
+    """Those of the passed stages, in the order of passing, that are solved by conjugate gradients."""
+    passed = carried_through(run, scored)
+    return [i for i in passed if isinstance(run.stages[i].solver, CgSolver) and not is_identity(run, i)]
+
+
+def all_solved_stages(run: Run) -> set[int]:
+    """The stages that some score entry solves by conjugate gradients."""
+    return {i for s in run.score for i in solved_stages(run.answering(s), run.stage_index(s.stage))}
+
+
+def solver_of(run: Run, index: int) -> CgSolver:
+    """The solver of a stage of `solved_stages`."""
+    solver = run.stages[index].solver
+    if not isinstance(solver, CgSolver):
+        raise ValueError(f"stage {index} is not solved by conjugate gradients")
+    return solver
 
 
 def stages_with_factors(run: Run) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from msif_ray.config import Strength, load_run, parse_run
+from msif_ray.config import CgSolver, EkfacSolver, Strength, load_run, parse_run
 from msif_ray.errors import UserError
 
 DESCRIPTION: dict[str, Any] = {
@@ -21,9 +21,16 @@ DESCRIPTION: dict[str, Any] = {
 }
 
 
-def changed(key: str, value: Any) -> dict[str, Any]:
+def changed_all(changes: dict[str, Any]) -> dict[str, Any]:
+    description = DESCRIPTION
+    for key, value in changes.items():
+        description = changed(key, value, description)
+    return description
+
+
+def changed(key: str, value: Any, original: dict[str, Any] = DESCRIPTION) -> dict[str, Any]:
     """The description with the value at a dotted key replaced, or removed when it is `...`."""
-    description: Any = copy.deepcopy(DESCRIPTION)
+    description: Any = copy.deepcopy(original)
     *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
     target = description
     for parent in parents:
@@ -106,6 +113,50 @@ def test_a_fault_is_one_line_with_its_key(key: str, value: Any, message: str) ->
         parse_run(changed(key, value), "run.yaml")
     line = str(error.value)
     assert line.startswith(f"run.yaml: {message}") and "\n" not in line
+
+
+CG = {"kind": "cg", "iterations": 5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages.1.solver": {"kind": "lissa"}}, "stages.1.solver: "),
+        ({"stages.1.solver": {"kind": "ekfac", "iterations": 3}}, "stages.1.solver.iterations: unknown key"),
+        ({"stages.1.solver": CG | {"iterations": 0}}, "stages.1.solver.iterations: "),
+        ({"stages.1.solver": CG | {"tolerance": 1}}, "stages.1.solver.tolerance: "),
+        ({"stages.1.solver": CG, "stages.1.response": {"kind": "identity"}}, "stages.1.solver: the response of 'tune'"),
+        (
+            {"stages.0.solver": CG, "stages.0.response": {"kind": "unrolled", "rate": 0.1, "steps": 3}},
+            "stages.0.solver: cg solves linear systems, and an unrolled response (stages.0.response) of 'pre'",
+        ),
+        (
+            {
+                "stages.1.solver": CG,
+                "score.0.responses": {"tune": {"kind": "unrolled", "rate": 0.1, "steps": 3}},
+            },
+            "stages.1.solver: cg solves linear systems, and an unrolled response (score.0.responses) of 'tune'",
+        ),
+        (
+            {"stages.0.solver": CG | {"documents": 9}, "stages.0.fit": {"documents": 8}},
+            "stages.0.solver.documents: 9 is more than the 8 documents of fit",
+        ),
+        ({"stages.0.solver": CG, "cluster.ranks_per_replica": 2}, "stages.0.solver: cg needs forward-mode"),
+        ({"stages.0.solver": CG, "cluster.dtype": "bfloat16"}, "stages.0.solver: bfloat16 rounds too coarsely"),
+    ],
+)
+def test_what_conjugate_gradients_cannot_solve_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_run(changed_all(changes), "run.yaml")
+    line = str(error.value)
+    assert line.startswith(f"run.yaml: {message}") and "\n" not in line
+
+
+def test_a_solved_stage_may_be_left_out_by_an_entry() -> None:
+    run = parse_run(changed_all({"stages.1.solver": CG, "score.0.responses": {"tune": {"kind": "identity"}}}))
+    solver = run.stages[1].solver
+    assert isinstance(solver, CgSolver) and (solver.iterations, solver.documents, solver.tolerance) == (5, None, 0.3)
+    assert run.stages[0].solver == EkfacSolver()
 
 
 def test_shards_may_be_offloaded() -> None:

@@ -1,7 +1,7 @@
 """Carrying queries back to a scored stage: one task per map, which carries some queries at a time, as many as their
 copies fit in its memory, and writes them in shards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,20 +12,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from msif_ray import layout, stages
-from msif_ray.cluster.directions import Shard, ShardFile, direction_entries, save_shard
-from msif_ray.cluster.fit import for_each_map, mean_eigenvalues
-from msif_ray.cluster.jobs import load_basis
+from msif_ray import layout
+from msif_ray.cluster.directions import ShardFile, direction_entries, save_shard
+from msif_ray.cluster.fit import for_each_map
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.queries import in_order, log_likelihoods
-from msif_ray.config import Queries, Run
+from msif_ray.cluster.passage import CarryTask, Source, Vector, passed_means, passing, strengths_used
+from msif_ray.cluster.queries import log_likelihoods
+from msif_ray.config import Queries
 from msif_ray.influence.directions import LowRankDirections, join
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.groups import Shapes, accumulating_bytes
-from msif_ray.influence.queries import QueryTokens, carry_back, smaller_form, stays_dense, truncate
+from msif_ray.influence.queries import carry_back, smaller_form, stays_dense, truncate
 from msif_ray.influence.response import Response
 from msif_ray.paths import all_there, exists
-from msif_ray.store import load_tensors, read_json, replacing, write_json
+from msif_ray.store import read_json, replacing, write_json
 
 # Bytes that a task takes for the copies of the queries that it carries at once, beside the factors that they meet
 # and the shard that it fills. A single query may take more.
@@ -39,23 +39,6 @@ CUT_COPIES = 12
 
 
 @dataclass(frozen=True)
-class CarryTask:
-    """Queries carried back to one scored stage; `factors` is each passed stage's folder, None for an identity.
-
-    `shards` are the queries that share a file; `memory` (bytes, default CARRY_BYTES) is for the copies
-    of those carried at once.
-    """
-
-    run: Run
-    scored: int
-    factors: dict[int, Path | None]
-    queries: tuple[str, ...]
-    folder: Path
-    shards: tuple[Shard, ...]
-    memory: int | None = None
-
-
-@dataclass(frozen=True)
 class Carried:
     """What came of one map: each query's rank and the share of its squared norm kept, `[queries]`; of each shard the
     vectors of all its queries together (None: it is dense); the strengths used."""
@@ -66,19 +49,16 @@ class Carried:
     strengths: dict[str, float]
 
 
-def carry(task: CarryTask, gradients: Coverage, maps: Shapes) -> None:
-    """Writes the directions of every map, what was kept of each query, and a manifest with the strengths used."""
-    if is_carried(task.folder):
-        return
-    means = {index: mean_eigenvalues(folder) for index, folder in task.factors.items() if folder is not None}
+def carry(task: CarryTask, source: Source, gradients: Coverage, maps: Shapes, about: Mapping[str, Any]) -> None:
+    """Carries queries from the source back to the scored stage: writes the directions of every map, what was kept of
+    each query, and a manifest with the strengths used and what else there is to say `about` them."""
+    means = passed_means(task)
     itemsize = accumulating_bytes(task.run.cluster.dtype)
     memory = {name: task_bytes(shape, task, itemsize) for name, shape in maps.items()}
-    done = dict(
-        zip(maps, for_each_map(write_directions, list(maps), task, gradients, means, memory=memory), strict=True)
-    )
+    done = dict(zip(maps, for_each_map(write_directions, list(maps), task, source, means, memory=memory), strict=True))
     strengths: dict[str, dict[str, float]] = {}
-    for name, about in done.items():
-        for key, value in about.strengths.items():
+    for name, each in done.items():
+        for key, value in each.strengths.items():
             strengths.setdefault(key, {})[name] = value
     _write_energy(layout.energy_file(task.folder), task.queries, done)
     write_json(
@@ -89,8 +69,9 @@ def carry(task: CarryTask, gradients: Coverage, maps: Shapes) -> None:
             "strengths": strengths,
             "shards": [list(shard) for shard in task.shards],
             "itemsize": itemsize,
-            "maps": {name: _summary(maps[name], about) for name, about in done.items()},
-        },
+            "maps": {name: _summary(maps[name], each) for name, each in done.items()},
+        }
+        | dict(about),
     )
 
 
@@ -157,54 +138,42 @@ def is_carried(folder: Path) -> bool:
     return all_there([layout.energy_file(folder), *files])
 
 
+def carried_solvers(folder: Path) -> dict[str, Any]:
+    """What came of each stage that conjugate gradients solved, by its name."""
+    solvers: dict[str, Any] = read_json(layout.directions_manifest(folder)).get("solvers", {})
+    return solvers
+
+
 def carried_strengths(folder: Path) -> dict[str, dict[str, float]]:
     """The damping and α of each stage at each map, as used (eigenvalue units)."""
     strengths: dict[str, dict[str, float]] = read_json(layout.directions_manifest(folder))["strengths"]
     return strengths
 
 
-def write_directions(
-    map_name: str, task: CarryTask, gradients: Coverage, means: dict[int, dict[str, float]]
-) -> Carried:
+def write_directions(map_name: str, task: CarryTask, source: Source, means: dict[int, dict[str, float]]) -> Carried:
     """Carries all queries back at one map and writes those shards that are not there yet."""
     torch.set_num_threads(1)
-    chain, strengths = _chain(map_name, task, means)
-    stream = in_order(gradients, map_name, task.queries)
+    strengths = strengths_used(map_name, task, means)
+    chain = passing(map_name, task, means, source.passed, task.scored)
+    stream = source.vectors(map_name, task.queries)
     files = []
     for shard in task.shards:
         path = layout.direction_file(task.folder, map_name, shard)
-        tokens = islice(stream, shard[1] - shard[0])
+        some = islice(stream, shard[1] - shard[0])
         if exists(path):
-            for _ in tokens:
+            for _ in some:
                 pass
         else:
-            _write_shard(path, tokens, chain, task, map_name)
+            _write_shard(path, some, chain, task, map_name)
         files.append(ShardFile(path))
     ranks, kept = (torch.cat([file.tensor(part) for file in files]).numpy() for part in ("ranks", "kept"))
     vectors = tuple(None if file.dense else int(file.tensor("ranks").sum()) for file in files)
     return Carried(ranks, kept, vectors, strengths)
 
 
-def _chain(
-    map_name: str, task: CarryTask, means: dict[int, dict[str, float]]
-) -> tuple[list[tuple[Factor | None, Response]], dict[str, float]]:
-    """The factor and the response of every stage passed, last stage first, and the strengths used."""
-    chain: list[tuple[Factor | None, Response]] = []
-    strengths: dict[str, float] = {}
-    for index in stages.carried_through(task.run, task.scored):
-        folder = task.factors[index]
-        mean = 0.0 if folder is None else means[index][map_name]
-        response, strength = stages.response_of(task.run, index, task.scored, map_name, mean)
-        if strength is not None:
-            kind = "damping" if index == task.scored else "alpha"
-            strengths[f"{task.run.stages[index].name}.{kind}"] = strength
-        chain.append((None if folder is None else load_factor(folder, map_name), response))
-    return chain, strengths
-
-
 def _write_shard(
     path: Path,
-    tokens: Iterator[QueryTokens],
+    vectors: Iterator[Vector],
     chain: Sequence[tuple[Factor | None, Response]],
     task: CarryTask,
     map_name: str,
@@ -212,10 +181,13 @@ def _write_shard(
     """Carries a shard's queries back, some at a time, and writes them once all are there."""
     queries = task.run.queries
     parts, shares = [], []
-    for first in tokens:
-        shape = (first.gradients.shape[1], first.activations.shape[1])
-        some = at_once(shape, len(task.queries), first.gradients.element_size(), _cuts(queries, shape), task.memory)
-        full = torch.stack([first.gradient, *(each.gradient for each in islice(tokens, some - 1))])
+    for each in vectors:
+        first = each.gradient
+        out, columns = first.shape
+        cuts = _cuts(queries, (out, columns))
+        some = at_once((out, columns), len(task.queries), first.element_size(), cuts, task.memory)
+        full = torch.stack([first, *(other.gradient for other in islice(vectors, some - 1))])
+        del first
         directions, kept = truncate(carry_back(full, chain), queries.rank, queries.energy)
         del full
         parts.append(directions)
@@ -227,9 +199,3 @@ def _write_shard(
     else:
         ranks = torch.full((len(joined),), min(joined.dense.shape[1:]))
     save_shard(path, smaller_form(joined), ranks, torch.cat(shares), {"map": map_name})
-
-
-def load_factor(folder: Path, map_name: str) -> Factor:
-    """One map's factor as it is on storage, undamped."""
-    eigenvalues = load_tensors(layout.eigenvalues_file(folder, map_name))["eigenvalues"]
-    return Factor(load_basis(folder, map_name, torch.device("cpu")), eigenvalues)

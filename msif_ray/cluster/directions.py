@@ -160,9 +160,7 @@ class LoadedDirections:
     """Bytes that are read for every batch."""
 
 
-def load(
-    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int
-) -> LoadedDirections:
+def load(folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int) -> LoadedDirections:
     """The directions of several folders as one list of queries, folder after folder, within `memory` bytes.
 
     Where they take more, half of the memory is for what is streamed: as many shards are scored together as let
@@ -200,9 +198,7 @@ def kept_entries(total: int, memory: int, itemsize: int) -> int:
 
 
 def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device) -> _Lazy:
-    files = {
-        name: [ShardFile(layout.direction_file(each.folder, name, each.shard)) for each in group] for name in maps
-    }
+    files = {name: [ShardFile(layout.direction_file(each.folder, name, each.shard)) for each in group] for name in maps}
     return _Lazy(files, device)
 
 

@@ -19,7 +19,8 @@ from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections, load
 from msif_ray.cluster.memory import free_memory
 from msif_ray.errors import UserError
-from msif_ray.influence.capture import Captured
+from msif_ray.influence.batch import Batch
+from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
 from msif_ray.influence.groups import FREE_SHARE
 from msif_ray.influence.queries import map_tokens
@@ -42,6 +43,15 @@ class Sums(Protocol):
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """The sums so far by name of part (a map, or a heading of its own), one part on the CPU at a time."""
+        ...
+
+
+@runtime_checkable
+class Products(Sums, Protocol):
+    """Sums that take several passes of their own over each batch."""
+
+    def pass_over(self, capture: Capture, batch: Batch) -> Tensor:
+        """Adds a batch, unless a loss is not finite; gives its rows' losses, `[rows]`."""
         ...
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from msif_ray.cluster.jobs import Job, Sums, Work
+from msif_ray.cluster.jobs import Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.reader import Document
@@ -23,7 +24,7 @@ from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_b
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
-from msif_ray.influence.batch import WindowKey
+from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
@@ -187,21 +188,28 @@ class Rank:
 
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> dict[WindowKey, bool]:
         """The windows of batches that were left out, and whether each one's own loss is finite."""
-        work, setup = self._started(), self.setup
+        work = self._started()
         refused: dict[WindowKey, bool] = {}
         with Capture(self.model, self._tracked) as capture:
             for windows in batches:
                 batch = to_batch(windows)
-                uniforms = batch_uniforms(setup.seed, setup.stage, batch) if self._sampled else None
-                captured = capture.run(batch.to(self.device), uniforms)
-                finite: list[bool] = torch.isfinite(captured.losses).tolist()
-                if all(finite):
-                    work.add(captured)
-                else:
-                    refused |= zip(captured.batch.keys, finite, strict=True)
+                losses = self._add(work, capture, batch)
+                finite: list[bool] = torch.isfinite(losses).tolist()
+                if not all(finite):
+                    refused |= zip(batch.keys, finite, strict=True)
             for _ in range(empty_steps):
                 capture.run(to_batch([_EMPTY]).to(self.device))
         return refused
+
+    def _add(self, work: Work | Sums, capture: Capture, batch: Batch) -> Tensor:
+        """One pass over a batch, which goes to the work unless a loss is not finite; gives the losses, `[rows]`."""
+        if isinstance(work, Products):
+            return work.pass_over(capture, batch.to(self.device))
+        uniforms = batch_uniforms(self.setup.seed, self.setup.stage, batch) if self._sampled else None
+        captured = capture.run(batch.to(self.device), uniforms)
+        if torch.isfinite(captured.losses).all():
+            work.add(captured)
+        return captured.losses
 
 
 _EMPTY = Window(WindowKey("", 0), (0, 0), (False, True))

@@ -18,11 +18,11 @@ from rich.table import Table
 
 from msif_ray import layout, stages
 from msif_ray.cluster import partials
-from msif_ray.cluster.carry import load_factor
 from msif_ray.cluster.directions import save_shard, stored_shards
 from msif_ray.cluster.fit import is_fitted, mean_eigenvalues
 from msif_ray.cluster.jobs import QueryJob, ScoreJob
 from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.passage import load_factor
 from msif_ray.cluster.queries import in_order, query_blocks
 from msif_ray.cluster.rank import Rank
 from msif_ray.config import Run, parse_run
@@ -153,9 +153,7 @@ def _write_directions(folder: Path, resolved: Resolved, rows: Sequence[Row]) -> 
         row.bytes = sum(sum(each.bytes.values()) for each in stored_shards(path, list(resolved.maps)))
 
 
-def _cut(
-    carried: torch.Tensor, whole: Directions, setting: Setting
-) -> tuple[Directions, torch.Tensor, torch.Tensor]:
+def _cut(carried: torch.Tensor, whole: Directions, setting: Setting) -> tuple[Directions, torch.Tensor, torch.Tensor]:
     """What `truncate` would give, from all vectors of each query, with the ranks and the shares kept."""
     queries, out, columns = carried.shape
     full = min(out, columns)

@@ -188,6 +188,7 @@ def stating(documents: list[Document], queries: list[Question]) -> Marks:
 
 def bm25_scores(documents: list[Document], queries: list[Question]) -> Scores:
     """BM25 of each question with its answer against every document, [queries, documents]."""
+
     def words(texts: list[str]) -> list[list[str]]:
         return bm25s.tokenize(texts, return_ids=False, show_progress=False)
 

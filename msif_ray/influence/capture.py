@@ -5,19 +5,21 @@ maps' outputs: less than two thirds of a training step. The output head sees the
 target and no others. Nothing is left on the modules when the capture ends.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
-from msif_ray.influence.loss import differentiate, differentiate_sampled
+from msif_ray.influence.loss import differentiate, differentiate_sampled, nats, softmax_curvature
 from msif_ray.influence.modules import LinearMap, output_head
 from msif_ray.influence.products import wide
 
@@ -103,6 +105,7 @@ class Capture:
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
     _training: list[nn.Module] = field(default_factory=list, init=False)
     _targets: "_Targets | None" = field(default=None, init=False)
+    _direction: Mapping[str, Tensor] | None = field(default=None, init=False)
 
     def __enter__(self) -> Self:
         self._training = [module for module in self.model.modules() if module.training]
@@ -140,20 +143,59 @@ class Capture:
         Raises UserError, naming the map, when the model uses it in a way that has no per-document
         gradient (not called, an input without a row per token, changed in place).
         """
+        logits = self._target_logits(batch)
+        if uniforms is None:
+            labels = self._data_labels(batch)
+            return self._captured(batch, differentiate(logits, labels), labels)
+        return self._captured(batch, *differentiate_sampled(logits, uniforms))
+
+    def curve(self, batch: Batch, direction: Mapping[str, Tensor]) -> Captured:
+        """As `run`, with the gradients of Σ_t (J_t v)ᵀ C_t f_t in place of the loss's, where f_t are a target's
+        logits, J_t v their derivative in the `direction` v (`[out, columns]` by map) and C_t = diag p − p pᵀ is held:
+        what they sum to over windows and positions is the Gauss-Newton Hessian times v (Martens 2020, §8.1).
+
+        Forward-mode differentiation gives J_t v, one backward pass the rest. The losses are the data's own. Raises
+        UserError as `run` does, and for a model with an operation that has no forward-mode derivative.
+        """
+        # Fused attention kernels have no forward-mode derivative; the plain products have.
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            self._direction = direction
+            try:
+                logits, tangents = forward_ad.unpack_dual(self._target_logits(batch))
+            except (NotImplementedError, RuntimeError) as error:
+                if not any(sign in str(error) for sign in ("forward AD", "jvp")):
+                    raise
+                raise UserError(
+                    "solver: the model has an operation without a forward-mode derivative, which cg needs "
+                    f"({' '.join(str(error).split())[:200]}); use kind: ekfac"
+                ) from None
+            finally:
+                self._direction = None
+            # Outside the level nothing carries a tangent, so the backward pass is a plain one.
+            tangents = torch.zeros_like(logits) if tangents is None else tangents.detach()
+        values = logits.detach()
+        if logits.requires_grad:
+            logits.backward(softmax_curvature(values, tangents))
+        labels = self._data_labels(batch)
+        return self._captured(batch, nats(values, labels), labels)
+
+    def _data_labels(self, batch: Batch) -> Tensor:
+        return batch.input_ids.roll(-1, dims=1)[batch.predicts]
+
+    def _target_logits(self, batch: Batch) -> Tensor:
+        """One forward pass: the logits of the positions that predict a target, `[targets, vocabulary]`."""
         self._uses = {name: [] for name in self.maps}
         mask = batch.predicts
         rows, columns = mask.nonzero(as_tuple=True)
         self._targets = _Targets(mask.shape, rows * mask.shape[1] + columns)
         output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
         logits = output.logits.flatten(0, 1)
-        if not self._targets.selected:
-            logits = logits.index_select(0, self._targets.positions)
-        if uniforms is None:
-            labels = batch.input_ids.roll(-1, dims=1)[mask]
-            nats = differentiate(logits, labels)
-        else:
-            nats, labels = differentiate_sampled(logits, uniforms)
-        losses = nats.new_zeros(len(batch.keys)).index_add_(0, rows, nats)
+        return logits if self._targets.selected else logits.index_select(0, self._targets.positions)
+
+    def _captured(self, batch: Batch, terms: Tensor, labels: Tensor) -> Captured:
+        """What the hooks kept of the pass; `terms` `[targets]` are its losses."""
+        rows, columns = batch.predicts.nonzero(as_tuple=True)
+        losses = terms.new_zeros(len(batch.keys)).index_add_(0, rows, terms)
         uses, self._uses = self._uses, {}
         shape = batch.input_ids.shape
         inputs, gradients = {}, {}
@@ -173,9 +215,13 @@ class Capture:
     def _hook(self, name: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             seen = args[0] if args else next(iter(kwargs.values()))
+            if self._direction is not None:
+                seen = forward_ad.unpack_dual(seen).primal
             use = _Use(seen.detach(), seen._version)
             if not output.requires_grad:
                 output = _start_of_graph(output)
+            if self._direction is not None:
+                output = output + _tangent(self.maps[name], use.input, self._direction[name])
 
             def keep(gradient: Tensor) -> None:
                 use.gradient = gradient
@@ -193,6 +239,14 @@ def _start_of_graph(output: Tensor) -> Tensor:
     A copy, since a model may change it in place, which autograd forbids of a leaf.
     """
     return output.detach().requires_grad_(True).clone()
+
+
+def _tangent(described: LinearMap, inputs: Tensor, direction: Tensor) -> Tensor:
+    """Zero with the derivative V [a; 1] of the map's outputs when its weights move by V."""
+    direction = direction.to(inputs.dtype)
+    weight, bias = (direction[:, :-1], direction[:, -1]) if described.bias else (direction, None)
+    tangent = functional.linear(inputs, weight, bias)
+    return forward_ad.make_dual(torch.zeros_like(tangent), tangent)
 
 
 def _read_input(name: str, use: _Use) -> Tensor:

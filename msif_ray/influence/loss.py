@@ -1,4 +1,4 @@
-"""Summed negative log-likelihood of labels, and its gradient at the logits in closed form."""
+"""Summed negative log-likelihood of labels, and its gradient and Hessian at the logits in closed form."""
 
 from collections.abc import Callable
 
@@ -52,6 +52,25 @@ def _differentiate(logits: Tensor, choose: _Choice) -> tuple[Tensor, Tensor]:
     if logits.requires_grad:  # or there is no map before them, and nobody wants a gradient
         logits.backward(gradient)
     return torch.cat(terms), torch.cat(labels)
+
+
+def nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log p(label) of each position, `[positions]`, from logits `[positions, vocabulary]`, a few rows at a time."""
+    rows = max(1, LOGIT_ENTRIES[logits.device.type] // logits.shape[1])
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    return torch.cat([_nats(wide(part), wide(part).softmax(1), chosen[:, None]) for part, chosen in parts])
+
+
+def softmax_curvature(logits: Tensor, tangents: Tensor) -> Tensor:
+    """(diag p − p pᵀ) t of each position, `[positions, vocabulary]`, in the logits' type: the Hessian of −log p(label)
+    at the logits, which no label takes part in, times a vector."""
+    curved = torch.empty_like(logits)
+    rows = max(1, LOGIT_ENTRIES[logits.device.type] // logits.shape[1])
+    for part, tangent, into in zip(logits.split(rows), tangents.split(rows), curved.split(rows), strict=True):
+        probabilities = wide(part).softmax(1)
+        product = probabilities * wide(tangent)
+        into.copy_(product - probabilities * product.sum(1, keepdim=True))
+    return curved
 
 
 def _nats(logits: Tensor, probabilities: Tensor, labels: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from msif_ray.cluster.directions import kept_entries
+from msif_ray.cluster.iterates import ProductWork
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.corpus.reader import Document
@@ -17,6 +18,7 @@ from msif_ray.errors import UserError
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, compress
 from msif_ray.influence.ekfac import CorrectionSums, CovarianceSums
+from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.scoring import Scorer, squared_norms
 from msif_ray.plan import counts
@@ -25,7 +27,7 @@ from msif_ray.plan.tokens import Tally, tally
 
 # A job is timed on as many batches of its block as plain passes take this long over (seconds).
 TIMED = 4.0
-Kind = Literal["covariance", "correction", "indexing", "queries", "scoring"]
+Kind = Literal["covariance", "correction", "indexing", "products", "queries", "scoring"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class _Tried:
     work: Any
     tracked: tuple[str, ...] | None = None
 
-    def start(self, maps: Sequence[str], device: torch.device) -> "_Tried":
-        return self
+    def start(self, maps: Sequence[str], device: torch.device) -> Any:
+        return self.work if isinstance(self.work, ProductWork) else self
 
     def add(self, captured: Captured) -> None:
         self.work.add(captured)
@@ -187,6 +189,11 @@ class Bench:
             rank = self.trial.rank or 1
             work = _Indexing(counts.make_metrics(shapes, dtype, device), rank)
             return work, counts.covariance_bytes(shapes, dtype.itemsize), counts.compress_flops(shapes, seen, rank)
+        if self.trial.kind == "products":
+            one = counts.make_directions(shapes, 1, None, dtype, device)
+            products = ProductWork(ProductSums({name: each.dense for name, each in one.items()}))
+            held = 2 * counts.corrected_bytes(shapes, dtype.itemsize)
+            return products, held, counts.product_flops(self.size, shapes, seen) - counts.pass_flops(self.size, seen)
         if self.trial.kind == "queries":
             held = int(counts.gradient_bytes(shapes, seen.positions, dtype.itemsize))
             return QueryJob().start(list(shapes), device), held, 0.0

@@ -71,6 +71,18 @@ def pass_flops(size: ModelSize, tally: Tally) -> float:
     return maps + 12.0 * size.attention * tally.squared_lengths
 
 
+def product_flops(size: ModelSize, shapes: Shapes, tally: Tally) -> float:
+    """The Gauss-Newton Hessian of so many documents times one vector.
+
+    A pass, the forward pass's derivative in the vector's direction (a product for every linear map's one, two for
+    each of attention's), what the direction adds at tracked maps, and the gradients' sum.
+    """
+    derivative = 2.0 * (size.multiplied * tally.positions + size.head * tally.targets)
+    derivative += 8.0 * size.attention * tally.squared_lengths
+    tracked = sum(out * columns for out, columns in shapes.values())
+    return pass_flops(size, tally) + derivative + 4.0 * tracked * tally.positions
+
+
 def covariance_flops(shapes: Shapes, tally: Tally) -> float:
     """The lower blocks of Σ a aᵀ and Σ g gᵀ of every map over the positions that predict a target."""
     return 2.0 * tally.targets * sum(covariance_cost(side) for shape in shapes.values() for side in shape)

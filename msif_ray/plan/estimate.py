@@ -19,6 +19,7 @@ from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
 from msif_ray.influence.scoring import Scorer
 from msif_ray.plan import counts
+from msif_ray.plan import solves as solving
 from msif_ray.plan.measure import Calibration
 from msif_ray.plan.tokens import Tally
 from msif_ray.preflight import Resolved
@@ -89,6 +90,11 @@ class Estimate:
         """The stages whose factors this run fits itself."""
         return [i for i in stages.stages_with_factors(self.run) if self.run.stages[i].factors is None]
 
+    @cached_property
+    def solves(self) -> list[solving.StageSolves]:
+        """The stages that conjugate gradients solve."""
+        return solving.planned_solves(self.run, len(self.inputs.resolved.queries))
+
     def steps(self) -> list[Step]:
         steps = [step for index in self.fitted for step in self._fit(index)]
         steps += [self._index(position) for position in range(len(self.run.index))]
@@ -146,6 +152,10 @@ class Estimate:
         stored.append(Stored("query gradients", gradients))
         directions = counts.directions_bytes(self.directions())
         stored += [Stored(f"query directions for {entry.label}", directions) for entry in self.run.score]
+        if self.solves:
+            memory, ranks = cluster.directions_memory, cluster.replicas.max
+            kept = solving.stored_bytes(self.shapes, len(resolved.queries), memory, self.itemsize, ranks)
+            stored.append(Stored("conjugate gradients, at most", kept))
         for entries in stages.passes(self.run):
             seen = self._scored(entries)
             pairs = len(resolved.queries) * (seen.documents - seen.skipped)
@@ -265,12 +275,24 @@ class Estimate:
         queries = len(resolved.queries)
         passed = [self._stages_passed(entry) for entry in self.run.score]
         product = counts.carry_flops(self.shapes, queries, sum(passed))
+        product += sum(each.rotation_flops(self.shapes) for each in self.solves)
         svd = len(self.run.score) * counts.truncation_flops(self.shapes, queries, chosen.rank, chosen.energy)
         cut = shards(queries, self.shapes, chosen.rank, self.itemsize, self.run.cluster.directions_memory)
         shard = cut[0][1]
         memory = max(carry_bytes(shape, shard, max(passed), self.itemsize, chosen) for shape in self.shapes.values())
         seconds = self._seconds(product=product, svd=svd)
+        steps += [self._solve(each) for each in self.solves]
         return [*steps, self._task("queries: carried back", product + svd, seconds, memory)]
+
+    def _solve(self, each: solving.StageSolves) -> Step:
+        """The products of a stage's solves, were no query solved before its last iteration."""
+        index, memory = each.index, self.run.cluster.directions_memory
+        tally = solving.solver_tally(self.run, index, self.inputs.tallies[f"stages.{index}"])
+        flops = each.flops(self.inputs.sizes[index], self.shapes, tally)
+        job, held = solving.products_job(index), solving.held_bytes(self.shapes, each.queries, memory, self.itemsize)
+        name = f"queries: {self.run.stages[index].name}: conjugate gradients"
+        hours, peak = self._hours(index, job, flops), self._peak(index, job, held)
+        return Step(name, tally.documents, tally.tokens, each.passes, flops, hours, peak)
 
     def _stages_passed(self, entry: Score) -> int:
         """How many stages' factors a query meets on its way back."""

@@ -24,6 +24,7 @@ from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, indexing_job, scoring_job
 from msif_ray.plan.measure import Calibration, Request, calibrate
 from msif_ray.plan.memory import resident_peak
+from msif_ray.plan.solves import products_job
 from msif_ray.plan.tokens import Tally, corpus_tally, tally
 from msif_ray.preflight import Resolved, check
 from msif_ray.record import MEANING
@@ -219,6 +220,10 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             Trial("covariance", "covariance", setup, documents, sampled),
             Trial("correction", "correction", setup, documents, sampled),
         ]
+    if any(each.index == index for each in estimate.solves) and stage.documents is not None:
+        setup = model_setup(resolved, index, stage.documents, stage.fit.max_tokens)
+        documents = tuple(_first_block(resolved, f"stages.{index}"))[: stages.solver_of(run, index).documents]
+        trials.append(Trial(products_job(index), "products", setup, documents))
     for position, indexed in enumerate(run.index):
         if run.stage_index(indexed.stage) == index:
             setup = model_setup(resolved, index, run.scored_documents(indexed), indexed.max_tokens)

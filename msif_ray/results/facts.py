@@ -193,9 +193,7 @@ def _kept(run: Run, entry: Score) -> dict[str, Kept]:
         table = pq.read_table(file)
     aggregates: list[tuple[str, str]] = [("rank", "mean"), ("energy_kept", "mean"), ("energy_kept", "min")]
     found = table.group_by("query_id").aggregate(aggregates).to_pylist()
-    return {
-        row["query_id"]: Kept(row["rank_mean"], row["energy_kept_mean"], row["energy_kept_min"]) for row in found
-    }
+    return {row["query_id"]: Kept(row["rank_mean"], row["energy_kept_mean"], row["energy_kept_min"]) for row in found}
 
 
 def _skipped(run: Run) -> dict[str, Counter[str]]:

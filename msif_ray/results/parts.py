@@ -161,9 +161,7 @@ def write_part(
     in_group = max(-(-GROUP_ROWS // max(1, len(doc_ids))), -(-len(order) // GROUPS), 1)
     with (
         replacing(path) as temporary,
-        pq.ParquetWriter(
-            temporary, schema, write_page_checksum=True, sorting_columns=[pq.SortingColumn(0)]
-        ) as writer,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True, sorting_columns=[pq.SortingColumn(0)]) as writer,
     ):
         for start in range(0, len(order), in_group):
             some = order[start : start + in_group]

@@ -114,9 +114,7 @@ def _document(row: Mapping[str, Any], shares: np.ndarray, total: float, limit: i
             for each in found.segments
         ],
         "after": found.after,
-        "maps": [
-            [int(place), _short(shares[place] / carried)] for place in np.argsort(-np.abs(shares))[:MAPS_NAMED]
-        ],
+        "maps": [[int(place), _short(shares[place] / carried)] for place in np.argsort(-np.abs(shares))[:MAPS_NAMED]],
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from cluster import runs
 
 from msif_ray import layout
-from msif_ray.cluster import carry, directions, partials
+from msif_ray.cluster import carry, directions, partials, passage
 from msif_ray.cluster.jobs import ScoreJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.rank import Outcome
@@ -66,7 +66,7 @@ def carrying(folder: Path) -> Peak:
     description["queries"]["energy"] = 0.9
     cut = tuple((start, start + shard) for start in range(0, count, shard))
     factors = {0: folder / "pretrain", 1: folder / "tune"}
-    task = carry.CarryTask(parse_run(description), 0, factors, names, folder / "directions", cut, memory)
+    task = passage.CarryTask(parse_run(description), 0, factors, names, folder / "directions", cut, memory)
     found = partials.read_disjoint(folder / "partials")
     gradients = Coverage(tuple(found), frozenset(block for partial in found for block in partial.blocks))
     # As the formula has it for this memory in place of the default.
@@ -74,7 +74,7 @@ def carrying(folder: Path) -> Peak:
     carry.CARRY_BYTES = memory
     allowed = carry.task_bytes((out, columns), task, 4) + CARRY_CONSTANT
     means = {index: {"m": 0.5} for index in factors}
-    found_peak = rise(lambda: carry.write_directions("m", task, gradients, means))
+    found_peak = rise(lambda: carry.write_directions("m", task, passage.Gradients(gradients, 2), means))
     return allowed, found_peak, carry.CARRY_COPIES * count * each
 
 

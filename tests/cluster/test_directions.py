@@ -13,9 +13,10 @@ from influence import pipeline
 
 from msif_ray import layout
 from msif_ray.cluster import carry, directions, partials
-from msif_ray.cluster.carry import CarryTask, write_directions
+from msif_ray.cluster.carry import write_directions
 from msif_ray.cluster.directions import Shard, shards
 from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.passage import CarryTask, Gradients
 from msif_ray.cluster.queries import query_blocks
 from msif_ray.cluster.rank import Outcome
 from msif_ray.config import Run, parse_run
@@ -93,7 +94,7 @@ class World:
             for index, factors in enumerate(self.factors)
         }
         task = CarryTask(self.run(**queries), 0, factors, NAMES, folder, tuple(cut), memory)
-        done = {name: write_directions(name, task, self.gradients, means) for name in self.maps}
+        done = {name: write_directions(name, task, Gradients(self.gradients, 2), means) for name in self.maps}
         carry._write_energy(layout.energy_file(folder), NAMES, done)
         maps = {name: carry._summary(self.maps[name], about) for name, about in done.items()}
         write_json(layout.directions_manifest(folder), {"shards": cut, "itemsize": 8, "maps": maps})

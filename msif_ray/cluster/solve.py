@@ -1,0 +1,244 @@
+"""Queries carried back through a stage by conjugate gradients: products by the replicas, vectors by tasks per map.
+
+Some queries at a time, and of each stage so solved in turn. What counts is in a solve's record, written once all maps'
+vectors of an iterate are there; an iteration that was broken off goes on with the blocks that its partial sums cover.
+The driver holds numbers by query and no vectors.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msif_ray import layout, stages
+from msif_ray.cluster.fit import for_each_map
+from msif_ray.cluster.iterates import ANSWER, START, ProductJob, iterate_name
+from msif_ray.cluster.jobs import CovarianceJob
+from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.passage import Answers, CarryTask, Source
+from msif_ray.cluster.pool import Progress, ReplicaPool
+from msif_ray.cluster.rank import ModelSetup
+from msif_ray.cluster.solve_tasks import (
+    Systems,
+    curvature_of,
+    solved_together,
+    task_bytes,
+    write_answer,
+    write_first,
+    write_next,
+    write_start,
+)
+from msif_ray.config import CgSolver
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.errors import UserError
+from msif_ray.influence.conjugate import Numbers, step_length, sum_over_maps
+from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes
+from msif_ray.paths import all_there, exists
+from msif_ray.store import delete_folder, read_json, write_json
+
+Queries = tuple[int, int]
+"""The queries from the first number to before the second."""
+
+Steps = Callable[[str, int], AbstractContextManager[Progress]]
+"""Begins a step of that name over so many documents."""
+
+
+@dataclass(frozen=True)
+class SolvedStage:
+    """A stage that conjugate gradients solve: its model, and the blocks of the documents that make its operator."""
+
+    index: int
+    setup: ModelSetup
+    blocks: CorpusBlocks
+    solver: CgSolver
+
+
+@dataclass(frozen=True)
+class Record:
+    """How far a solve has come. `numbers` None: the first product is still to be made. `relative` residuals
+    `[iterations + 1][queries]` and the `seconds` that each took; `documents` of the operator."""
+
+    numbers: Numbers | None
+    relative: tuple[tuple[float, ...], ...] = ()
+    seconds: tuple[float, ...] = ()
+    documents: int = 0
+
+    @property
+    def iterations(self) -> int:
+        return len(self.relative) - 1
+
+    def with_next(self, numbers: Numbers, seconds: float, documents: int) -> "Record":
+        relative = (*self.relative, tuple(numbers.relative.tolist()))
+        return Record(numbers, relative, (*self.seconds, seconds), documents)
+
+    def under_way(self, solver: CgSolver) -> Tensor | None:
+        """Which queries are to go on, bool `[queries]`; None where none is, or no iteration is left."""
+        if self.numbers is None or self.iterations >= solver.iterations:
+            return None
+        still = self.numbers.unsolved(solver.tolerance)
+        return still if still.any() else None
+
+    def write(self, solve: Path) -> None:
+        numbers = {name: value.tolist() for name, value in vars(self.numbers).items()} if self.numbers else None
+        write_json(layout.solve_record(solve), vars(self) | {"numbers": numbers})
+
+    @classmethod
+    def read(cls, solve: Path) -> "Record | None":
+        path = layout.solve_record(solve)
+        if not exists(path):
+            return None
+        found = read_json(path, f"delete the folder {solve}, and run the same command again")
+        numbers = found.pop("numbers")
+        if numbers is not None:
+            numbers = Numbers(**{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()})
+        return cls(numbers, tuple(map(tuple, found["relative"])), tuple(found["seconds"]), found["documents"])
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Solves stages on the queries' way back of `task`, over `maps`, with the replicas of `pool`."""
+
+    task: CarryTask
+    maps: Shapes
+    means: dict[int, dict[str, float]]
+    pool: ReplicaPool
+    steps: Steps
+    say: Callable[[str], None]
+
+    def solve(self, solved: Sequence[SolvedStage], source: Source) -> Source:
+        """Carries all queries back through the stages, in the order of passing; gives where their answers are."""
+        for stage in solved:
+            folders = []
+            for queries in self._together(stage):
+                folders.append(layout.solve(self.task.folder, stage.setup.stage, queries))
+                self._solve(stage, queries, folders[-1], source)
+            source = Answers(tuple(folders), stage.index)
+        return source
+
+    def records(self, stage: SolvedStage) -> list[Record]:
+        """What came of the queries of a solved stage, those solved together in one record."""
+        folders = [layout.solve(self.task.folder, stage.setup.stage, queries) for queries in self._together(stage)]
+        return [record for folder in folders if (record := Record.read(folder)) is not None]
+
+    def _together(self, stage: SolvedStage) -> list[Queries]:
+        """The queries that are solved together, as was first decided: a solve that has begun holds for its own."""
+        path = layout.solves(self.task.folder) / stage.setup.stage / "groups.json"
+        if not exists(path):
+            memory: int | None = self.task.run.cluster.directions_memory
+            if memory is None:
+                waiting = f"{stage.setup.stage}: waiting: "
+                free = self.pool.free_memory(stage.setup, CovarianceJob(False, ()), lambda why: self.say(waiting + why))
+                memory = int(FREE_SHARE * free)
+            each, count = solved_together(self.maps, memory, self._itemsize), len(self.task.queries)
+            write_json(path, [[start, min(start + each, count)] for start in range(0, count, each)])
+        return [(start, stop) for start, stop in read_json(path)]
+
+    @property
+    def _itemsize(self) -> int:
+        return accumulating_bytes(self.task.run.cluster.dtype)
+
+    def _solve(self, stage: SolvedStage, queries: Queries, solve: Path, source: Source) -> None:
+        """Leaves the answers of some queries at a stage, going on where an earlier driver was."""
+        if self._are_there(solve, ANSWER):
+            return
+        systems = Systems(solve, self._factors(stage), self._damping(stage))
+        record = self._resumed(solve)
+        if record is None:
+            self._each(queries, write_start, systems, self.task, stage.index, queries, source, self.means)
+            record = Record(None)
+            record.write(solve)
+        if record.numbers is None:
+            record = self._first(stage, queries, systems, record)
+        while (still := record.under_way(stage.solver)) is not None:
+            record = self._next(stage, queries, systems, record, still)
+        refined = record.numbers is not None and record.numbers.refined(stage.solver.tolerance)
+        later = stage.index != self.task.scored
+        self._each(queries, write_answer, systems, record.iterations, refined, later)
+        for name in (START, iterate_name(record.iterations)):
+            delete_folder(solve / name)
+
+    def _resumed(self, solve: Path) -> Record | None:
+        """A solve's record, if the vectors that it counts on are there; else what there is of it is dropped."""
+        record = Record.read(solve)
+        if record is not None:
+            needed = [START] if record.numbers is None else [START, iterate_name(record.iterations)]
+            if all(self._are_there(solve, what) for what in needed):
+                return record
+            delete_folder(solve, first=layout.solve_record(solve).name)
+        return None
+
+    def _are_there(self, solve: Path, what: str) -> bool:
+        return all_there([layout.solve_vectors(solve, what, name) for name in self.maps])
+
+    def _first(self, stage: SolvedStage, queries: Queries, systems: Systems, record: Record) -> Record:
+        """EK-FAC's residual, which takes a product too."""
+        began, every = time.monotonic(), tuple(range(queries[1] - queries[0]))
+        products = self._product(
+            stage, ProductJob(systems.solve, None, (), every), 0, f"{stage.setup.stage}: residual of EK-FAC"
+        )
+        right, squares, met = _totals(self._each(queries, write_first, systems, products))
+        record = record.with_next(Numbers.begun(right, squares, met), time.monotonic() - began, products.documents)
+        record.write(systems.solve)
+        delete_folder(_partials(systems.solve, 0))
+        return record
+
+    def _next(self, stage: SolvedStage, queries: Queries, systems: Systems, record: Record, still: Tensor) -> Record:
+        """One step of the queries that are `still` under way."""
+        began, numbers, number = time.monotonic(), record.numbers, record.iterations + 1
+        if numbers is None:
+            raise ValueError("there is no residual to begin with")
+        going = tuple(still.nonzero()[:, 0].tolist())
+        residuals = numbers.relative[still]
+        name = (
+            f"{stage.setup.stage}: iteration {number} of {stage.solver.iterations} on {len(going)} queries "
+            f"(relative residual {residuals.median():.3g}, at most {residuals.max():.3g})"
+        )
+        job = ProductJob(systems.solve, number - 1, tuple(numbers.beta.tolist()), going)
+        products = self._product(stage, job, number, name)
+        step = (products, number, numbers.beta, going)
+        (curvature,) = _totals(self._each(queries, curvature_of, systems, *step))
+        alpha = step_length(numbers, curvature, still)
+        squares, met = _totals(self._each(queries, write_next, systems, *step, alpha))
+        record = record.with_next(numbers.advanced(squares, met, still), time.monotonic() - began, products.documents)
+        record.write(systems.solve)
+        delete_folder(_partials(systems.solve, number))
+        delete_folder(systems.solve / iterate_name(number - 1))
+        return record
+
+    def _product(self, stage: SolvedStage, job: ProductJob, number: int, name: str) -> Coverage:
+        with self.steps(f"queries: {name}", stage.blocks.count) as progress:
+            found = self.pool.accumulate(stage.setup, job, stage.blocks, _partials(job.solve, number), progress)
+        if not found.documents:
+            raise UserError(f"{stage.setup.stage}: no document had a target and a finite loss, so there is no operator")
+        return found
+
+    def _factors(self, stage: SolvedStage) -> Path:
+        folder = self.task.factors[stage.index]
+        if folder is None:
+            raise ValueError(f"{stage.setup.stage} has no factors")
+        return folder
+
+    def _damping(self, stage: SolvedStage) -> dict[str, float]:
+        """What each map's diagonal is raised by: the scored stage's damping, a later one's α."""
+        run, scored, means = self.task.run, self.task.scored, self.means[stage.index]
+        found = {name: stages.response_of(run, stage.index, scored, name, means[name])[1] for name in self.maps}
+        return {name: strength for name, strength in found.items() if strength is not None}
+
+    def _each(self, queries: Queries, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        count = queries[1] - queries[0]
+        memory = {name: task_bytes(shape, count, self._itemsize) for name, shape in self.maps.items()}
+        return for_each_map(function, list(self.maps), *arguments, memory=memory)
+
+
+def _partials(solve: Path, number: int) -> Path:
+    return solve / "partials" / f"{number:04d}"
+
+
+def _totals(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Sums over maps of each of the numbers by query that tasks give."""
+    return [sum_over_maps(column) for column in zip(*parts, strict=True)]

@@ -1,0 +1,103 @@
+"""What is asked of the stages: queries, scores and indexes."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from msif_ray.config.base import Column, Location, Locations, Name, Strict
+from msif_ray.config.stage import Documents, Response
+
+
+class Queries(Strict):
+    """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`.
+
+    `energy` is the share of its squared norm that each query keeps at each map, by the smallest rank that does.
+    """
+
+    path: Locations
+    prompt: Column = "prompt"
+    completion: Column = "completion"
+    id: Column | None = None
+    append_eos: bool | None = None
+    rank: Annotated[int, Field(ge=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_truncation(self) -> Self:
+        if self.rank is not None and self.energy is not None:
+            raise ValueError("give `rank` or `energy`, not both")
+        return self
+
+    @property
+    def documents(self) -> Documents:
+        """The queries read as a corpus of prompts and completions."""
+        return Documents(
+            path=self.path,
+            prompt=self.prompt,
+            completion=self.completion,
+            id=self.id,
+            append_eos=self.append_eos,
+        )
+
+
+class Candidates(Strict):
+    """Which documents of the corpus are scored for each query: the `top` by BM25 of its prompt and completion, or the
+    pairs that a Parquet file at `path` names in `doc_id` and, unless all queries are meant, `query_id`."""
+
+    method: Literal["bm25"] | None = None
+    top: Annotated[int, Field(ge=1)] = 10_000
+    path: Location | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.method is None) == (self.path is None):
+            raise ValueError("give either `method: bm25` or `path`")
+        return self
+
+
+class Score(Strict):
+    """A stage whose documents are scored; by default those that it was trained on.
+
+    `responses` answers for the named stages instead of their own, for an ablation or another α: entries
+    that differ in nothing else share one pass over the documents. Each needs a `name` of its own, which
+    is the stage's unless given. `index` names the run directory (this one's, or another's) that holds an index of
+    the stage's documents, to score from that in place of a pass. `candidates` chooses what is scored; all documents
+    are by default.
+    """
+
+    stage: Name
+    name: Name | None = None
+    documents: Documents | None = None
+    index: Location | None = None
+    candidates: Candidates | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    responses: dict[str, Response] = Field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """What the scores are called: `scores/stage=<label>`."""
+        return self.name or self.stage
+
+
+class Index(Strict):
+    """Compressed gradients of a stage's documents, so that later queries need no pass over them.
+
+    Of each document and map, the `rank` largest directions in the metric of scores, its damping the
+    stage's, as numbers of `dtype`. More ranks in fewer bits agree best for their size (docs/index.md).
+    """
+
+    stage: Name
+    documents: Documents | None = None
+    max_tokens: Annotated[int, Field(ge=2)] | None = None
+    rank: Annotated[int, Field(ge=1)] = 16
+    dtype: Literal["int8", "float16", "bfloat16", "float32", "float64"] = "int8"
+
+
+class Detail(Strict):
+    """What is written beside every score: as list columns what it is a sum of, by token and by tracked map, which the
+    top documents have in any case; and `normalised`, the score per token and per unit of the gradient's norm.
+    """
+
+    tokens: bool = False
+    modules: bool = False
+    normalised: bool = False

@@ -1,0 +1,163 @@
+"""A whole run, and how it is read (DESIGN.md §4)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from msif_ray.config.base import Location, Strict
+from msif_ray.config.cluster import Cluster
+from msif_ray.config.entries import Detail, Index, Queries, Score
+from msif_ray.config.stage import (
+    CgSolver,
+    Documents,
+    IdentityResponse,
+    ProximalResponse,
+    Response,
+    Stage,
+    UnrolledResponse,
+)
+from msif_ray.errors import UserError
+from msif_ray.paths import path_of
+
+
+class Run(Strict):
+    """A whole run: what `run.yaml` says, and the API."""
+
+    run_dir: Location
+    seed: int = 0
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    modules: Annotated[list[str], Field(min_length=1)] | None = None
+    queries: Queries
+    index: list[Index] = Field(default_factory=list)
+    score: Annotated[list[Score], Field(min_length=1)]
+    detail: Detail = Detail()
+    top: Annotated[int, Field(ge=1)] = 20
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        labels = {"stages": names, "score": [score.label for score in self.score]}
+        for key, found in (labels | {"index": [index.stage for index in self.index]}).items():
+            repeated = next((name for name in found if found.count(name) > 1), None)
+            if repeated is not None:
+                raise ValueError(f"{key}: the name {repeated!r} is there twice")
+        of_first = {"stages.0.response": self.stages[0].response}
+        of_first |= {f"score.{i}.responses": score.responses.get(names[0]) for i, score in enumerate(self.score)}
+        for key, response in of_first.items():
+            if isinstance(response, ProximalResponse):
+                raise ValueError(f"{key}: {names[0]!r} is the first stage; a proximal response belongs to a later one")
+        both = next((i for i, s in enumerate(self.score) if s.index is not None and s.candidates is not None), None)
+        if both is not None:
+            raise ValueError(f"score.{both}.candidates: an index is scored as a whole; leave `index` or this out")
+        for index, score in enumerate(self.score):
+            unknown = next((name for name in score.responses if name not in names), None)
+            if unknown is not None:
+                raise ValueError(f"score.{index}.responses: there is no stage {unknown!r}, only {', '.join(names)}")
+        entries = {f"score.{i}": (s.stage, s.documents) for i, s in enumerate(self.score)}
+        entries |= {f"index.{i}": (x.stage, x.documents) for i, x in enumerate(self.index)}
+        for key, (stage, documents) in entries.items():
+            if stage not in names:
+                raise ValueError(f"{key}.stage: there is no stage {stage!r}, only {', '.join(names)}")
+            if documents is None and self.stages[names.index(stage)].documents is None:
+                raise ValueError(f"{key}.documents: neither this entry nor its stage names documents")
+        indexed = next((i for i, score in enumerate(self.score) if score.index is not None), None)
+        if self.detail.tokens and indexed is not None:
+            raise ValueError(f"detail.tokens: score.{indexed} reads an index, which keeps no tokens; leave one out")
+        if self.cluster.offload and self.cluster.ranks_per_replica == 1:
+            raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
+        return self
+
+    @model_validator(mode="after")
+    def _solvable(self) -> Self:
+        """Refuses what conjugate gradients do not answer, or would answer wrongly."""
+        for index, stage in enumerate(self.stages):
+            solver, key = stage.solver, f"stages.{index}.solver"
+            if not isinstance(solver, CgSolver):
+                continue
+            if isinstance(stage.response, IdentityResponse):
+                raise ValueError(f"{key}: the response of {stage.name!r} is the identity, so there is nothing to solve")
+            answers: dict[str, Response | None] = {f"stages.{index}.response": stage.response}
+            answers |= {f"score.{i}.responses": s.responses.get(stage.name) for i, s in enumerate(self.score)}
+            unrolled = next((k for k, answer in answers.items() if isinstance(answer, UnrolledResponse)), None)
+            if unrolled is not None:
+                raise ValueError(
+                    f"{key}: cg solves linear systems, and an unrolled response ({unrolled}) of {stage.name!r} is a "
+                    "matrix exponential; use a proximal response, or kind: ekfac"
+                )
+            if (solver.documents or 0) > (stage.fit.documents or float("inf")):
+                raise ValueError(
+                    f"{key}.documents: {solver.documents} is more than the {stage.fit.documents} documents of fit"
+                )
+            if self.cluster.ranks_per_replica > 1:
+                raise ValueError(
+                    f"{key}: cg needs forward-mode derivatives, which a model sharded over ranks has not; set "
+                    "cluster.ranks_per_replica to 1, or use kind: ekfac"
+                )
+            if self.cluster.dtype == "bfloat16":
+                raise ValueError(
+                    f"{key}: bfloat16 rounds too coarsely for conjugate gradients; set cluster.dtype to float32, or "
+                    "use kind: ekfac"
+                )
+        return self
+
+    def answering(self, score: Score) -> "Run":
+        """The run with the responses of one `score` entry in place of the stages' own."""
+        stages = [
+            stage.model_copy(update={"response": score.responses.get(stage.name, stage.response)})
+            for stage in self.stages
+        ]
+        return self.model_copy(update={"stages": stages})
+
+    def stage_index(self, name: str) -> int:
+        return [stage.name for stage in self.stages].index(name)
+
+    def scored_documents(self, entry: Score | Index) -> Documents:
+        """The corpus of a `score` or an `index` entry: its own, or that of its stage."""
+        documents = entry.documents or self.stages[self.stage_index(entry.stage)].documents
+        if documents is None:
+            raise UserError(f"{type(entry).__name__.lower()}: the stage {entry.stage!r} has no documents")
+        return documents
+
+
+def parse_run(description: Mapping[str, Any], source: str = "run description") -> Run:
+    """The run that a mapping of YAML's shape describes.
+
+    Raises UserError with one line: the source, the key at fault and what is wrong with it.
+    """
+    try:
+        return Run.model_validate(description)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_fault(error)}") from None
+
+
+def load_run(path: str | Path) -> Run:
+    """The run described by a YAML file. Raises UserError for a file that cannot be read or is not valid."""
+    try:
+        description = yaml.safe_load(path_of(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a run description in YAML") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path}: not a run description: a mapping with run_dir, stages, queries and score is needed")
+    return parse_run(description, str(path))
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    # A discriminated union repeats its tag, and a union its member, in the path of an error.
+    members = ("proximal", "unrolled", "identity", "ekfac", "cg", "str", "list[str]")
+    parts = [str(part) for part in fault["loc"] if part not in members]
+    key = ".".join(parts)
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "unknown key"
+    elif fault["type"] == "missing":
+        message = "is missing"
+    elif fault["type"] not in ("value_error", "union_tag_invalid"):
+        message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
+    return f"{key}: {message}" if key else message
