@@ -22,8 +22,9 @@ from msif_ray import layout, stages
 from msif_ray.cluster.fit import mean_eigenvalues
 from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
 from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
-from msif_ray.cluster.jobs import Job, ScoreJob, load_directions
+from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.rank import Outcome, Rank
+from msif_ray.cluster.score_jobs import ScoreJob, load_directions
 from msif_ray.config import load_run
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block, Document, block_id, read_documents

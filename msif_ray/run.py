@@ -16,11 +16,11 @@ from msif_ray.carrying import Carrying
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
-from msif_ray.cluster.jobs import ScoreJob, Shares
 from msif_ray.cluster.metrics import publish
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.score import ScoreTask
+from msif_ray.cluster.score_jobs import ScoreJob, Shares
 from msif_ray.cluster.stream import BlockTask, stream
 from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Cluster, Documents, Run, Score

@@ -14,10 +14,10 @@ from torch import Tensor
 from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections
 from msif_ray.cluster.index import load_metric
-from msif_ray.cluster.jobs import DocumentScores, load_directions
 from msif_ray.cluster.rank import Outcome
 from msif_ray.cluster.replica import RankResources
 from msif_ray.cluster.score import ScoreTask, write_scores
+from msif_ray.cluster.score_jobs import DocumentScores, load_directions
 from msif_ray.cluster.stream import BlockReplica, Counted
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import numpy
 
-from msif_ray.cluster.jobs import DocumentScores, ScoreJob
 from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.score_jobs import DocumentScores, ScoreJob
 from msif_ray.cluster.stream import ModelReplica
 from msif_ray.config import Detail
 from msif_ray.corpus.blocks import CorpusBlocks

@@ -7,9 +7,9 @@ from typing import Any
 import numpy
 from transformers import AutoTokenizer
 
-from msif_ray.cluster.jobs import TokenJob, WindowShares
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
+from msif_ray.cluster.score_jobs import TokenJob, WindowShares
 from msif_ray.corpus.blocks import ListedBlocks
 from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.reader import Block, Document

@@ -20,11 +20,12 @@ from msif_ray import layout, stages
 from msif_ray.cluster import partials
 from msif_ray.cluster.directions import save_shard, stored_shards
 from msif_ray.cluster.fit import is_fitted, mean_eigenvalues
-from msif_ray.cluster.jobs import QueryJob, ScoreJob
+from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import load_factor
 from msif_ray.cluster.queries import in_order, query_blocks
 from msif_ray.cluster.rank import Rank
+from msif_ray.cluster.score_jobs import ScoreJob
 from msif_ray.config import Run, parse_run
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.demo import run as demo

@@ -1,0 +1,175 @@
+"""Scoring, as jobs of a rank: documents against all queries, with or without shares, and shares of chosen pairs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from msif_ray.cluster.directions import LoadedDirections, load
+from msif_ray.cluster.jobs import Work
+from msif_ray.cluster.memory import free_memory
+from msif_ray.influence.capture import Captured
+from msif_ray.influence.groups import FREE_SHARE
+
+
+@dataclass
+class DocumentScores:
+    """One document's scores `[queries]` (float64) and the squared norm of its gradient, both sums over windows.
+
+    Where they were asked for: the scores by map, `[queries, maps]`, and by token, `[queries, tokens]` of each
+    window (float32), from the document's token that it begins with.
+    """
+
+    document_id: str
+    scores: Tensor
+    squared_norm: float = 0.0
+    by_map: Tensor | None = None
+    by_token: list[tuple[int, numpy.ndarray]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What of a score is wanted beside it; `stride` is the number of tokens from one window's start to the next's."""
+
+    tokens: bool
+    stride: int
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Scores against the queries of every folder of directions, one folder's after the other's.
+
+    `memory`: bytes of a rank's for the directions; None: a share of what is free. `shares`: with the scores by map
+    and perhaps by token.
+    """
+
+    directions: tuple[Path, ...]
+    memory: int | None = None
+    sampled_labels: bool = False
+    tracked: tuple[str, ...] | None = None
+    shares: Shares | None = None
+
+    def start(self, maps: Sequence[str], device: torch.device) -> Work:
+        loaded = load_directions(self.directions, maps, device, self.memory)
+        return _ScoreWork(loaded) if self.shares is None else _DetailWork(loaded, shares=self.shares)
+
+
+@dataclass
+class _ScoreWork:
+    """Sums over a document's windows as they come: of long documents there are many."""
+
+    loaded: LoadedDirections
+    documents: dict[str, DocumentScores] = field(default_factory=dict)
+
+    def add(self, captured: Captured) -> None:
+        scored = [scorer.score(captured) for scorer in self.loaded.scorers]
+        self._count(captured, torch.cat([scores for scores, _ in scored], dim=1).cpu(), scored[0][1])
+
+    def _count(self, captured: Captured, scores: Tensor, squared_norms: Tensor) -> list[DocumentScores]:
+        """Adds a batch's scores `[rows, queries]` and norms `[rows]` to their documents; gives each row's."""
+        found = []
+        for key, row, square in zip(captured.batch.keys, scores, squared_norms.tolist(), strict=True):
+            document = self.documents.get(key.document_id)
+            if document is None:
+                document = DocumentScores(key.document_id, torch.zeros_like(row))
+                self.documents[key.document_id] = document
+            document.scores += row
+            document.squared_norm += square
+            found.append(document)
+        return found
+
+    def take(self) -> list[DocumentScores]:
+        taken, self.documents = list(self.documents.values()), {}
+        return taken
+
+
+@dataclass
+class _DetailWork(_ScoreWork):
+    """Scores with their shares by map and, where wanted, by token."""
+
+    shares: Shares = field(kw_only=True)
+
+    def add(self, captured: Captured) -> None:
+        scored = [scorer.detailed(captured, self.shares.tokens) for scorer in self.loaded.scorers]
+        documents = self._count(captured, torch.cat([each.scores for each in scored], dim=1).cpu(), scored[0].norms)
+        for document, row in zip(documents, torch.cat([each.by_map for each in scored], dim=1).cpu(), strict=True):
+            document.by_map = row.clone() if document.by_map is None else document.by_map + row
+        by_token = [each.by_token for each in scored if each.by_token is not None]
+        if not by_token:
+            return
+        rows = torch.cat(by_token, dim=1).float().cpu().numpy()
+        lengths = captured.batch.attention_mask.sum(1).tolist()
+        for document, key, tokens, length in zip(documents, captured.batch.keys, rows, lengths, strict=True):
+            document.by_token.append((key.window * self.shares.stride, tokens[:, :length].copy()))
+
+
+@dataclass(frozen=True)
+class TokenJob:
+    """Scores of chosen pairs by token and by map; `queries_of` names, for each document, positions in the query list.
+
+    `stride` is the number of tokens from one window's start to the next's.
+    """
+
+    directions: tuple[Path, ...]
+    queries_of: Mapping[str, tuple[int, ...]]
+    stride: int
+    memory: int | None = None
+    sampled_labels: bool = False
+    tracked: tuple[str, ...] | None = None
+
+    def start(self, maps: Sequence[str], device: torch.device) -> Work:
+        loaded = load_directions(self.directions, maps, device, self.memory)
+        return _TokenWork(loaded, self.queries_of, self.stride)
+
+
+@dataclass(frozen=True)
+class WindowShares:
+    """One window's score for one query by token, `[tokens]`, from the document's token `start` on, and by map,
+    `[maps]`; both float64."""
+
+    document_id: str
+    start: int
+    query: int
+    by_token: numpy.ndarray
+    by_map: numpy.ndarray
+
+
+@dataclass
+class _TokenWork:
+    loaded: LoadedDirections
+    queries_of: Mapping[str, tuple[int, ...]]
+    stride: int
+    windows: list[WindowShares] = field(default_factory=list)
+
+    def add(self, captured: Captured) -> None:
+        keys = captured.batch.keys
+        lengths = captured.batch.attention_mask.sum(1).tolist()
+        first = 0
+        for scorer, queries in zip(self.loaded.scorers, self.loaded.queries, strict=True):
+            pairs = [
+                (row, query - first)
+                for row, key in enumerate(keys)
+                for query in self.queries_of[key.document_id]
+                if first <= query < first + queries
+            ]
+            shares = [each.cpu().numpy() for each in scorer.pair_shares(captured, pairs)] if pairs else [(), ()]
+            for (row, query), by_token, by_map in zip(pairs, *shares, strict=True):
+                start = keys[row].window * self.stride
+                own = by_token[: lengths[row]].copy()  # a view would keep the padding, and all other pairs
+                self.windows.append(WindowShares(keys[row].document_id, start, first + query, own, by_map.copy()))
+            first += queries
+
+    def take(self) -> list[WindowShares]:
+        taken, self.windows = self.windows, []
+        return taken
+
+
+def load_directions(
+    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None
+) -> LoadedDirections:
+    """The directions of several folders as one list of queries, within `memory` bytes, or a share of what is free."""
+    budget = memory or int(FREE_SHARE * free_memory(device, torch.get_num_threads()))
+    return load(folders, maps, device, budget)
