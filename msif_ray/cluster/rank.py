@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from msif_ray.cluster.jobs import Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
@@ -91,6 +89,9 @@ class Rank:
 
     def load(self) -> None:
         """Loads the model, or this rank's shard of it, and the tokenizer."""
+        from transformers import AutoTokenizer  # here: tasks import this module, and need no models
+        from transformers.utils import logging as transformers_logging
+
         transformers_logging.set_verbosity_error()
         # Two cores are quickly oversubscribed: torch and the tokenizers each take all there are.
         torch.set_num_threads(self.setup.threads)
@@ -159,6 +160,8 @@ class Rank:
         if self.place.world > 1:
             join(self.place, self.device)
             return load_sharded(folder, dtype, self.device, self.setup.offload)
+        from transformers import AutoModelForCausalLM
+
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         if self.device.type == "cpu":  # a shard's rank has limits of its own: see sharding.ENVIRONMENT
             keep_freed_memory()

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, load_from_disk
 
 from msif_ray.config import Documents
 from msif_ray.errors import UserError
@@ -189,6 +188,8 @@ def _lenient(column: pa.Array) -> list[Any]:
 
 
 def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
+    from datasets import Dataset, load_from_disk  # here: it takes most processes longer than their work to import
+
     dataset = load_from_disk(str(fetched(file.path)) if is_remote(file.path) else file.path)
     if not isinstance(dataset, Dataset):
         raise UserError(f"{key}.path: {file.path} holds several splits; name the folder of one")

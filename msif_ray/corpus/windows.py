@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from msif_ray.corpus.reader import Document, is_unicode
 from msif_ray.influence.batch import Batch, WindowKey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Window:
     targets: tuple[bool, ...]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: Document, append_eos: bool) -> Encoded | Skipped:
+def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos: bool) -> Encoded | Skipped:
     """A document's tokens by the tokenizer's own defaults, or the reason why it has none.
 
     With a prompt, prompt and completion are tokenised separately and joined, the completion
