@@ -3,16 +3,22 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from msif_ray import heap
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.workload import Workload
 
@@ -56,7 +62,7 @@ class Job:
                 "cpus_per_rank": threads,
                 "gpus_per_rank": 0,
                 "tokens_per_batch": self.workload.shape.tokens_per_batch,
-                "documents_per_block": 64,
+                "documents_per_block": 128,
             },
         }
 
@@ -89,14 +95,35 @@ def _write_texts(path: Path, batches: list[Any], column: str) -> None:
                 file.write(json.dumps(line | ({"prompt": ""} if column == "completion" else {})) + "\n")
 
 
-def in_process_seconds(workload: Workload, queries: int) -> float:
-    """The same fit, carrying back and scoring in this process, model loading included."""
+def in_process_seconds(workload: Workload, queries: int, threads: int) -> float:
+    """The same fit, carrying back and scoring in one process, started for it as a replica is and with the same
+    settings: imports and the making of the model included, as a run's replicas have to load theirs."""
     began = perf_counter()
+    with _environment(heap.ENVIRONMENT), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(_in_process, workload, queries, threads).result()
+    return perf_counter() - began
+
+
+def _in_process(workload: Workload, queries: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    heap.keep_freed_memory()
     steps = Steps(workload)
     sums = steps.covariance()
     bases = steps.bases(sums, list(steps.maps))
     steps.score(steps.directions(bases, steps.correction(bases), queries, None))
-    return perf_counter() - began
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables of processes that are started meanwhile; this one's own stay as they were afterwards."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
 
 
 def compare(workload: Workload, queries: int, threads: int) -> dict[str, float]:
@@ -107,7 +134,7 @@ def compare(workload: Workload, queries: int, threads: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name, connected():
         job = Job(workload, queries, Path(name))
         job.write()
-        alone = in_process_seconds(workload, queries)
+        alone = in_process_seconds(workload, queries, threads)
         through = job.seconds(1, threads)
         one, two = job.seconds(1, 1), job.seconds(2, 1)
     return {
