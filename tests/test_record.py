@@ -132,7 +132,7 @@ def test_a_damaged_record_is_not_to_be_deleted(folder: Path, content: str) -> No
         keep(describe(folder))
     assert "delete" not in str(error.value)
     with pytest.raises(UserError, match=r"run\.json: .*put it back"):
-        record.keep_strengths(str(folder / "run"), {})
+        record.keep_carried(str(folder / "run"), {}, {})
 
 
 @pytest.mark.parametrize("name", ["factors", "queries", "scores"])
