@@ -9,7 +9,8 @@ _LARGEST = 32 * 2**20  # what glibc lets M_MMAP_THRESHOLD be
 _USUAL_MAPPINGS = 65536
 
 # What a process that computes is to be started with, for all its threads: Ray Data calls a replica in a thread that is
-# not the main one, whose own arena gives back everything over 64 MiB. Huge pages are a quarter of what is left.
+# not the main one, whose own arena gives back everything over 64 MiB. A pass there took 1.42 s, with one arena for all
+# threads 1.20, and with huge pages, too, 0.95.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
 
 

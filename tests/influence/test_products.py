@@ -65,10 +65,11 @@ def test_outer(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
-@pytest.mark.parametrize("rows", (1, products.ROWS, 2 * products.ROWS + 1))
+@pytest.mark.parametrize("rows", (1, products.ROWS, 2 * products.ROWS + 1, products.MANY + 1))
+@pytest.mark.parametrize("others", (5, products.MANY))
 @pytest.mark.parametrize("entries", (products.PIECES * 3, products.PIECES * 3 + 1))
-def test_inner(device, dtype, rows, entries):
-    left, right = (random(n, 2, entries, dtype=dtype, device=device, seed=n) for n in (rows, 5))
+def test_inner(device, dtype, rows, others, entries):
+    left, right = (random(n, 2, entries, dtype=dtype, device=device, seed=n) for n in (rows, others))
     wanted = left.double().flatten(1) @ right.double().flatten(1).T
     assert error(products.inner(left, right), wanted) < TOLERANCE[dtype]
 

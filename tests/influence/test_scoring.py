@@ -9,6 +9,7 @@ import torch
 from msif_ray.influence import ekfac, scoring
 from msif_ray.influence.directions import PRODUCT_ENTRIES, DenseDirections, LowRankDirections, join
 from msif_ray.influence.ekfac import Basis, CorrectionSums
+from msif_ray.influence.products import MANY
 from msif_ray.influence.queries import smaller_form, truncate
 from msif_ray.influence.scoring import Scorer, squared_norms
 
@@ -216,3 +217,22 @@ def test_correction_sums_whichever_is_rotated(words):
         gradients = seen.gradients(name).transpose(1, 2) @ seen.activations(name)
         expected = (bases[name].gradients.T @ gradients @ bases[name].activations).square().sum(0)
         torch.testing.assert_close(corrections.sums[f"E/{name}"], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("queries", (3, MANY))
+def test_few_and_many_queries_meet_the_gradients_of_all_rows(monkeypatch, queries):
+    monkeypatch.setitem(ekfac.GRADIENT_ENTRIES, "cpu", 200)  # two rows at once, or four for many queries
+    generator = torch.Generator().manual_seed(queries)
+    inputs, gradients, matrix = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((7, 5, 9), (7, 5, 8), (queries, 8, 10))
+    )
+    directions = DenseDirections(matrix)
+    scores, norms = Scorer({"map": directions}).score_map("map", directions, inputs, gradients, bias=True)
+    for row in range(7):
+        wanted = sum(
+            torch.outer(g, torch.cat([a, a.new_ones(1)])) for a, g in zip(inputs[row], gradients[row], strict=True)
+        )
+        torch.testing.assert_close(norms[row], wanted.square().sum(), rtol=1e-12, atol=0)
+        for query in range(queries):
+            torch.testing.assert_close(scores[row, query], (wanted * matrix[query]).sum(), rtol=1e-10, atol=1e-12)
