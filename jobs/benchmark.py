@@ -13,7 +13,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from msif_ray.benchmark.report import Options, machine, measure, show, write
+from msif_ray.benchmark.report import Options, kept_memory, machine, measure, show, write
 from msif_ray.benchmark.workload import SHAPES, Workload
 from msif_ray.errors import UserError
 from msif_ray.heap import keep_freed_memory
@@ -31,6 +31,9 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = 2,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     eigh_maps: Annotated[int | None, typer.Option(help="Decompose so many maps and scale the time to all.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="GiB for what a first pass captured; as a run's rank by default; 0: none.")
+    ] = None,
     against: Annotated[Literal["kronfluence"] | None, typer.Option(help="Run it on the same inputs, too.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Time the same work through Ray, too.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
@@ -41,17 +44,17 @@ def main(
     torch.set_num_threads(threads)
     keep_freed_memory()  # as a rank does
     workload = Workload(SHAPES[size], documents, tokens, ragged, getattr(torch, dtype), device)
-    options = Options(tuple(queries), rank, repeats, eigh_maps)
+    options = Options(tuple(queries), rank, repeats, kept_memory(keep, device, threads), eigh_maps)
     found = machine() | {"size": size, "documents": documents, "longest": tokens, "dtype": dtype, "rank": rank}
     found |= measure(workload, options)
     if against is not None:
         from msif_ray.benchmark.peers import compare
 
-        found[against] = compare(workload, queries[0])
+        found[against] = compare(workload, queries[0], options.keep)
     if ray:
         from msif_ray.benchmark.through_ray import compare as through_ray
 
-        found |= through_ray(workload, queries[0], threads)
+        found |= through_ray(workload, queries[0], threads, options.keep)
     show(found, Console(width=100))
     if json_file is not None:
         write(found, json_file)

@@ -38,6 +38,7 @@ _PLACEMENT = (
     "offload",
     "factor_memory",
     "directions_memory",
+    "activations_memory",
 )
 
 

@@ -176,6 +176,7 @@ class _Driver:
             folder,
             self.resolved.maps,
             cluster.factor_memory,
+            cluster.activations_memory,
             {
                 "model_sha256": self.resolved.stages[index].model_hash,
                 "fit": stage.fit.model_dump(mode="json"),

@@ -15,12 +15,12 @@ from msif_ray.benchmark.workload import Workload
 from msif_ray.errors import UserError
 
 
-def compare(workload: Workload, queries: int) -> dict[str, float]:
+def compare(workload: Workload, queries: int, keep: int) -> dict[str, float]:
     """Our seconds and Kronfluence's for the fit and the scores, one after the other, and how far the scores differ.
 
     Both sides fit with the data's own labels, since each samples in its own way.
     """
-    steps, device = Steps(workload, sampled=False), workload.device
+    steps, device = Steps(workload, sampled=False, keep=keep), workload.device
     steps.passes()
     kept: dict[str, Any] = {}
     ours = {
@@ -32,6 +32,7 @@ def compare(workload: Workload, queries: int) -> dict[str, float]:
     def score() -> None:
         kept["scores"] = steps.score(steps.directions(kept["bases"], kept["values"], queries, None))
 
+    steps.forget()
     ours["score_s"] = seconds(score, device)
     theirs = kronfluence(steps, queries, kept["scores"])
     total = sum(ours.values())

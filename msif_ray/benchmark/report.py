@@ -17,23 +17,26 @@ from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.timing import interleaved, peak_mebibytes, seconds
 from msif_ray.benchmark.workload import Workload
 from msif_ray.influence.ekfac import Basis
+from msif_ray.influence.kept import KEPT_SHARE
 
 STEPS = {
     "passes": "forward and backward to the activations",
     "covariance": "covariances",
     "correction": "corrected eigenvalues",
+    "correction_own_pass": "the same without what the covariances' pass kept",
 }
 
 
 @dataclass(frozen=True)
 class Options:
     """`queries`: for how many each scoring is timed; `rank`: of directions of random numbers (None: real queries,
-    carried back, exact); `eigh_maps`: how many maps are decomposed, and the time scaled to all (None: all; 0: none,
-    and random numbers are rotated by)."""
+    carried back, exact); `keep`: bytes for what the covariances' pass captured; `eigh_maps`: how many maps are
+    decomposed, and the time scaled to all (None: all; 0: none, and random numbers are rotated by)."""
 
     queries: tuple[int, ...] = (8, 64)
     rank: int | None = None
     repeats: int = 3
+    keep: int = 0
     eigh_maps: int | None = None
 
 
@@ -42,7 +45,7 @@ def measure(workload: Workload, options: Options) -> dict[str, Any]:
 
     In three parts, each with training passes of its own: what one part holds is gone before the next.
     """
-    steps = Steps(workload)
+    steps = Steps(workload, keep=options.keep)
     timed: list[dict[str, float]] = []
 
     def time(**each: Callable[[], object]) -> None:
@@ -50,7 +53,8 @@ def measure(workload: Workload, options: Options) -> dict[str, Any]:
 
     time(passes=steps.passes, covariance=steps.covariance)
     bases, eigh_s = _bases(steps, options)
-    time(correction=partial(steps.correction, bases))
+    kept = steps.kept.bytes
+    _correct(steps, bases, time)
     eigenvalues = steps.correction(bases) if options.rank is None else {}
     directions = {n: steps.directions(bases, eigenvalues, n, options.rank) for n in options.queries}
     del bases, eigenvalues
@@ -59,8 +63,29 @@ def measure(workload: Workload, options: Options) -> dict[str, Any]:
     ratios = {name: taken / each["train"] for each in timed for name, taken in each.items() if name != "train"}
     found: dict[str, Any] = {"train_s": train, "eigh_s": eigh_s} | ratios
     found["fit_total"] = None if eigh_s is None else ratios["covariance"] + ratios["correction"] + eigh_s / train
+    found["kept_mib"] = kept / 2**20
     found["peak_rss_mib"] = peak_mebibytes(workload.device)
     return found | _throughput(workload, steps, train, ratios)
+
+
+def kept_memory(gibibytes: float | None, device: str, threads: int) -> int:
+    """Bytes for what a first pass captured: as many as are said, or what a run's rank takes by default."""
+    if gibibytes is not None:
+        return int(gibibytes * 2**30)
+    if torch.device(device).type == "cuda":
+        return 0
+    from msif_ray.cluster.memory import free_memory  # here: a GPU's machine may not have what it needs
+
+    return int(KEPT_SHARE * free_memory(torch.device(device), threads))
+
+
+def _correct(steps: Steps, bases: dict[str, Basis], time: Callable[..., None]) -> None:
+    """Times the corrected eigenvalues: from what was kept, and by a pass of their own where not all of it was."""
+    correct = partial(steps.correction, bases)
+    time(correction=correct)
+    if steps.kept.bytes:
+        steps.forget()
+        time(correction_own_pass=correct)
 
 
 def _bases(steps: Steps, options: Options) -> tuple[dict[str, Basis], float | None]:
@@ -127,6 +152,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for name in ("ray_overhead", "replica_scaling"):
         if name in found:
             table.add_row(name.replace("_", " "), f"{found[name]:.3f}", "")
+    table.add_row("kept of the covariances' pass", f"{found['kept_mib']:,.0f} MiB", "")
     table.add_row("peak memory", f"{found['peak_rss_mib']:,.0f} MiB", "")
     console.print(table)
 

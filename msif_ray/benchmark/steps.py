@@ -13,6 +13,7 @@ from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
+from msif_ray.influence.kept import KeptPasses
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import LinearMap, find_linear_maps
 from msif_ray.influence.queries import carry_back, query_tokens
@@ -25,18 +26,22 @@ DAMPING = 0.1  # times the mean eigenvalue
 @dataclass
 class Steps:
     """A workload's model, documents and what its steps give. Factors are fitted with labels `sampled` from the model,
-    or with the data's own."""
+    or with the data's own. `keep`: bytes for what the covariances' pass captured, which the corrections take from
+    there."""
 
     workload: Workload
     sampled: bool = True
+    keep: int = 0
     model: GPTNeoXForCausalLM = field(init=False)
     maps: dict[str, LinearMap] = field(init=False)
     batches: list[Batch] = field(init=False)
+    kept: KeptPasses = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = self.workload.model()
         self.maps = find_linear_maps(self.model)
         self.batches = self.workload.batches()
+        self.kept = KeptPasses(0)
 
     def train(self) -> None:
         """Forward and full backward over all documents, and no optimizer: what a user's training step costs."""
@@ -57,11 +62,17 @@ class Steps:
         return batch_uniforms(0, "benchmark", batch) if self.sampled else None
 
     def covariance(self) -> CovarianceSums:
-        sums = CovarianceSums()
+        sums, self.kept = CovarianceSums(), KeptPasses(self.keep)
         with Capture(self.model, self.maps) as capture:
             for batch in self.batches:
-                sums.add(capture.run(batch, self._uniforms(batch)))
+                captured = capture.run(batch, self._uniforms(batch))
+                sums.add(captured)
+                self.kept.offer(captured)
         return sums
+
+    def forget(self) -> None:
+        """Drops what the last covariances' pass captured."""
+        self.kept = KeptPasses(0)
 
     def bases(self, sums: CovarianceSums, names: Sequence[str]) -> dict[str, Basis]:
         """Eigenbases, computed where the sums are, in the type of the sums; on a CPU side by side, a thread for each,
@@ -88,7 +99,8 @@ class Steps:
         sums = CorrectionSums(bases)
         with Capture(self.model, self.maps) as capture:
             for batch in self.batches:
-                sums.add(capture.run(batch, self._uniforms(batch)))
+                captured = self.kept.find(batch)
+                sums.add(capture.run(batch, self._uniforms(batch)) if captured is None else captured)
         return {name: sums.sums[f"E/{name}"] / self.workload.documents for name in self.maps}
 
     def directions(

@@ -31,6 +31,7 @@ class Job:
 
     workload: Workload
     queries: int
+    keep: int
     folder: Path
 
     def write(self) -> None:
@@ -63,6 +64,7 @@ class Job:
                 "gpus_per_rank": 0,
                 "tokens_per_batch": self.workload.shape.tokens_per_batch,
                 "documents_per_block": 128,
+                "activations_memory": self.keep // replicas,
             },
         }
 
@@ -95,22 +97,24 @@ def _write_texts(path: Path, batches: list[Any], column: str) -> None:
                 file.write(json.dumps(line | ({"prompt": ""} if column == "completion" else {})) + "\n")
 
 
-def in_process_seconds(workload: Workload, queries: int, threads: int) -> float:
+def in_process_seconds(workload: Workload, queries: int, threads: int, keep: int) -> float:
     """The same fit, carrying back and scoring in one process, started for it as a replica is and with the same
     settings: imports and the making of the model included, as a run's replicas have to load theirs."""
     began = perf_counter()
     with _environment(heap.ENVIRONMENT), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(_in_process, workload, queries, threads).result()
+        pool.submit(_in_process, workload, queries, threads, keep).result()
     return perf_counter() - began
 
 
-def _in_process(workload: Workload, queries: int, threads: int) -> None:
+def _in_process(workload: Workload, queries: int, threads: int, keep: int) -> None:
     torch.set_num_threads(threads)
     heap.keep_freed_memory()
-    steps = Steps(workload)
+    steps = Steps(workload, keep=keep)
     sums = steps.covariance()
     bases = steps.bases(sums, list(steps.maps))
-    steps.score(steps.directions(bases, steps.correction(bases), queries, None))
+    eigenvalues = steps.correction(bases)
+    steps.forget()
+    steps.score(steps.directions(bases, eigenvalues, queries, None))
 
 
 @contextmanager
@@ -126,15 +130,15 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ |= {} if value is None else {name: value}
 
 
-def compare(workload: Workload, queries: int, threads: int) -> dict[str, float]:
+def compare(workload: Workload, queries: int, threads: int, keep: int) -> dict[str, float]:
     """`ray_overhead`: the Ray path's extra time over the same steps in process, as a share of these.
     `replica_scaling`: one replica of one thread over two of them."""
     from msif_ray.run import connected
 
     with tempfile.TemporaryDirectory() as name, connected():
-        job = Job(workload, queries, Path(name))
+        job = Job(workload, queries, keep, Path(name))
         job.write()
-        alone = in_process_seconds(workload, queries, threads)
+        alone = in_process_seconds(workload, queries, threads, keep)
         through = job.seconds(1, threads)
         one, two = job.seconds(1, 1), job.seconds(2, 1)
     return {

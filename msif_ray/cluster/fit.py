@@ -34,7 +34,8 @@ TASK_RETRIES = 8
 
 @dataclass(frozen=True)
 class FitTask:
-    """A stage's fit: its model, its blocks and where its factors go. `memory` in bytes, None: what is free.
+    """A stage's fit: its model, its blocks and where its factors go. `memory` for factors, and `kept_memory` for what
+    the first pass captured, in bytes, None: of what is free.
 
     `corpus` is how many documents the stage's corpus has, of which the blocks may be a part.
     """
@@ -46,6 +47,7 @@ class FitTask:
     folder: Path
     maps: dict[str, tuple[int, int]]
     memory: int | None
+    kept_memory: int | None
     record: dict[str, Any]
 
 
@@ -107,7 +109,7 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
         with steps(f"covariance{of_group}") as progress:
             covariance = pool.accumulate(
                 task.setup,
-                CovarianceJob(sampled, maps),
+                CovarianceJob(sampled, maps, task.kept_memory),
                 task.blocks,
                 layout.partials(folder, index, "covariance"),
                 progress,
@@ -118,7 +120,7 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
     with steps(f"correction{of_group}") as progress:
         correction = pool.accumulate(
             task.setup,
-            CorrectionJob(sampled, folder, bases, maps),
+            CorrectionJob(sampled, maps, task.kept_memory, factors=folder, bases=bases),
             task.blocks,
             layout.partials(folder, index, "correction"),
             progress,

@@ -64,11 +64,18 @@ class Job(Protocol):
 
 
 @dataclass(frozen=True)
-class CovarianceJob:
-    """Σ a aᵀ and Σ g gᵀ of a group of maps."""
+class FitJob:
+    """A pass of a fit over a group of maps. Those of one group see the same, and a rank keeps what it captures for the
+    next, up to `memory` bytes (None: a share of what is free)."""
 
     sampled_labels: bool
     tracked: tuple[str, ...] | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class CovarianceJob(FitJob):
+    """Σ a aᵀ and Σ g gᵀ of a group of maps."""
 
     def start(self, maps: Sequence[str], device: torch.device) -> Sums:
         return _CovarianceWork(CovarianceSums())
@@ -89,17 +96,15 @@ class _CovarianceWork:
             yield name, part | counts
 
 
-@dataclass(frozen=True)
-class CorrectionJob:
+@dataclass(frozen=True, kw_only=True)
+class CorrectionJob(FitJob):
     """Σ of squared rotated gradients of a group of maps, whose bases are in the folder of factors.
 
     `bases` is those bases' `bases_checksum`: sums over others would not add up to anything.
     """
 
-    sampled_labels: bool
     factors: Path
     bases: str
-    tracked: tuple[str, ...] | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Sums:
         found = {name: load_basis(self.factors, name, device) for name in maps}

@@ -1,7 +1,9 @@
 """A pool of replicas on Ray: blocks go to whichever is idle, those that die are replaced, new ones join in."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -10,7 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from msif_ray.cluster import partials
-from msif_ray.cluster.jobs import Job
+from msif_ray.cluster.jobs import FitJob, Job
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.replica import DEATHS, Destination, RankResources, Replica, free_ranks, free_ranks_of
 from msif_ray.config import Cluster
@@ -44,10 +46,12 @@ class Progress(Protocol):
 
 @dataclass(eq=False)
 class _Worker:
-    """A replica, and the step that it has said to be ready for: what it has summed belongs there."""
+    """A replica, the step that it has said to be ready for (what it has summed belongs there), and the blocks that it
+    has done: a later step's pass over those may find what an earlier one kept."""
 
     actor: Any
     ready_for: Destination | None = None
+    done: set[str] = field(default_factory=set)
 
     @property
     def id(self) -> str:
@@ -147,7 +151,8 @@ class ReplicaPool:
     ) -> Iterator[tuple[Block, Any]]:
         """One pass over the blocks, begun when `replicas.min` are ready. What a dead replica had is left out."""
         self._fill()
-        left = iter(blocks)
+        keeps = isinstance(job, FitJob) and not self._cluster.gpus_per_rank
+        left = _Ahead(iter(blocks), 2 * len(self._workers) if keeps else 1)
         turns: dict[Any, _Turn] = {}
 
         def prepare(worker: _Worker) -> None:
@@ -184,13 +189,14 @@ class ReplicaPool:
                 progress.alive(len(alive))
             else:
                 self._deaths = 0
+                turn.worker.done.add(turn.block.id)
                 yield turn.block, result
             idle.append(turn.worker)
             while ready >= fewest and idle and not exhausted:
-                following = next(left, None)
+                worker = idle.pop()
+                following = left.take(worker.done)
                 exhausted = following is None
                 if following is not None:
-                    worker = idle.pop()
                     turns[getattr(worker.actor, method).remote(following)] = _Turn(worker, following)
         for waiting in turns:
             ray.cancel(waiting)  # or a replica that comes later would load one step's model after another's
@@ -233,6 +239,26 @@ class ReplicaPool:
         replacement = self._spawn()
         self._workers.append(replacement)
         return replacement
+
+
+class _Ahead:
+    """Blocks in order, with a look at a few more, of which a replica gets one that it has done before if there is one.
+
+    Blocks that wait are in the driver's memory.
+    """
+
+    def __init__(self, blocks: Iterator[Block], length: int) -> None:
+        self._blocks, self._length = blocks, length
+        self._waiting: deque[Block] = deque()
+
+    def take(self, done: Set[str]) -> Block | None:
+        """The next block for a replica that has `done` some already; None when there are no more."""
+        self._waiting.extend(islice(self._blocks, self._length - len(self._waiting)))
+        chosen = next((block for block in self._waiting if block.id in done), None)
+        if chosen is None:
+            return self._waiting.popleft() if self._waiting else None
+        self._waiting.remove(chosen)
+        return chosen
 
 
 def _get(ref: Any) -> Any:

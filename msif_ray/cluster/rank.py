@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from msif_ray.cluster.jobs import Job, Products, Sums, Work
+from msif_ray.cluster.jobs import FitJob, Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.reader import Document
@@ -24,6 +24,7 @@ from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture
+from msif_ray.influence.kept import KEPT_SHARE, KeptPasses
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.layout import part_file
@@ -84,6 +85,8 @@ class Rank:
         self.device = torch.device("cuda" if setup.cuda else "cpu")
         self._work: Work | Sums | None = None
         self._sampled = False
+        self._kept: KeptPasses | None = None
+        self._kept_for: tuple[object, ...] = ()
         if place is None:
             self.load()
 
@@ -106,6 +109,7 @@ class Rank:
         self._work = None
         self._sampled = job.sampled_labels
         self._tracked = self.maps if job.tracked is None else {name: self.maps[name] for name in job.tracked}
+        self._keep_for(job)
         with self._memory("given the step's factors"):
             self._work = job.start(list(self._tracked), self.device)
 
@@ -208,11 +212,31 @@ class Rank:
         """One pass over a batch, which goes to the work unless a loss is not finite; gives the losses, `[rows]`."""
         if isinstance(work, Products):
             return work.pass_over(capture, batch.to(self.device))
-        uniforms = batch_uniforms(self.setup.seed, self.setup.stage, batch) if self._sampled else None
-        captured = capture.run(batch.to(self.device), uniforms)
-        if torch.isfinite(captured.losses).all():
-            work.add(captured)
+        captured = None if self._kept is None else self._kept.find(batch)
+        if captured is None:
+            uniforms = batch_uniforms(self.setup.seed, self.setup.stage, batch) if self._sampled else None
+            captured = capture.run(batch.to(self.device), uniforms)
+            if not torch.isfinite(captured.losses).all():
+                return captured.losses
+            if self._kept is not None:
+                self._kept.offer(captured)
+        work.add(captured)
         return captured.losses
+
+    def _keep_for(self, job: Job) -> None:
+        """Goes on with what is kept where the job sees the same as the one before, or begins anew.
+
+        Only on a CPU: a GPU repeats a pass sooner than it has room. And only with the model in one piece, since the
+        ranks of a sharded one take every pass together.
+        """
+        may_keep = isinstance(job, FitJob) and self.device.type == "cpu" and self.place.world == 1
+        kept_for = (job.sampled_labels, job.tracked) if may_keep else ()
+        if kept_for and kept_for == self._kept_for:
+            return
+        self._kept, self._kept_for = None, kept_for
+        if isinstance(job, FitJob) and may_keep:
+            memory = int(KEPT_SHARE * self.free_memory()) if job.memory is None else job.memory
+            self._kept = KeptPasses(memory)
 
 
 _EMPTY = Window(WindowKey("", 0), (0, 0), (False, True))

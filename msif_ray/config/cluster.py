@@ -30,6 +30,8 @@ class Cluster(Strict):
     does not fit at once takes several passes. By default it is a share of what is free once the model is loaded.
     `directions_memory` is what a rank may use for the carried-back queries that it scores with, in the same units and
     with the same default; what does not fit is read from local disk for every batch.
+    `activations_memory` is what a rank that holds a whole model on CPUs may use for the activations and gradients of a
+    fit's first pass, so that the second need not compute them again: by default a fifth of what is free; 0 keeps none.
     `offload` keeps the shards of a replica of several GPU ranks in the memory of their hosts.
 
     `dtype`, `tokens_per_batch` and `documents_per_block` take part in rounding, so they are part
@@ -43,6 +45,7 @@ class Cluster(Strict):
     offload: bool = False
     factor_memory: Annotated[ByteSize, Field(gt=0)] | None = None
     directions_memory: Annotated[ByteSize, Field(gt=0)] | None = None
+    activations_memory: Annotated[ByteSize, Field(ge=0)] | None = None
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
     documents_per_block: Annotated[int, Field(ge=1)] = 256

@@ -17,6 +17,7 @@ from msif_ray.corpus.candidates import listed_pairs
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
+from msif_ray.influence.kept import KEPT_SHARE, bytes_per_token
 from msif_ray.influence.scoring import Scorer
 from msif_ray.plan import counts
 from msif_ray.plan import solves as solving
@@ -213,8 +214,9 @@ class Estimate:
         name, tally = self.run.stages[index].name, self.inputs.tallies[f"stages.{index}"]
         passes = len(self.groups(index))
         once = passes * counts.pass_flops(self.inputs.sizes[index], tally)
+        kept, share = self._kept(index, tally)
         covariance = once + counts.covariance_flops(self.shapes, tally)
-        correction = once + counts.correction_flops(self.shapes, tally)
+        correction = (1 - share) * once + counts.correction_flops(self.shapes, tally)
         sums = self._largest(index, lambda shapes: counts.covariance_bytes(shapes, self.itemsize))
         factors = self._largest(index, lambda shapes: sum(factor_bytes(s, self.itemsize) for s in shapes.values()))
         return [
@@ -225,7 +227,7 @@ class Estimate:
                 passes,
                 covariance,
                 self._hours(index, "covariance", covariance),
-                self._peak(index, "covariance", sums),
+                self._peak(index, "covariance", sums + kept),
             ),
             self._task(
                 f"{name}: eigendecomposition",
@@ -240,9 +242,22 @@ class Estimate:
                 passes,
                 correction,
                 self._hours(index, "correction", correction),
-                self._peak(index, "correction", factors),
+                self._peak(index, "correction", factors + kept),
             ),
         ]
+
+    def _kept(self, index: int, tally: Tally) -> tuple[float, float]:
+        """Bytes that a rank keeps of a fit's covariances for its corrections, and their share of the documents."""
+        cluster, calibration = self.run.cluster, self.inputs.calibrations.get(index)
+        memory = 0.0 if calibration is None else KEPT_SHARE * calibration.free
+        if cluster.activations_memory is not None:
+            memory = float(cluster.activations_memory)
+        if cluster.gpus_per_rank or cluster.ranks_per_replica > 1:
+            memory = 0.0
+        narrow = getattr(torch, cluster.dtype).itemsize
+        wanted = tally.positions * self._largest(index, lambda shapes: bytes_per_token(shapes, narrow))
+        here = min(memory, wanted / cluster.replicas.max)
+        return here, here * cluster.replicas.max / wanted if wanted else 0.0
 
     def _index(self, position: int) -> Step:
         """The pass that builds an index; in groups as the factors are fitted."""

@@ -115,13 +115,57 @@ def test_bases_that_were_replaced_are_refused(setup: ModelSetup, tmp_path: Path)
         fit.write_basis(name, tmp_path, covariance)
     checksum = bases_checksum(tmp_path, names)
     one = Replica(RankResources(1, 1, 0.0))
-    one.prepare(setup, CorrectionJob(True, tmp_path, checksum))
+    one.prepare(setup, CorrectionJob(True, factors=tmp_path, bases=checksum))
     tensors = load_tensors(layout.basis_file(tmp_path, names[0]))
     tensors["activation_basis"][:, 0] *= -1  # as good a basis, and another one
     save_tensors(layout.basis_file(tmp_path, names[0]), tensors)
     assert bases_checksum(tmp_path, names) != checksum
     with pytest.raises(UserError, match="bases were replaced"):
-        one.prepare(setup, CorrectionJob(True, tmp_path, checksum))
+        one.prepare(setup, CorrectionJob(True, factors=tmp_path, bases=checksum))
+
+
+@pytest.mark.parametrize("memory", [None, 0, 20_000])
+def test_corrections_take_what_the_covariances_pass_captured(
+    setup: ModelSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int | None
+) -> None:
+    """The same sums bit by bit as by passes of their own, with no pass over what was kept."""
+    every = documents(6)
+    covariance = covariances(setup, every, tmp_path / "covariance")
+    names = sorted(covariance.partials[0].parts[0])
+    for name in names:
+        fit.write_basis(name, tmp_path, covariance)
+    correction = CorrectionJob(True, tuple(names), memory, factors=tmp_path, bases=bases_checksum(tmp_path, names))
+    passes: list[int] = []
+    run = Capture.run
+
+    def counted(self: Capture, batch, labels=None) -> Captured:
+        passes.append(len(batch.keys))
+        return run(self, batch, labels)
+
+    monkeypatch.setattr(Capture, "run", counted)
+
+    def corrected(step: Path, before: CovarianceJob | None) -> Coverage:
+        one, destination = Replica(RankResources(1, 1, 0.0)), Destination(step)
+        if before is not None:
+            one.prepare(setup, before, Destination(tmp_path / "again"))
+            one.accumulate(Block("0-0", every))
+        passes.clear()
+        one.prepare(setup, correction, destination)
+        one.accumulate(Block("0-0", every))
+        one.commit(destination)
+        return Coverage(tuple(read_disjoint(step)), frozenset({"0-0"}))
+
+    wanted = corrected(tmp_path / "alone", None)
+    batches = len(passes)
+    found = corrected(tmp_path / "kept", CovarianceJob(True, tuple(names), memory))
+    assert batches > 2
+    assert {None: len(passes) == 0, 0: len(passes) == batches}.get(memory, 0 < len(passes) < batches)
+    other_labels = corrected(tmp_path / "other", CovarianceJob(False, tuple(names), memory))
+    assert len(passes) == batches  # the data's own labels have other gradients
+    for each in (found, other_labels):
+        assert each.tokens == wanted.tokens
+        for name in names:
+            assert torch.equal(each.total(name)["E"], wanted.total(name)["E"])
 
 
 def test_eigenvalues_that_are_not_finite_are_refused_by_the_map_s_name(tmp_path: Path) -> None:
