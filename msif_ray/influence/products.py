@@ -15,7 +15,7 @@ BLOCK = {"cpu": 256, "cuda": 2048}
 
 # Positions per covariance product. Short products added up round less than one long one, and rounding here turns
 # eigenvectors: a third of a float32 score's error at small damping. A tensor core's products are rounded less.
-POSITIONS = {"cpu": 128, "cuda": 8192}
+POSITIONS = {"cpu": 256, "cuda": 8192}
 
 # `inner` takes so many rows at a time, in so many pieces: 8 rows and 8 others of 263,168 entries take 0.5 ms, and not
 # 1.7 ms as one product; with 64 others 3.6 ms, not 6.1. In pieces sums are shorter, too, and round less.
