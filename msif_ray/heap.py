@@ -33,6 +33,12 @@ def give_back_freed_memory() -> None:
     _set(_M_TRIM_THRESHOLD, 2**20)
 
 
+def trim() -> None:
+    """Gives back all that is free now."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _set(threshold: int, size: int) -> None:
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(threshold, size)

@@ -1,7 +1,6 @@
 """The steps of a run in one process, as a rank does them, and the training pass they are compared with."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from msif_ray.benchmark.workload import Workload
+from msif_ray.heap import trim
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
@@ -19,6 +19,7 @@ from msif_ray.influence.modules import LinearMap, find_linear_maps
 from msif_ray.influence.queries import carry_back, query_tokens
 from msif_ray.influence.response import DampedInverse
 from msif_ray.influence.scoring import Scorer
+from msif_ray.influence.threads import side_by_side
 
 DAMPING = 0.1  # times the mean eigenvalue
 
@@ -62,6 +63,9 @@ class Steps:
         return batch_uniforms(0, "benchmark", batch) if self.sampled else None
 
     def covariance(self) -> CovarianceSums:
+        if self.kept.bytes:  # a fit has all that it keeps from the system, whose pages cost time
+            self.forget()
+            trim()
         sums, self.kept = CovarianceSums(), KeptPasses(self.keep)
         with Capture(self.model, self.maps) as capture:
             for batch in self.batches:
@@ -79,11 +83,10 @@ class Steps:
         as a run's tasks are."""
         totals, found = sums.sums, {}
         keys = [f"{side}/{name}" for name in names for side in ("A", "S")]
-        workers = 1 if totals[keys[0]].is_cuda else torch.get_num_threads()
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            largest_first = sorted(keys, key=lambda key: -len(totals[key]))
-            means = (totals[key] / sums.counts[key] for key in largest_first)
-            vectors = dict(zip(largest_first, pool.map(_eigenvectors, means), strict=True))
+        largest_first = sorted(keys, key=lambda key: -len(totals[key]))
+        means = (totals[key] / sums.counts[key] for key in largest_first)
+        each = side_by_side(_eigenvectors, means, torch.device(self.workload.device))
+        vectors = dict(zip(largest_first, each, strict=True))
         for name in names:
             found[name] = Basis(vectors[f"A/{name}"], vectors[f"S/{name}"])
         return found

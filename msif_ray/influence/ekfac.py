@@ -14,6 +14,7 @@ from msif_ray.influence.capture import Captured
 from msif_ray.influence.modules import LinearMap
 from msif_ray.influence.products import add_gram, mirror, operand, outer, times, wide_type, with_ones
 from msif_ray.influence.response import Identity, Response
+from msif_ray.influence.threads import side_by_side
 
 # Entries of per-window gradients held at once: 16 MB of float32, which stay in a CPU's cache (1.9 times the
 # speed of 256 MB on two EPYC cores), and 256 MB on a GPU, whose matrix products want many rows.
@@ -39,18 +40,33 @@ class CovarianceSums:
         return self._lower
 
     def add(self, captured: Captured) -> None:
-        for name, described in captured.maps.items():
-            inputs, gradients = captured.vectors(name)
-            positions = captured.positions(name)
-            self._add(f"A/{name}", inputs, positions, described.bias)
-            self._add(f"S/{name}", gradients, positions, False)
+        sums = [each for name in captured.maps for each in self._sums_of(name, captured)]
+        largest_first = sorted(sums, key=lambda each: -len(each.total))
+        side_by_side(_Gram.add, largest_first, captured.losses.device)
 
-    def _add(self, key: str, vectors: Tensor, positions: Tensor, bias: bool) -> None:
-        size = vectors.shape[-1] + int(bias)
-        if key not in self._lower:
-            self._lower[key] = vectors.new_zeros(size, size, dtype=wide_type(vectors.dtype))
-        add_gram(self._lower[key], vectors.flatten(0, 1), positions, bias)
-        self.counts[key] = self.counts.get(key, 0) + len(positions)
+    def _sums_of(self, name: str, captured: Captured) -> Iterator["_Gram"]:
+        """What a batch adds to one map's two sums, which are begun where they are not there yet."""
+        positions = captured.positions(name)
+        inputs, gradients = captured.vectors(name)
+        for side, vectors, bias in (("A", inputs, captured.maps[name].bias), ("S", gradients, False)):
+            key, size = f"{side}/{name}", vectors.shape[-1] + int(bias)
+            if key not in self._lower:
+                self._lower[key] = vectors.new_zeros(size, size, dtype=wide_type(vectors.dtype))
+            self.counts[key] = self.counts.get(key, 0) + len(positions)
+            yield _Gram(self._lower[key], vectors.flatten(0, 1), positions, bias)
+
+
+@dataclass(frozen=True)
+class _Gram:
+    """Vectors `[positions, features]` whose Σ v vᵀ over some of the positions goes into `total`."""
+
+    total: Tensor
+    vectors: Tensor
+    positions: Tensor
+    bias: bool
+
+    def add(self) -> None:
+        add_gram(self.total, self.vectors, self.positions, self.bias)
 
 
 def eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:

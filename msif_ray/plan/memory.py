@@ -1,10 +1,11 @@
 """What a process takes: the resident memory of a process on the CPU, or the memory of its GPU."""
 
-import ctypes
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from msif_ray import heap
 
 STATUS = Path("/proc/self/status")
 PEAK_RESET = Path("/proc/self/clear_refs")
@@ -46,8 +47,7 @@ class Gauge:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return
-        with suppress(AttributeError):  # glibc's alone
-            ctypes.CDLL(None).malloc_trim(0)
+        heap.trim()
         with suppress(OSError):
             PEAK_RESET.write_text("5")
 
