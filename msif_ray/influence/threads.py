@@ -32,6 +32,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(1)
+        torch.get_num_threads()  # which is when a thread takes its number over, or it would take a later one
         started.wait()
 
     for _ in range(threads):
