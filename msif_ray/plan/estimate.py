@@ -10,14 +10,12 @@ import torch
 from msif_ray import stages
 from msif_ray.cluster.carry import carry_bytes
 from msif_ray.cluster.directions import kept_entries, shards
-from msif_ray.cluster.fit import EIGEN_COPIES
 from msif_ray.cluster.queries import largest_block
 from msif_ray.config import Score
 from msif_ray.corpus.candidates import listed_pairs
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
-from msif_ray.influence.groups import FREE_SHARE, Shapes, factor_bytes, module_groups
-from msif_ray.influence.kept import KEPT_SHARE, bytes_per_token
+from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
 from msif_ray.influence.scoring import Scorer
 from msif_ray.plan import counts
 from msif_ray.plan import solves as solving
@@ -42,14 +40,6 @@ class Step:
     hours: float | None
     memory: float | None
     runs_on: Literal["rank", "core"] = "rank"
-
-
-@dataclass(frozen=True)
-class Stored:
-    """What takes so many `bytes` on storage."""
-
-    name: str
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -96,13 +86,6 @@ class Estimate:
         """The stages that conjugate gradients solve."""
         return solving.planned_solves(self.run, len(self.inputs.resolved.queries))
 
-    def steps(self) -> list[Step]:
-        steps = [step for index in self.fitted for step in self._fit(index)]
-        steps += [self._index(position) for position in range(len(self.run.index))]
-        steps += self._queries()
-        steps += [self._scores(entries) for entries in stages.passes(self.run)]
-        return steps + [self._top(entry) for entry in self.run.score]
-
     def groups(self, index: int) -> list[tuple[str, ...]]:
         """A stage's maps in the groups that are fitted together."""
         budget: int | None = self.run.cluster.factor_memory
@@ -136,41 +119,6 @@ class Estimate:
         memory = self.directions_memory(entries)
         return needed if memory is None else min(needed, memory)
 
-    def stored(self) -> list[Stored]:
-        """What the run writes; partial sums are what it writes at most at any time."""
-        cluster, resolved = self.run.cluster, self.inputs.resolved
-        factors = counts.stored_factor_bytes(self.shapes, self.itemsize)
-        stored = [Stored(f"factors of {self.run.stages[index].name}", factors) for index in self.fitted]
-        sums = [self._largest(index, self._sums_bytes) for index in self.fitted]
-        if sums:
-            ranks = cluster.replicas.max * cluster.ranks_per_replica
-            stored.append(Stored("partial sums, at most", 2 * ranks * max(sums)))
-        for position, entry in enumerate(self.run.index):
-            tally = self.inputs.tallies[f"index.{position}"]
-            size = counts.index_bytes(self.shapes, tally.documents - tally.skipped, entry.rank, entry.dtype)
-            stored.append(Stored(f"index of {entry.stage}, at most", size))
-        gradients = counts.gradient_bytes(self.shapes, self.inputs.tallies["queries"].positions, self.itemsize)
-        stored.append(Stored("query gradients", gradients))
-        directions = counts.directions_bytes(self.directions())
-        stored += [Stored(f"query directions for {entry.label}", directions) for entry in self.run.score]
-        if self.solves:
-            memory, ranks = cluster.directions_memory, cluster.replicas.max
-            kept = solving.stored_bytes(self.shapes, len(resolved.queries), memory, self.itemsize, ranks)
-            stored.append(Stored("conjugate gradients, at most", kept))
-        for entries in stages.passes(self.run):
-            seen = self._scored(entries)
-            pairs = len(resolved.queries) * (seen.documents - seen.skipped)
-            pairs = min(pairs, self._candidates(entries[0]) or pairs)
-            rows = resolved.rows[f"score.{self.run.score.index(entries[0])}"]
-            parts = sum(-(-each // cluster.documents_per_block) for each in rows)
-            scores = parts * self.inputs.part.footer + pairs * self.inputs.part.pair
-            detail = self.run.detail
-            tokens = seen.tokens / max(1.0, seen.documents - seen.skipped)
-            lists = tokens * detail.tokens + len(resolved.maps) * detail.modules + 2 * detail.normalised
-            scores += 4.0 * pairs * lists
-            stored += [Stored(f"scores of {entry.label} (Parquet)", scores) for entry in entries]
-        return stored
-
     def rank_memory(self, index: int) -> float:
         """A rank's bytes with stage `index`'s model loaded: its process, and its shard with what it gathers."""
         size, cluster = self.inputs.sizes[index], self.run.cluster
@@ -188,7 +136,7 @@ class Estimate:
         shard = 0.0 if on_host else size.parameters / cluster.ranks_per_replica
         return max(0.0, getattr(torch, cluster.dtype).itemsize * (size.parameters - shard - size.gathered))
 
-    def _peak(self, index: int, job: str, held: float) -> float:
+    def peak(self, index: int, job: str, held: float) -> float:
         """A rank's bytes at most in a job of stage `index` that holds so much beside the model."""
         calibration = self.inputs.calibrations.get(index)
         if calibration is None:
@@ -198,80 +146,15 @@ class Estimate:
         loading = calibration.loading if self.run.cluster.ranks_per_replica == 1 else 0
         return max(loading, self.rank_memory(index) + working + held)
 
-    def _hours(self, index: int, job: str, flops: float) -> float | None:
+    def hours(self, index: int, job: str, flops: float) -> float | None:
         calibration = self.inputs.calibrations.get(index)
         return None if calibration is None else flops / calibration.jobs[job].rate / SECONDS
 
-    def _largest(self, index: int, size: Callable[[Shapes], int]) -> int:
+    def largest(self, index: int, size: Callable[[Shapes], int]) -> int:
         """The bytes of a stage's largest group."""
         return max(size({name: self.shapes[name] for name in group}) for group in self.groups(index))
 
-    def _sums_bytes(self, shapes: Shapes) -> int:
-        covariance = counts.covariance_bytes(shapes, self.itemsize)
-        return max(covariance, counts.corrected_bytes(shapes, self.itemsize))
-
-    def _fit(self, index: int) -> list[Step]:
-        name, tally = self.run.stages[index].name, self.inputs.tallies[f"stages.{index}"]
-        passes = len(self.groups(index))
-        once = passes * counts.pass_flops(self.inputs.sizes[index], tally)
-        kept, share = self._kept(index, tally)
-        covariance = once + counts.covariance_flops(self.shapes, tally)
-        correction = (1 - share) * once + counts.correction_flops(self.shapes, tally)
-        sums = self._largest(index, lambda shapes: counts.covariance_bytes(shapes, self.itemsize))
-        factors = self._largest(index, lambda shapes: sum(factor_bytes(s, self.itemsize) for s in shapes.values()))
-        return [
-            Step(
-                f"{name}: covariance",
-                tally.documents,
-                tally.tokens,
-                passes,
-                covariance,
-                self._hours(index, "covariance", covariance),
-                self._peak(index, "covariance", sums + kept),
-            ),
-            self._task(
-                f"{name}: eigendecomposition",
-                counts.eigen_flops(self.shapes),
-                self._seconds(eigen=counts.eigen_flops(self.shapes)),
-                EIGEN_COPIES * 8 * max(max(shape) for shape in self.shapes.values()) ** 2,
-            ),
-            Step(
-                f"{name}: correction",
-                tally.documents,
-                tally.tokens,
-                passes,
-                correction,
-                self._hours(index, "correction", correction),
-                self._peak(index, "correction", factors + kept),
-            ),
-        ]
-
-    def _kept(self, index: int, tally: Tally) -> tuple[float, float]:
-        """Bytes that a rank keeps of a fit's covariances for its corrections, and their share of the documents."""
-        cluster, calibration = self.run.cluster, self.inputs.calibrations.get(index)
-        memory = 0.0 if calibration is None else KEPT_SHARE * calibration.free
-        if cluster.activations_memory is not None:
-            memory = float(cluster.activations_memory)
-        if cluster.gpus_per_rank or cluster.ranks_per_replica > 1:
-            memory = 0.0
-        narrow = getattr(torch, cluster.dtype).itemsize
-        wanted = tally.positions * self._largest(index, lambda shapes: bytes_per_token(shapes, narrow))
-        here = min(memory, wanted / cluster.replicas.max)
-        return here, here * cluster.replicas.max / wanted if wanted else 0.0
-
-    def _index(self, position: int) -> Step:
-        """The pass that builds an index; in groups as the factors are fitted."""
-        entry, tally = self.run.index[position], self.inputs.tallies[f"index.{position}"]
-        index = self.run.stage_index(entry.stage)
-        passes = len(self.groups(index))
-        flops = passes * counts.pass_flops(self.inputs.sizes[index], tally)
-        flops += counts.compress_flops(self.shapes, tally, entry.rank)
-        held = self._largest(index, lambda shapes: counts.covariance_bytes(shapes, self.itemsize))
-        job = indexing_job(position)
-        hours, peak = self._hours(index, job, flops), self._peak(index, job, held)
-        return Step(f"{entry.stage}: index", tally.documents, tally.tokens, passes, flops, hours, peak)
-
-    def _queries(self) -> list[Step]:
+    def queries(self) -> list[Step]:
         tally, last = self.inputs.tallies["queries"], len(self.run.stages) - 1
         flops = counts.pass_flops(self.inputs.sizes[last], tally)
         resolved, chosen = self.inputs.resolved, self.run.queries
@@ -283,8 +166,8 @@ class Estimate:
                 tally.tokens,
                 1,
                 flops,
-                self._hours(last, "queries", flops),
-                self._peak(last, "queries", held),
+                self.hours(last, "queries", flops),
+                self.peak(last, "queries", held),
             )
         ]
         queries = len(resolved.queries)
@@ -295,9 +178,9 @@ class Estimate:
         cut = shards(queries, self.shapes, chosen.rank, self.itemsize, self.run.cluster.directions_memory)
         shard = cut[0][1]
         memory = max(carry_bytes(shape, shard, max(passed), self.itemsize, chosen) for shape in self.shapes.values())
-        seconds = self._seconds(product=product, svd=svd)
+        seconds = self.seconds(product=product, svd=svd)
         steps += [self._solve(each) for each in self.solves]
-        return [*steps, self._task("queries: carried back", product + svd, seconds, memory)]
+        return [*steps, self.task("queries: carried back", product + svd, seconds, memory)]
 
     def _solve(self, each: solving.StageSolves) -> Step:
         """The products of a stage's solves, were no query solved before its last iteration."""
@@ -306,7 +189,7 @@ class Estimate:
         flops = each.flops(self.inputs.sizes[index], self.shapes, tally)
         job, held = solving.products_job(index), solving.held_bytes(self.shapes, each.queries, memory, self.itemsize)
         name = f"queries: {self.run.stages[index].name}: conjugate gradients"
-        hours, peak = self._hours(index, job, flops), self._peak(index, job, held)
+        hours, peak = self.hours(index, job, flops), self.peak(index, job, held)
         return Step(name, tally.documents, tally.tokens, each.passes, flops, hours, peak)
 
     def _stages_passed(self, entry: Score) -> int:
@@ -314,32 +197,35 @@ class Estimate:
         variant, scored = self.run.answering(entry), self.run.stage_index(entry.stage)
         return sum(not stages.is_identity(variant, index) for index in stages.carried_through(variant, scored))
 
-    def _task(self, name: str, flops: float, seconds: float | None, held: float) -> Step:
+    def task(self, name: str, flops: float, seconds: float | None, held: float) -> Step:
         """A step of one task per map."""
         empty = max((c.empty for c in self.inputs.calibrations.values()), default=0)
         return Step(name, 0, 0, 0, flops, None if seconds is None else seconds / SECONDS, empty + held, "core")
 
-    def _seconds(self, eigen: float = 0.0, product: float = 0.0, svd: float = 0.0) -> float | None:
+    def seconds(self, eigen: float = 0.0, product: float = 0.0, svd: float = 0.0) -> float | None:
         """Core seconds of so many FLOPs of each kind, at the first calibration's rates."""
         measured = next(iter(self.inputs.calibrations.values()), None)
         if measured is None:
             return None
         return eigen / measured.eigen_rate + product / measured.product_rate + svd / measured.svd_rate
 
-    def _scored(self, entries: Sequence[Score]) -> Tally:
+    def scored(self, entries: Sequence[Score]) -> Tally:
         """The documents of a pass; of candidates as many as there can be, each of one query alone."""
-        tally, most = self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"], self._candidates(entries[0])
+        tally, most = (
+            self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"],
+            self.candidates_at_most(entries[0]),
+        )
         return tally if most is None or most >= tally.documents else tally.scaled(most)
 
-    def _candidates(self, entry: Score) -> int | None:
+    def candidates_at_most(self, entry: Score) -> int | None:
         """The pairs that an entry scores at most, where it does not score all."""
         chosen, queries = entry.candidates, len(self.inputs.resolved.queries)
         if chosen is None:
             return None
         return chosen.top * queries if chosen.path is None else listed_pairs(chosen.path, queries)
 
-    def _scores(self, entries: Sequence[Score]) -> Step:
-        tally, index = self._scored(entries), self.run.stage_index(entries[0].stage)
+    def scores(self, entries: Sequence[Score]) -> Step:
+        tally, index = self.scored(entries), self.run.stage_index(entries[0].stage)
         scorer, job = self.scorer(entries), scoring_job(self.run.score.index(entries[0]))
         flops = counts.pass_flops(self.inputs.sizes[index], tally) + self._scoring_flops(scorer, tally)
         if entries[0].index is not None:
@@ -352,8 +238,8 @@ class Estimate:
             tally.tokens,
             1,
             flops,
-            self._hours(index, job, flops),
-            self._peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
+            self.hours(index, job, flops),
+            self.peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
         )
 
     def _scoring_flops(self, scorer: Scorer, tally: Tally) -> float:
@@ -369,10 +255,10 @@ class Estimate:
             return next(index.rank for index in self.run.index if index.stage == entry.stage)
         return int(read_manifest(index_folder(entry))["rank"])
 
-    def _top(self, entry: Score) -> Step:
+    def top(self, entry: Score) -> Step:
         """Per-token scores of the highest and lowest documents of every query, all of them different at most."""
         entries = next(entries for entries in stages.passes(self.run) if entry in entries)
-        tally, index = self._scored(entries), self.run.stage_index(entry.stage)
+        tally, index = self.scored(entries), self.run.stage_index(entry.stage)
         job = scoring_job(self.run.score.index(entries[0]))
         scored = max(1.0, tally.documents - tally.skipped)
         pairs = len(self.inputs.resolved.queries) * min(scored, 2 * self.run.top)
@@ -386,8 +272,8 @@ class Estimate:
             tally.tokens * shown,
             1,
             flops,
-            self._hours(index, job, flops),
-            self._peak(index, job, self._directions_held([entry], counts.directions_bytes(scorer.directions))),
+            self.hours(index, job, flops),
+            self.peak(index, job, self._directions_held([entry], counts.directions_bytes(scorer.directions))),
         )
 
 

@@ -1,6 +1,5 @@
 """`msif plan`: checks the run, counts its documents, calibrates where it may, and puts the figures together."""
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -8,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from msif_ray import stages
@@ -21,21 +19,19 @@ from msif_ray.paths import is_remote
 from msif_ray.plan import counts
 from msif_ray.plan.bench import Trial
 from msif_ray.plan.counts import ModelSize
-from msif_ray.plan.estimate import Estimate, Inputs, PartBytes, Step, Stored, indexing_job, scoring_job
+from msif_ray.plan.estimate import Estimate, Inputs, Step, indexing_job, scoring_job
 from msif_ray.plan.measure import Calibration, Request, calibrate
 from msif_ray.plan.memory import resident_peak
 from msif_ray.plan.solves import products_job
+from msif_ray.plan.steps import steps
+from msif_ray.plan.storage import Stored, part_bytes, stored
 from msif_ray.plan.tokens import Tally, corpus_tally, tally
 from msif_ray.preflight import Resolved, check
-from msif_ray.record import MEANING
-from msif_ray.results.parts import write_part
 from msif_ray.setup import model_setup
 
 # Queries whose passes are timed: a block of the run's.
 QUERIES_TRIED = 8
 GIBI = 2**30
-# Rows of the Parquet file that tells the bytes of a row.
-ROWS_WRITTEN = 2**20
 
 
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     driver_memory = resident_peak()
     tallies = _tallies(resolved)
     sizes = {index: ModelSize.of(checkpoint.model_path) for index, checkpoint in enumerate(resolved.stages)}
-    inputs = Inputs(resolved, tallies, sizes, {}, _part_bytes(resolved))
+    inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, _first_block(resolved, "score.0")))
     notes: list[str] = []
     if measured:
         inputs = Inputs(resolved, tallies, sizes, _calibrations(Estimate(inputs), notes), inputs.part)
@@ -155,25 +151,6 @@ def _needed(resolved: Resolved) -> list[str]:
     """The corpora to be read: of stages to be fitted, of indexes, and of each scoring pass."""
     first = {f"score.{resolved.run.score.index(entries[0])}" for entries in stages.passes(resolved.run)}
     return [key for key in resolved.corpora if key in first or key.startswith(("stages.", "index."))]
-
-
-def _part_bytes(resolved: Resolved) -> PartBytes:
-    """Measured on the first scored corpus's first block, and its first pair alone, with random scores: float32 does
-    not compress."""
-    run = resolved.run
-    documents = [document.id for document in _first_block(resolved, "score.0")]
-    queries = [query.id for query in resolved.queries][: max(1, ROWS_WRITTEN // len(documents))]
-    random = np.random.default_rng(0)
-    scores, norms = random.standard_normal((len(documents), len(queries))), random.random(len(documents))
-    tokens = random.integers(2, run.score[0].max_tokens or 512, len(documents)).tolist()
-    sizes = []
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "part.parquet"
-        for d, q in ((1, 1), (len(documents), len(queries))):
-            write_part(part, queries[:q], documents[:d], scores[:d, :q], norms[:d], tokens[:d], [], MEANING)
-            sizes.append(part.stat().st_size)
-    pair = (sizes[1] - sizes[0]) / max(1, len(documents) * len(queries) - 1)
-    return PartBytes(sizes[0] - pair, pair)
 
 
 def _first_block(resolved: Resolved, key: str) -> list[Document]:
@@ -260,9 +237,9 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         ranks_per_replica=run.cluster.ranks_per_replica,
         pairs=_pairs(estimate),
         corpora=_corpora(run, inputs.tallies),
-        steps=estimate.steps(),
+        steps=steps(estimate),
         groups=groups,
-        stored=estimate.stored(),
+        stored=stored(estimate),
         free={run.stages[index].name: calibration.free for index, calibration in calibrations.items()},
         driver_memory=driver_memory,
         notes=notes + _notes(estimate),

@@ -88,6 +88,23 @@ def test_groups_are_those_of_the_run(plan: Plan, finished: Path) -> None:
     assert covariance.passes == plan.groups[0].passes
 
 
+def test_what_is_kept_of_the_covariances_spares_the_corrections_their_passes(description: Description) -> None:
+    """With room for all that is kept no pass is left, and with room for half of it half."""
+
+    def corrections(memory: int) -> tuple[float, float]:
+        cluster = description["cluster"] | {"activations_memory": memory}
+        steps = {step.name: step for step in make_plan(parse_run(description | {"cluster": cluster}), False).steps}
+        covariance, correction = steps["pretrain: covariance"], steps["pretrain: correction"]
+        assert covariance.memory is not None
+        return correction.flops, covariance.memory
+
+    (passes, bare), (half, with_half), (none, full) = (corrections(memory) for memory in (0, 40_000, 2**30))
+    kept = full - bare
+    assert none < half < passes
+    assert with_half - bare == 40_000 < kept
+    assert (passes - half) / (passes - none) == pytest.approx(40_000 / kept)
+
+
 def test_entries_that_share_a_pass_are_planned_as_one(description: Description) -> None:
     score = [{"stage": "pretrain"}, {"stage": "pretrain", "name": "other", "responses": {"tune": {"kind": "identity"}}}]
     plan = make_plan(parse_run(description | {"score": score}), measured=False)
