@@ -95,6 +95,7 @@ def test_damaged_files_are_named_and_done_again(
     finishes(description, undisturbed)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_damaged_directions_are_named(tmp_path: Path, undisturbed: dict[runs.Pair, tuple[float, float, int]]) -> None:
     description = one_stage(tmp_path, "run")
@@ -134,6 +135,7 @@ def test_a_full_disk_is_said_and_survived(
     finishes(description, undisturbed)
 
 
+@pytest.mark.long
 def test_a_disk_that_fills_up_during_scoring_is_said_and_survived(
     small_disk: Path,
     tmp_path: Path,
