@@ -11,6 +11,7 @@ from typing import Any
 
 import models
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -51,9 +52,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", MIXTURE | {"shared_expert_intermediate_size": 6}),
     "qwen3_moe": ("qwen3_moe", MIXTURE | {"head_dim": HEAD, "norm_topk_prob": True}),
     "olmoe": ("olmoe", MIXTURE),
+    "llama4": (
+        "llama4_text",
+        GROUPED
+        | {"head_dim": HEAD, "intermediate_size_mlp": INNER, "num_local_experts": 3, "num_experts_per_tok": 1}
+        | {"moe_layers": [1], "attention_chunk_size": 8, "pad_token_id": 3},
+    ),
     "gpt_oss": ("gpt_oss", GROUPED | {"head_dim": HEAD, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "llama4", "gpt_oss")
 
 
 def build(family: str, seed: int, std: float = 0.3, **changes: Any) -> PreTrainedModel:
@@ -83,3 +90,52 @@ class Exact(TorchFunctionMode):
 _MAKERS = (torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like)
 
 
+class Loose(nn.ModuleList):
+    """A module's fused experts as linear maps, each of which sees every token; what a token is not sent to counts
+    zero times. `routed` [T] of every map says which tokens were sent to it. Shares no code with the package."""
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["fused"] = fused  # not a submodule: for its activation alone
+        flip = type(fused).__name__ in ("GptOssExperts", "Llama4TextExperts")
+        for expert in range(len(fused.down_proj)):
+            maps = {}
+            for name in ("gate_up_proj", "down_proj"):
+                weight, bias = getattr(fused, name)[expert], getattr(fused, f"{name}_bias", None)
+                weight = weight.T if flip else weight
+                maps[name] = nn.Linear(*reversed(weight.shape), bias=bias is not None, dtype=weight.dtype)
+                with torch.no_grad():
+                    maps[name].weight.copy_(weight)
+                    if bias is not None:
+                        maps[name].bias.copy_(bias[expert])
+            self.append(nn.ModuleDict(maps))
+
+    def run(self, expert: int, tokens: Tensor, routed: Tensor) -> Tensor:
+        first, second = self[expert]["gate_up_proj"], self[expert]["down_proj"]
+        first.routed = second.routed = routed
+        middle = first(tokens)
+        if type(self.fused).__name__ == "GptOssExperts":
+            gate, up = middle[:, ::2].clamp(max=self.fused.limit), middle[:, 1::2]
+            up = up.clamp(-self.fused.limit, self.fused.limit)
+            return second((up + 1) * gate * torch.sigmoid(self.fused.alpha * gate))
+        half = middle.shape[1] // 2
+        return second(self.fused.act_fn(middle[:, :half]) * middle[:, half:])
+
+    def forward(self, tokens: Tensor, index: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
+        if index is None:  # Llama 4: an expert's own copy of all tokens, zero where they are not sent to it
+            own = tokens.reshape(len(self), -1, tokens.shape[-1])
+            return torch.cat([self.run(e, own[e], (own[e] != 0).any(1)) for e in range(len(self))])
+        total = torch.zeros_like(tokens)
+        for expert in range(len(self)):
+            weight = (weights * (index == expert)).sum(1)
+            total = total + weight[:, None] * self.run(expert, tokens, (index == expert).any(1))
+        return total
+
+
+def loosened(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose fused experts are linear maps of their own, named as the package names them."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Loose(module))
+    return model

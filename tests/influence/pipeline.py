@@ -78,7 +78,7 @@ def fit(stage: StageSpec, tokens_per_batch: int = 150) -> Fitted:
     with Capture(stage.model, maps) as capture:
         for batch in batched:
             covariances.add(capture.run(batch, uniforms(stage, batch)))
-        means = {key: total / covariances.counts[key] for key, total in covariances.sums.items()}
+        means = {key: total / max(covariances.counts[key], 1) for key, total in covariances.sums.items()}
         bases = {
             name: Basis(*(eigenbasis(means[f"{side}/{name}"])[1].to(means[f"A/{name}"].dtype) for side in "AS"))
             for name in maps
