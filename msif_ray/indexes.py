@@ -98,7 +98,7 @@ def check_index(run: Run, position: int, checkpoints: Sequence[Checkpoint], cens
     if manifest["model_sha256"] != checkpoint.model_hash:
         raise UserError(f"{key}.index: {folder} was built with another model than {checkpoint.name!r}'s")
     if {name: tuple(shape) for name, shape in manifest["maps"].items()} != checkpoint.maps:
-        raise UserError(f"{key}.index: {folder} was built over other maps; use the same `modules`")
+        raise UserError(f"{key}.index: {folder} was built over other maps; use the same `modules` and `blocks`")
     documents = run.scored_documents(score)
     wanted = corpus_identity(documents, census, score.max_tokens)
     for what, value in wanted.items():

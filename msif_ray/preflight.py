@@ -63,7 +63,9 @@ def check(run: Run) -> Resolved:
     wanted = _wanted_corpora(run)
     corpora = _read_corpora(wanted)
     queries = _read_queries(run)
-    checkpoints = [check_checkpoint(stage, run.modules, f"stages.{i}") for i, stage in enumerate(run.stages)]
+    checkpoints = [
+        check_checkpoint(stage, run.modules, f"stages.{i}", run.blocks) for i, stage in enumerate(run.stages)
+    ]
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     reused = _check_reused_factors(run, checkpoints)
@@ -189,7 +191,7 @@ def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
     if model != checkpoint.model_hash:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
     if maps != checkpoint.maps:
-        raise UserError(f"{folder} was fitted over other maps; use the same `modules`")
+        raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
     gone = missing(layout.factor_files(folder, maps))
     if gone:
         raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 HIDDEN, INNER, HEADS, HEAD = 8, 12, 2, 4
 SIZES = {
@@ -46,7 +47,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon_alibi": ("falcon", SIZES | {"multi_query": False, "alibi": True, "bias": True, "ffn_hidden_size": INNER}),
     "falcon_new": (
         "falcon",
-        SIZES | {"new_decoder_architecture": True, "num_kv_heads": 1, "ffn_hidden_size": INNER},
+        SIZES
+        | {"num_attention_heads": 4, "num_kv_heads": 2, "new_decoder_architecture": True, "ffn_hidden_size": INNER},
     ),
     "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("qwen2_moe", MIXTURE | {"shared_expert_intermediate_size": 6}),
@@ -138,4 +140,41 @@ def loosened(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Loose(module))
+    return model
+
+
+class Cut(nn.ModuleDict):
+    """A linear map as several, each of which makes some rows of its outputs: `rows` by name, together all rows."""
+
+    def __init__(self, whole: nn.Module, rows: dict[str, list[int]]) -> None:
+        super().__init__()
+        flip = isinstance(whole, Conv1D)
+        weight = whole.weight.T if flip else whole.weight
+        for name, own in rows.items():
+            part = nn.Linear(weight.shape[1], len(own), bias=whole.bias is not None, dtype=weight.dtype)
+            with torch.no_grad():
+                part.weight.copy_(weight[own])
+                if whole.bias is not None:
+                    part.bias.copy_(whole.bias[own])
+            kind, _, head = name.partition(".")
+            if head:
+                self[kind] = self[kind] if kind in self else nn.ModuleDict()
+                self[kind][head] = part
+            else:
+                self[kind] = part
+        self.back = torch.tensor([row for own in rows.values() for row in own]).argsort()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([part(inputs) for part in self.modules() if isinstance(part, nn.Linear)], dim=-1)[
+            ..., self.back
+        ]
+
+
+def cut(model: PreTrainedModel, rows: dict[str, dict[str, list[int]]]) -> PreTrainedModel:
+    """A copy in which modules whose names end as `rows` says are cut, into linear maps named `<module>.<name>`."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        own = name.rpartition(".")[2]
+        if own in rows:
+            setattr(model.get_submodule(name.rpartition(".")[0]), own, Cut(module, rows[own]))
     return model

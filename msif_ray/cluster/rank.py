@@ -23,6 +23,7 @@ from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
 from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
@@ -49,6 +50,7 @@ class ModelSetup:
     threads: int
     cuda: bool
     offload: bool = False
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Rank:
         self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(self.setup.tokenizer), trust_remote_code=False)
         with self._memory("loaded"):
             self.model = self._load()
-        self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules)
+        self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules, self.setup.blocks)
 
     def start(self, job: Job) -> None:
         """Begins a job; what an earlier one gathered is dropped."""

@@ -24,6 +24,7 @@ from msif_ray.influence.linear import LinearMap, is_routed
 from msif_ray.influence.loss import differentiate, differentiate_sampled, nats, softmax_curvature
 from msif_ray.influence.modules import output_head
 from msif_ray.influence.products import wide
+from msif_ray.influence.routed import RoutedModules
 from msif_ray.influence.seen import Seen
 
 
@@ -112,6 +113,7 @@ class Capture:
     maps: dict[str, LinearMap]
     _uses: dict[str, list[_Use]] = field(default_factory=dict, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+    _routed: RoutedModules | None = field(default=None, init=False)
     _undo: Callable[[], None] = field(default=lambda: None, init=False)
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
     _training: list[nn.Module] = field(default_factory=list, init=False)
@@ -129,6 +131,8 @@ class Capture:
         for source in hooked:
             hook = self._hook(source)
             self._handles.append(modules[source].register_forward_hook(hook, with_kwargs=True))
+        self._routed = RoutedModules(self.model, hooked)
+        self._handles += self._routed.hook()
         self._undo = run_one_by_one(self.model, self.maps, self._see)
         head = output_head(self.model)
         if head is not None and all(modules[source] is not head for source in hooked):
@@ -142,6 +146,7 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self._undo()
+        self._routed = None
         self._uses.clear()
         for weight in self._required:
             weight.requires_grad_(True)
@@ -211,10 +216,9 @@ class Capture:
         rows, columns = batch.predicts.nonzero(as_tuple=True)
         losses = terms.new_zeros(len(batch.keys)).index_add_(0, rows, terms)
         uses, self._uses = self._uses, {}
-        shape, routed = batch.input_ids.shape, {each.name for each in self.maps.values() if each.expert is not None}
-        seen = {}
+        shape, seen = batch.input_ids.shape, {}
         for source, calls in uses.items():
-            if source in routed:
+            if is_routed(source) and all(use.tokens is not None for use in calls):
                 seen[source] = _routed(self.maps[source], calls, shape, next(self.model.parameters()))
             else:
                 inputs = _side_by_side(source, [_read_input(source, use) for use in calls], shape)
@@ -233,7 +237,8 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             if not isinstance(output, Tensor):
                 raise UserError(f"modules: {source} gives a {type(output).__name__}, not a tensor; leave it out")
-            return self._see(source, args[0] if args else next(iter(kwargs.values())), output)
+            tokens = None if self._routed is None else self._routed.tokens(source)
+            return self._see(source, args[0] if args else next(iter(kwargs.values())), output, tokens)
 
         return hook
 
@@ -293,9 +298,10 @@ def _routed(described: LinearMap, calls: list[_Use], shape: torch.Size, like: Te
     """What an expert saw; of a batch without a token for it nothing, in the type and on the device of `like`."""
     inputs, gradients = like.new_zeros(0, described.in_features), like.new_zeros(0, described.out_features)
     tokens = torch.zeros(0, dtype=torch.int64, device=like.device)
+    calls = [use for use in calls if use.input.numel()]
     if calls:
-        inputs = torch.cat([_read_input(described.name, use) for use in calls])
-        gradients = torch.cat([_read_gradient(described.name, use) for use in calls])
+        inputs = torch.cat([_read_input(described.name, use).flatten(0, -2) for use in calls])
+        gradients = torch.cat([_read_gradient(described.name, use).flatten(0, -2) for use in calls])
         tokens = torch.cat([use.tokens for use in calls if use.tokens is not None])
         if len(tokens.unique()) < len(tokens):
             raise UserError(f"modules: {described.name} sees a token twice; leave it out")

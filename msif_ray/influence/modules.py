@@ -7,22 +7,26 @@ from typing import Any
 from torch import nn
 
 from msif_ray.errors import UserError
+from msif_ray.influence.blocks import Blocks, cut
 from msif_ray.influence.experts import expert_maps, is_fused, unknown_experts
 from msif_ray.influence.linear import LinearMap
 
 __all__ = ["LinearMap", "find_linear_maps", "output_head"]
 
 
-def find_linear_maps(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, LinearMap]:
+def find_linear_maps(
+    model: nn.Module, patterns: Sequence[str] | None = None, blocks: Blocks | None = None
+) -> dict[str, LinearMap]:
     """The model's tracked maps by name, in the order of `named_modules`.
 
     `patterns` are shell globs over dotted module names, and must each match a linear map. The
     default is every nn.Linear and Conv1D inside the blocks (a name with a layer number in it), and every matrix of
     every expert there (`experts`), but for routers. Embeddings are not linear maps of activations; the LM head is
-    tracked only when a pattern without wildcards names it.
+    tracked only when a pattern without wildcards names it. `blocks` cuts the maps of queries, keys and values
+    (`blocks.cut`).
 
-    Raises UserError for a pattern that matches nothing, for two maps that share one weight, and by default for experts
-    in a layout that is not known.
+    Raises UserError for a pattern that matches nothing, for two maps that share one weight, by default for experts in
+    a layout that is not known, and for what `blocks` cannot cut.
     """
     head = output_head(model)
     candidates = _candidates(model)
@@ -41,7 +45,10 @@ def find_linear_maps(model: nn.Module, patterns: Sequence[str] | None = None) ->
         raise UserError("modules: the model has no linear map inside its blocks; name maps with `modules:`")
     found = {name: candidates[name] for name in chosen}
     _refuse_shared_weights(model, found)
-    return found
+    if blocks is None:
+        return found
+    config: Any = model.config
+    return cut(found, config.get_text_config(), blocks)
 
 
 def _candidates(model: nn.Module) -> dict[str, LinearMap]:
