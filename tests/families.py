@@ -162,7 +162,8 @@ class Cut(nn.ModuleDict):
                 self[kind][head] = part
             else:
                 self[kind] = part
-        self.back = torch.tensor([row for own in rows.values() for row in own]).argsort()
+        by_kind = [own for kind in self for name, own in rows.items() if name.startswith(kind)]
+        self.back = torch.tensor([row for own in by_kind for row in own]).argsort()
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.cat([part(inputs) for part in self.modules() if isinstance(part, nn.Linear)], dim=-1)[

@@ -43,9 +43,9 @@ def is_fused(module: nn.Module) -> bool:
 def expert_maps(name: str, module: nn.Module) -> Iterator[LinearMap]:
     """The maps of all experts of a fused module, expert by expert."""
     layout = _known(module)
-    for expert in range(len(getattr(module, layout.second))):
+    for expert in range(_shape(module, layout.second)[0]):
         for weight in (layout.first, layout.second):
-            rows, columns = getattr(module, weight).shape[1:]
+            rows, columns = _shape(module, weight)[1:]
             out, width = (columns, rows) if layout.transposed else (rows, columns)
             of = Expert(name, weight)
             yield LinearMap(f"{name}.{expert}.{weight}", width, out, layout.bias, expert=of)
@@ -73,10 +73,17 @@ def unknown_experts(model: nn.Module) -> str | None:
     """The first parameter inside the blocks that looks like many matrices in one and is not known to be experts."""
     for name, module in model.named_modules():
         if not is_fused(module) and not isinstance(module, nn.modules.conv._ConvNd):
-            for own, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() == 3 and min(parameter.shape[1:]) > 1 and any(p.isdigit() for p in name.split(".")):
+            for own, _ in module.named_parameters(recurse=False):
+                shape = _shape(module, own)
+                if len(shape) == 3 and min(shape[1:]) > 1 and any(part.isdigit() for part in name.split(".")):
                     return f"{name}.{own}"
     return None
+
+
+def _shape(module: nn.Module, parameter: str) -> tuple[int, ...]:
+    """A parameter's shape, which a sharded one keeps under another name."""
+    held = getattr(module, parameter)
+    return tuple(getattr(held, "ds_shape", held.shape))
 
 
 def _layout(module: nn.Module) -> _Layout | None:
@@ -108,7 +115,7 @@ class _Experts:
 
     @property
     def count(self) -> int:
-        return len(getattr(self.module, self.layout.second))
+        return _shape(self.module, self.layout.second)[0]
 
     def compute(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
         """What one expert makes of its tokens, `[tokens, hidden]`."""
