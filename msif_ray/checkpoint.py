@@ -25,6 +25,7 @@ TOKENIZER_IDENTITY = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "chat_template*.jinja",
 )
 
 

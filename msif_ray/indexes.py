@@ -70,8 +70,9 @@ def missing_files(folder: Path, blocks: CorpusBlocks) -> bool:
 
 def corpus_identity(documents: Documents, census: Census, max_tokens: int | None) -> dict[str, Any]:
     """What two corpora have in common that are the same documents in the same windows, wherever they lie."""
+    messages = {} if documents.messages is None else {"messages": documents.messages}
     return {
-        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}),
+        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}) | messages,
         "append_eos": documents.ends_with_eos,
         "max_tokens": max_tokens,
         "files": [

@@ -244,6 +244,8 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
         scored = [f"score.{i}" for i, score in enumerate(run.score) if score.stage == stage.name]
         scored += [f"index.{i}" for i, entry in enumerate(run.index) if entry.stage == stage.name]
         appended = [wanted[name] for name in (f"stages.{index}", *scored) if name in wanted]
+        if tokenizer.chat_template is None and any(documents.messages is not None for documents in appended):
+            raise UserError(f"{key}: it has no chat template, which `messages` needs; name a tokenizer that has one")
         appended += [run.queries.documents] if index == len(run.stages) - 1 else []
         if tokenizer.eos_token_id is None and any(documents.ends_with_eos for documents in appended):
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")
