@@ -20,12 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.experts import run_one_by_one
-from msif_ray.influence.linear import LinearMap, is_routed
+from msif_ray.influence.linear import LinearMap
 from msif_ray.influence.loss import differentiate, differentiate_sampled, nats, softmax_curvature
 from msif_ray.influence.modules import output_head
 from msif_ray.influence.products import wide
 from msif_ray.influence.routed import RoutedModules
-from msif_ray.influence.seen import Seen
+from msif_ray.influence.seen import Seen, Use, gather
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,6 @@ class Captured:
 
 
 @dataclass
-class _Use:
-    """One call of a map: its input, the input's version when seen, which tokens of the batch it was of (None: all),
-    and later its output's gradient."""
-
-    input: Tensor
-    version: int
-    tokens: Tensor | None = None
-    gradient: Tensor | None = None
-
-
-@dataclass
 class _Targets:
     """The positions of a batch of `shape` that predict a target, counted row after row, and whether the head
     saw these alone."""
@@ -111,7 +100,7 @@ class Capture:
 
     model: nn.Module
     maps: dict[str, LinearMap]
-    _uses: dict[str, list[_Use]] = field(default_factory=dict, init=False)
+    _uses: dict[str, list[Use]] = field(default_factory=dict, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
     _routed: RoutedModules | None = field(default=None, init=False)
     _undo: Callable[[], None] = field(default=lambda: None, init=False)
@@ -216,13 +205,10 @@ class Capture:
         rows, columns = batch.predicts.nonzero(as_tuple=True)
         losses = terms.new_zeros(len(batch.keys)).index_add_(0, rows, terms)
         uses, self._uses = self._uses, {}
-        shape, seen = batch.input_ids.shape, {}
+        shape, seen, like = batch.input_ids.shape, {}, next(self.model.parameters())
+        nothing = {each.source: each.nothing(like) for each in self.maps.values()}
         for source, calls in uses.items():
-            if is_routed(source) and all(use.tokens is not None for use in calls):
-                seen[source] = _routed(self.maps[source], calls, shape, next(self.model.parameters()))
-            else:
-                inputs = _side_by_side(source, [_read_input(source, use) for use in calls], shape)
-                seen[source] = Seen(inputs, _side_by_side(source, [_read_gradient(source, u) for u in calls], shape))
+            seen[source] = gather(source, calls, shape, nothing[source])
         return Captured(batch, losses, labels, self.maps, seen, (rows, columns))
 
     def _select_targets(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -246,7 +232,7 @@ class Capture:
         """Keeps a call's input, and its output's gradient when that comes; gives the output to go on with."""
         if self._direction is not None:
             seen = forward_ad.unpack_dual(seen).primal
-        use = _Use(seen.detach(), seen._version, tokens)
+        use = Use(seen.detach(), seen._version, tokens)
         if not output.requires_grad:
             output = _start_of_graph(output)
         if self._direction is not None:
@@ -280,48 +266,3 @@ def _moved(described: LinearMap, inputs: Tensor, direction: Tensor) -> Tensor:
     """V [a; 1], `[..., out]`: how a map's outputs move when its weights move by V `[out, columns]`."""
     weight, bias = (direction[:, :-1], direction[:, -1]) if described.bias else (direction, None)
     return functional.linear(inputs, weight, bias)
-
-
-def _read_input(name: str, use: _Use) -> Tensor:
-    if use.input._version != use.version:
-        raise UserError(f"modules: the input of {name} is changed in place after use; leave it out")
-    return use.input
-
-
-def _read_gradient(name: str, use: _Use) -> Tensor:
-    if use.gradient is None:
-        raise UserError(f"modules: {name} is not reached by the loss's gradient; leave it out")
-    return use.gradient
-
-
-def _routed(described: LinearMap, calls: list[_Use], shape: torch.Size, like: Tensor) -> Seen:
-    """What an expert saw; of a batch without a token for it nothing, in the type and on the device of `like`."""
-    inputs, gradients = like.new_zeros(0, described.in_features), like.new_zeros(0, described.out_features)
-    tokens = torch.zeros(0, dtype=torch.int64, device=like.device)
-    calls = [use for use in calls if use.input.numel()]
-    if calls:
-        inputs = torch.cat([_read_input(described.name, use).flatten(0, -2) for use in calls])
-        gradients = torch.cat([_read_gradient(described.name, use).flatten(0, -2) for use in calls])
-        tokens = torch.cat([use.tokens for use in calls if use.tokens is not None])
-        if len(tokens.unique()) < len(tokens):
-            raise UserError(f"modules: {described.name} sees a token twice; leave it out")
-    return Seen.routed(inputs, gradients, tokens, shape)
-
-
-def _side_by_side(name: str, tensors: list[Tensor], shape: torch.Size) -> Tensor:
-    """The uses of one map, `[rows, uses·tokens, features]`."""
-    if not tensors:
-        raise UserError(f"modules: {name} is not used in the forward pass; leave it out")
-    rows, tokens = shape
-    shaped = []
-    for tensor in tensors:
-        # Some models flatten rows and tokens before a map. An expert's tokens come in the router's
-        # order instead, so a matching count would prove nothing.
-        flat = tensor.dim() == 2 and tensor.shape[0] == rows * tokens and not is_routed(name)
-        if not flat and tensor.shape[:-1] != shape:
-            raise UserError(
-                f"modules: {name} sees {tuple(tensor.shape)} where [{rows}, {tokens}, features] is needed "
-                "to tell documents apart; leave it out"
-            )
-        shaped.append(tensor.reshape(rows, tokens, -1))
-    return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=1)

@@ -72,6 +72,11 @@ class LinearMap:
         parts = [outputs[..., start:stop] for start, stop in self.rows.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
+    def nothing(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """No inputs `[0, in]` and no outputs `[0, out]` of the source, in the type and on the device of `like`."""
+        out = self.out_features if self.rows is None else max(stop for _, stop in self.rows.spans)
+        return like.new_zeros(0, self.in_features), like.new_zeros(0, out)
+
     def put(self, outputs: Tensor, part: Tensor) -> None:
         """Writes the map's `part` `[..., out]` into its place in its source's `outputs`."""
         spans = ((0, self.out_features),) if self.rows is None else self.rows.spans

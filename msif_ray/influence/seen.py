@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from msif_ray.errors import UserError
+from msif_ray.influence.linear import is_routed
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -53,3 +56,70 @@ class Seen:
         if self.tokens is None:
             return mask.repeat(1, self.inputs.shape[1] // mask.shape[1])
         return mask.gather(1, self.tokens.clamp_min(0)) & (self.tokens >= 0)
+
+
+@dataclass
+class Use:
+    """One call of a map: its input, the input's version when seen, which tokens of the batch it was of (None: all),
+    and later its output's gradient."""
+
+    input: Tensor
+    version: int
+    tokens: Tensor | None = None
+    gradient: Tensor | None = None
+
+
+def gather(name: str, calls: list[Use], shape: torch.Size, nothing: tuple[Tensor, Tensor]) -> Seen:
+    """What a module saw in all its calls in one pass over a batch of `shape`; of an expert that no token of the batch
+    was sent to, `nothing`: inputs `[0, in]` and gradients `[0, out]`.
+
+    Raises UserError, naming the module, for calls that do not tell documents apart.
+    """
+    if is_routed(name) and all(use.tokens is not None for use in calls):
+        return _routed(name, calls, shape, nothing)
+    inputs = _side_by_side(name, [_read_input(name, use) for use in calls], shape)
+    return Seen(inputs, _side_by_side(name, [_read_gradient(name, use) for use in calls], shape))
+
+
+def _read_input(name: str, use: Use) -> Tensor:
+    if use.input._version != use.version:
+        raise UserError(f"modules: the input of {name} is changed in place after use; leave it out")
+    return use.input
+
+
+def _read_gradient(name: str, use: Use) -> Tensor:
+    if use.gradient is None:
+        raise UserError(f"modules: {name} is not reached by the loss's gradient; leave it out")
+    return use.gradient
+
+
+def _routed(name: str, calls: list[Use], shape: torch.Size, nothing: tuple[Tensor, Tensor]) -> Seen:
+    inputs, gradients = nothing
+    tokens = torch.zeros(0, dtype=torch.int64, device=inputs.device)
+    calls = [use for use in calls if use.input.numel()]
+    if calls:
+        inputs = torch.cat([_read_input(name, use).flatten(0, -2) for use in calls])
+        gradients = torch.cat([_read_gradient(name, use).flatten(0, -2) for use in calls])
+        tokens = torch.cat([use.tokens for use in calls if use.tokens is not None])
+        if len(tokens.unique()) < len(tokens):
+            raise UserError(f"modules: {name} sees a token twice; leave it out")
+    return Seen.routed(inputs, gradients, tokens, shape)
+
+
+def _side_by_side(name: str, tensors: list[Tensor], shape: torch.Size) -> Tensor:
+    """The uses of one map, `[rows, uses·tokens, features]`."""
+    if not tensors:
+        raise UserError(f"modules: {name} is not used in the forward pass; leave it out")
+    rows, tokens = shape
+    shaped = []
+    for tensor in tensors:
+        # Some models flatten rows and tokens before a map. An expert's tokens come in the router's
+        # order instead, so a matching count would prove nothing.
+        flat = tensor.dim() == 2 and tensor.shape[0] == rows * tokens and not is_routed(name)
+        if not flat and tensor.shape[:-1] != shape:
+            raise UserError(
+                f"modules: {name} sees {tuple(tensor.shape)} where [{rows}, {tokens}, features] is needed "
+                "to tell documents apart; leave it out"
+            )
+        shaped.append(tensor.reshape(rows, tokens, -1))
+    return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=1)
