@@ -70,12 +70,15 @@ def run_one_by_one(model: nn.Module, maps: Mapping[str, LinearMap], observe: Obs
 
 
 def unknown_experts(model: nn.Module) -> str | None:
-    """The first parameter inside the blocks that looks like many matrices in one and is not known to be experts."""
+    """The first parameter inside the blocks that looks like many matrices in one and is not known to be experts: one
+    of three dimensions, or one of two among experts that belongs to no linear map."""
     for name, module in model.named_modules():
-        if not is_fused(module) and not isinstance(module, nn.modules.conv._ConvNd):
+        parts = name.split(".")
+        known = is_fused(module) or isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        if not known and any(part.isdigit() for part in parts):
             for own, _ in module.named_parameters(recurse=False):
                 shape = _shape(module, own)
-                if len(shape) == 3 and min(shape[1:]) > 1 and any(part.isdigit() for part in name.split(".")):
+                if (len(shape) == 3 and min(shape[1:]) > 1) or (len(shape) == 2 and "experts" in parts):
                     return f"{name}.{own}"
     return None
 

@@ -11,7 +11,7 @@ import reference
 import torch
 from test_families import ANSWERS, compare, stages_of
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DbrxConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from msif_ray.config import Strength
@@ -180,6 +180,24 @@ def test_matrices_that_nothing_says_how_to_track_are_refused_by_name():
     ):
         find_linear_maps(model)
     assert len(find_linear_maps(model, ["*.mlp.*"])) == 4
+
+
+def test_experts_in_a_layout_that_is_not_known_are_refused_by_name():
+    ffn = {"ffn_hidden_size": 12, "moe_num_experts": 2, "moe_top_k": 1}
+    config = DbrxConfig(
+        d_model=8,
+        n_heads=2,
+        n_layers=1,
+        vocab_size=11,
+        ffn_config=ffn,
+        attn_config={"kv_n_heads": 1, "rope_theta": 1e4},
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        UserError, match=r"^modules: transformer\.blocks\.0\.ffn\.experts\.mlp\.\w+ is a parameter of many"
+    ):
+        find_linear_maps(model)
+    assert len(find_linear_maps(model, ["*.attn.*"])) == 2
 
 
 BLOCKS = {
