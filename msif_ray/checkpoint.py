@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
 from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, folder_revision, obtain
+from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.modules import find_linear_maps
 
 HASH_BYTES = 2**22
@@ -24,6 +25,7 @@ TOKENIZER_IDENTITY = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "chat_template*.jinja",
 )
 
 
@@ -47,7 +49,7 @@ class Checkpoint:
     maps: dict[str, tuple[int, int]]
 
 
-def check_checkpoint(stage: Stage, modules: list[str] | None, key: str) -> Checkpoint:
+def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: Blocks | None = None) -> Checkpoint:
     """Finds and checks a stage's model, and finds its tokenizer.
 
     Raises UserError, naming the key, file or tensor, for a model that is not there, has no
@@ -59,7 +61,7 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str) -> Check
         raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
     if not files:
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
-    context, maps = _describe(folder, modules, key)
+    context, maps = _describe(folder, modules, key, blocks)
     for file in files:
         _check_finite(file, key)
     tokenizer, tokenizer_source = folder, source
@@ -105,7 +107,9 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _describe(folder: Path, modules: list[str] | None, key: str) -> tuple[int | None, dict[str, tuple[int, int]]]:
+def _describe(
+    folder: Path, modules: list[str] | None, key: str, blocks: Blocks | None
+) -> tuple[int | None, dict[str, tuple[int, int]]]:
     """The model's context length and tracked maps, from its configuration alone."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -115,7 +119,7 @@ def _describe(folder: Path, modules: list[str] | None, key: str) -> tuple[int | 
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.model: {folder} is not a causal language model that loads: {reason}") from None
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context, {name: found.shape for name, found in find_linear_maps(model, modules).items()}
+    return context, {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
 
 
 def _check_finite(file: Path, key: str) -> None:

@@ -70,8 +70,9 @@ def missing_files(folder: Path, blocks: CorpusBlocks) -> bool:
 
 def corpus_identity(documents: Documents, census: Census, max_tokens: int | None) -> dict[str, Any]:
     """What two corpora have in common that are the same documents in the same windows, wherever they lie."""
+    messages = {} if documents.messages is None else {"messages": documents.messages}
     return {
-        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}),
+        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}) | messages,
         "append_eos": documents.ends_with_eos,
         "max_tokens": max_tokens,
         "files": [
@@ -98,7 +99,7 @@ def check_index(run: Run, position: int, checkpoints: Sequence[Checkpoint], cens
     if manifest["model_sha256"] != checkpoint.model_hash:
         raise UserError(f"{key}.index: {folder} was built with another model than {checkpoint.name!r}'s")
     if {name: tuple(shape) for name, shape in manifest["maps"].items()} != checkpoint.maps:
-        raise UserError(f"{key}.index: {folder} was built over other maps; use the same `modules`")
+        raise UserError(f"{key}.index: {folder} was built over other maps; use the same `modules` and `blocks`")
     documents = run.scored_documents(score)
     wanted = corpus_identity(documents, census, score.max_tokens)
     for what, value in wanted.items():

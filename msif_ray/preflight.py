@@ -63,7 +63,9 @@ def check(run: Run) -> Resolved:
     wanted = _wanted_corpora(run)
     corpora = _read_corpora(wanted)
     queries = _read_queries(run)
-    checkpoints = [check_checkpoint(stage, run.modules, f"stages.{i}") for i, stage in enumerate(run.stages)]
+    checkpoints = [
+        check_checkpoint(stage, run.modules, f"stages.{i}", run.blocks) for i, stage in enumerate(run.stages)
+    ]
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     reused = _check_reused_factors(run, checkpoints)
@@ -189,7 +191,7 @@ def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
     if model != checkpoint.model_hash:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
     if maps != checkpoint.maps:
-        raise UserError(f"{folder} was fitted over other maps; use the same `modules`")
+        raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
     gone = missing(layout.factor_files(folder, maps))
     if gone:
         raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
@@ -242,6 +244,8 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
         scored = [f"score.{i}" for i, score in enumerate(run.score) if score.stage == stage.name]
         scored += [f"index.{i}" for i, entry in enumerate(run.index) if entry.stage == stage.name]
         appended = [wanted[name] for name in (f"stages.{index}", *scored) if name in wanted]
+        if tokenizer.chat_template is None and any(documents.messages is not None for documents in appended):
+            raise UserError(f"{key}: it has no chat template, which `messages` needs; name a tokenizer that has one")
         appended += [run.queries.documents] if index == len(run.stages) - 1 else []
         if tokenizer.eos_token_id is None and any(documents.ends_with_eos for documents in appended):
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")

@@ -122,7 +122,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     run = resolved.run.model_dump(mode="json", exclude={"run_dir", "top"})
     for key in _PLACEMENT:
         run["cluster"].pop(key)
-    for key, unset in (("index", []), ("detail", Detail().model_dump())):
+    for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
     for stage in run["stages"]:

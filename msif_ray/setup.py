@@ -18,6 +18,7 @@ def model_setup(resolved: Resolved, index: int, documents: Documents, max_tokens
         model=model.source,
         tokenizer=model.tokenizer_source,
         modules=None if run.modules is None else tuple(run.modules),
+        blocks=run.blocks,
         dtype=cluster.dtype,
         max_tokens=max_tokens,
         append_eos=documents.ends_with_eos,

@@ -2,9 +2,11 @@
 
 from msif_ray.config import CgSolver, IdentityResponse, ProximalResponse, Run, Score, Strength, UnrolledResponse
 from msif_ray.errors import UserError
+from msif_ray.influence.linear import is_routed
 from msif_ray.influence.response import (
     DampedInverse,
     Identity,
+    Nothing,
     Proximal,
     Response,
     UnrolledFilter,
@@ -74,7 +76,11 @@ def response_of(
     A scored stage answers with its damped inverse (DESIGN.md §2), or with the unrolled form where
     the stage is described so; a later stage with its filter (default: proximal).
 
-    Raises UserError, naming the map, for a relative strength where the mean eigenvalue is zero.
+    An expert that no token of the fitted documents reached has a mean eigenvalue of zero, and no strength relative to
+    it: a later stage leaves it alone (α/(0 + α) is 1 whatever α), and it takes no part in the scores of that stage's
+    documents, as the gradients of those that were fitted take none in it.
+
+    Raises UserError, naming the map, for a relative strength where the mean eigenvalue of any other map is zero.
     """
     stage = run.stages[index]
     response = stage.response
@@ -85,9 +91,16 @@ def response_of(
         return (UnrolledInverse(time) if index == scored else UnrolledFilter(time)), None
     proximal = response or ProximalResponse()
     strength = stage.damping if index == scored else proximal.alpha
+    if strength.relative is not None and is_unreached(map_name, mean_eigenvalue):
+        return (Nothing() if index == scored else Identity()), None
     key = "damping" if index == scored else "response.alpha"
     value = positive_strength(strength, mean_eigenvalue, f"stages.{index}.{key}", map_name)
     return (DampedInverse(value) if index == scored else Proximal(value)), value
+
+
+def is_unreached(map_name: str, mean_eigenvalue: float) -> bool:
+    """Whether a map is of an expert that no token of the fitted documents reached."""
+    return mean_eigenvalue == 0.0 and is_routed(map_name)
 
 
 def positive_strength(strength: Strength, mean_eigenvalue: float, key: str, map_name: str) -> float:

@@ -140,6 +140,11 @@ def build_model(
     config = build_config(kind, vocab, hidden, intermediate, layers, heads, tied)
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return randomise(model, seed, std)
+
+
+def randomise(model: PreTrainedModel, seed: int, std: float = 0.3) -> PreTrainedModel:
+    """The model, in float64 and eval mode, with random weights of this deviation, norms' around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

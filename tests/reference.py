@@ -158,22 +158,25 @@ def window_gradients(
 
 
 def token_vectors(model: nn.Module, names: Maps, ids: Ids, labels: list[int]) -> dict[str, list[Tensor]]:
-    """Inputs a_t [T, i] (1 appended for a bias) and g_t = d loss / d (W a_t + b) [T, o] of every map."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    """Inputs a_t [T, i] (1 appended for a bias) and g_t = d loss / d (W a_t + b) [T, o] of every map; of one used n
+    times one use's after the other's, [n T, .]."""
+    seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {}
 
     def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         a = args[0].detach().flatten(0, -2)  # [1, T, i], or [T, i] in the MLP of opt
         if module.bias is not None:
             a = torch.cat([a, torch.ones_like(a[:, :1])], dim=1)
-        seen[module] = (a, output)
+        seen.setdefault(module, []).append((a, output))
 
     modules = [model.get_submodule(name) for name in names]
     handles = [module.register_forward_hook(keep) for module in modules]
     loss = summed_nll(model, ids, labels)
     for handle in handles:
         handle.remove()
-    gradients = torch.autograd.grad(loss, [seen[module][1] for module in modules])
-    return {name: [seen[m][0], g.flatten(0, -2)] for name, m, g in zip(names, modules, gradients, strict=True)}
+    found = iter(torch.autograd.grad(loss, [output for module in modules for _, output in seen[module]]))
+    gradients = [torch.cat([next(found).flatten(0, -2) for _ in seen[module]]) for module in modules]
+    inputs = [torch.cat([a for a, _ in seen[module]]) for module in modules]
+    return {name: [a, g] for name, a, g in zip(names, inputs, gradients, strict=True)}
 
 
 def labelled_windows(stage: StageSpec) -> list[list[tuple[Ids, Flags, list[int]]]]:
@@ -193,16 +196,30 @@ def labelled_windows(stage: StageSpec) -> list[list[tuple[Ids, Flags, list[int]]
 
 
 def covariances(stage: StageSpec, names: Maps) -> dict[str, tuple[Tensor, Tensor]]:
-    """A = mean of a_t a_tᵀ [i, i], S = mean of g_t g_tᵀ [o, o] over all positions that predict a target."""
+    """A = mean of a_t a_tᵀ [i, i], S = mean of g_t g_tᵀ [o, o] over all positions that predict a target; of an expert,
+    over those of them whose tokens are sent to it: its module's `routed` [T] says of which tokens that is true."""
     tokens: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     for ids, _, labels in (window for document in labelled_windows(stage) for window in document):
         for name, (a, g) in token_vectors(stage.model, names, ids, labels).items():
-            tokens[name] += [(a[t], g[t]) for t, label in enumerate(labels) if label != MASKED]
+            routed = getattr(stage.model.get_submodule(name), "routed", torch.ones(len(ids), dtype=torch.bool))
+            uses = len(a) // len(ids)
+            wanted = [label != MASKED and bool(seen) for label, seen in zip(labels, routed, strict=True)] * uses
+            tokens[name] += [(a[t], g[t]) for t, counts in enumerate(wanted) if counts]
     moments = {}
     for name, pairs in tokens.items():
+        if not pairs:  # an expert that no token reached
+            (out, columns), of_nothing = _shape(stage.model.get_submodule(name)), {"dtype": torch.float64}
+            moments[name] = (torch.zeros(columns, columns, **of_nothing), torch.zeros(out, out, **of_nothing))
+            continue
         a, g = (torch.stack(vectors) for vectors in zip(*pairs, strict=True))
         moments[name] = (a.T @ a / len(a), g.T @ g / len(g))
     return moments
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in and one for a bias)."""
+    out, inputs = reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
+    return out, inputs + (module.bias is not None)
 
 
 def corrected_eigenvalues(stage: StageSpec, bases: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -76,7 +76,7 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("score.0", {"stage": "pre", "index": "r", "candidates": {"path": "c"}}, "score.0.candidates: an index is"),
         ("stages.0.name", "a/b", "stages.0.name: string should match"),
         ("stages.1.name", "pre", "stages: the name 'pre' is there twice"),
-        ("stages.0.documents.text", ..., "stages.0.documents: give either `text`, or `completion`"),
+        ("stages.0.documents.text", ..., "stages.0.documents: give one of `text`, `completion`"),
         ("stages.0.documents.prompt", "p", "stages.0.documents: `prompt` goes with `completion`"),
         ("stages.0.response", {"kind": "proximal"}, "stages.0.response: 'pre' is the first stage"),
         ("stages.1.response", {"kind": "proxmal"}, "stages.1.response: "),

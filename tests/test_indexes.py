@@ -76,7 +76,10 @@ def test_the_right_one_is_taken(
 
 CORPUS: dict[str, tuple[dict[str, Any], str]] = {
     "other model": ({"model_sha256": "x"}, r"score\.0\.index: {index} was built with another model than 'pre''s"),
-    "other maps": ({"maps": {}}, r"score\.0\.index: {index} was built over other maps; use the same `modules`"),
+    "other maps": (
+        {"maps": {}},
+        r"score\.0\.index: {index} was built over other maps; use the same `modules` and `blocks`",
+    ),
 }
 
 

@@ -201,7 +201,8 @@ def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
         summed = total.pop(key)
         if not torch.isfinite(summed).all():
             raise UserError(f"{map_name}: the {side} covariance is not finite; the model's numbers overflow")
-        values, vectors = eigenbasis(summed.double() / total[f"{key}_positions"])
+        # Of an expert that no token reached the mean is zero.
+        values, vectors = eigenbasis(summed.double() / total[f"{key}_positions"].clamp_min(1))
         tensors[f"{side}_basis"] = vectors.to(summed.dtype).contiguous()
         tensors[f"{side}_eigenvalues"] = values.to(summed.dtype)
     if not exists(layout.basis_file(folder, map_name)):  # nor meanwhile

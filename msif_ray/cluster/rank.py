@@ -23,6 +23,7 @@ from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
 from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.kept import KEPT_SHARE, KeptPasses
 from msif_ray.influence.labels import batch_uniforms
@@ -50,6 +51,7 @@ class ModelSetup:
     threads: int
     cuda: bool
     offload: bool = False
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Rank:
         self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(self.setup.tokenizer), trust_remote_code=False)
         with self._memory("loaded"):
             self.model = self._load()
-        self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules)
+        self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules, self.setup.blocks)
 
     def start(self, job: Job) -> None:
         """Begins a job; what an earlier one gathered is dropped."""

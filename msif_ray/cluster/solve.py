@@ -227,6 +227,12 @@ class Solver:
         """What each map's diagonal is raised by: the scored stage's damping, a later one's α."""
         run, scored, means = self.task.run, self.task.scored, self.means[stage.index]
         found = {name: stages.response_of(run, stage.index, scored, name, means[name])[1] for name in self.maps}
+        unreached = next((name for name, strength in found.items() if strength is None), None)
+        if unreached is not None:
+            raise UserError(
+                f"stages.{stage.index}.solver: no token of the fitted documents reached {unreached}, so no relative "
+                "strength damps it; give an absolute one, leave it out with `modules:`, or use kind: ekfac"
+            )
         return {name: strength for name, strength in found.items() if strength is not None}
 
     def _each(self, queries: Queries, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.score_jobs import TokenJob, WindowShares
 from msif_ray.corpus.blocks import ListedBlocks
+from msif_ray.corpus.chat import chat_text
 from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.corpus.windows import Skipped, encode
@@ -73,7 +74,9 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
 
 
 def text_of(document: Document) -> str:
-    """A scored document as one text: its prompt, where it has one, and its content."""
+    """A scored document as one text: its prompt, where it has one, and its content, or its messages."""
+    if document.is_chat:
+        return chat_text(document.text)
     return f"{document.prompt}{document.text}" if document.has_prompt else str(document.text)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -24,12 +24,17 @@ from msif_ray.paths import path_of
 
 
 class Run(Strict):
-    """A whole run: what `run.yaml` says, and the API."""
+    """A whole run: what `run.yaml` says, and the API.
+
+    `modules` (globs) says which linear maps of every stage's model are tracked, and `blocks` whether those of queries,
+    keys and values are cut into blocks of their own: a fused map by projection (`qkv`), or every one by head (`heads`).
+    """
 
     run_dir: Location
     seed: int = 0
     stages: Annotated[list[Stage], Field(min_length=1)]
     modules: Annotated[list[str], Field(min_length=1)] | None = None
+    blocks: Literal["qkv", "heads"] | None = None
     queries: Queries
     index: list[Index] = Field(default_factory=list)
     score: Annotated[list[Score], Field(min_length=1)]

@@ -10,24 +10,28 @@ from msif_ray.config.base import Column, Location, Locations, Name, Positive, St
 class Documents(Strict):
     """A corpus: Parquet, JSON lines or a saved `datasets` folder, and its columns.
 
-    Either `text`, or `completion` with an optional `prompt`. Without `id`, a document's id is
-    `file:row`. `append_eos` ends the sequence with the EOS token as a target: by default where
-    there is a completion.
+    One of `text`, `completion` with an optional `prompt`, and `messages`: a conversation, a list of
+    `{role, content}`, which the tokenizer's chat template makes one text of, and of which the assistant's
+    turns alone are targets. Without `id`, a document's id is `file:row`. `append_eos` ends the sequence with the EOS
+    token as a target: by default where there is a completion. A chat template ends its turns itself.
     """
 
     path: Locations
     text: Column | None = None
     prompt: Column | None = None
     completion: Column | None = None
+    messages: Column | None = None
     id: Column | None = None
     append_eos: bool | None = None
 
     @model_validator(mode="after")
     def _columns(self) -> Self:
-        if (self.text is None) == (self.completion is None):
-            raise ValueError("give either `text`, or `completion` with an optional `prompt`")
-        if self.text is not None and self.prompt is not None:
-            raise ValueError("`prompt` goes with `completion`, not with `text`")
+        if sum(column is not None for column in (self.text, self.completion, self.messages)) != 1:
+            raise ValueError("give one of `text`, `completion` with an optional `prompt`, and `messages`")
+        if self.completion is None and self.prompt is not None:
+            raise ValueError(f"`prompt` goes with `completion`, not with `{'text' if self.text else 'messages'}`")
+        if self.messages is not None and self.append_eos:
+            raise ValueError("`append_eos` does not go with `messages`: the chat template ends its turns itself")
         return self
 
     @property

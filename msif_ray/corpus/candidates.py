@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.chat import chat_text
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of, storage
@@ -146,8 +147,8 @@ def _texts(blocks: CorpusBlocks, documents: list[tuple[str, str]]) -> Iterator[s
     for block in blocks.left(frozenset()):
         for document in block.documents:
             documents.append((document.id, block.id))
-            text = f"{document.prompt or ''}{document.text or ''}" if isinstance(document.text, str) else ""
-            yield text
+            text = chat_text(document.text) if document.is_chat else document.text
+            yield f"{document.prompt or ''}{text or ''}" if isinstance(text, str) else ""
 
 
 def by_list(blocks: CorpusBlocks, queries: Sequence[Document], path: str, key: str) -> pa.Table:

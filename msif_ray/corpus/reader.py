@@ -40,12 +40,14 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Document:
-    """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there."""
+    """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there; where
+    `is_chat`, `text` is a conversation's messages."""
 
     id: str
     prompt: Any
     text: Any
     has_prompt: bool = False
+    is_chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ def _one_line(error: Exception) -> str:
 
 def document_columns(documents: Documents) -> list[str]:
     """The columns of a corpus that a run reads."""
-    named = (documents.id, documents.prompt, documents.completion, documents.text)
+    named = (documents.id, documents.prompt, documents.completion, documents.text, documents.messages)
     return list(dict.fromkeys(column for column in named if column is not None))
 
 
@@ -238,10 +240,11 @@ def is_unicode(text: str) -> bool:
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
     """The file's documents in order. Raises UserError as `read_rows`, and for a row without an id."""
-    content = documents.completion or documents.text or ""
+    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
     for number, row in enumerate(read_rows(file, document_columns(documents), key)):
         prompt = row[documents.prompt] if documents.prompt is not None else None
-        yield Document(row_id(file, number, row, documents, key), prompt, row[content], documents.prompt is not None)
+        name = row_id(file, number, row, documents, key)
+        yield Document(name, prompt, row[content], documents.prompt is not None, chat)
 
 
 def read_file_blocks(

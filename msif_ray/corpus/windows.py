@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from msif_ray.corpus.chat import chat_fault, encode_chat
 from msif_ray.corpus.reader import Document, is_unicode
 from msif_ray.influence.batch import Batch, WindowKey
 
@@ -54,8 +55,10 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
 
     With a prompt, prompt and completion are tokenised separately and joined, the completion
     verbatim and without special tokens; only its tokens are targets. `append_eos` ends the
-    sequence with the EOS token as a target.
+    sequence with the EOS token as a target. Of a conversation the assistant's tokens are targets (`chat`).
     """
+    if document.is_chat:
+        return _encode_chat(tokenizer, document)
     fault = _fault(document)
     if fault is not None:
         return Skipped(document.id, fault)
@@ -66,13 +69,27 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
         before, after = [], list(tokenizer(document.text)["input_ids"])
     if append_eos:
         after.append(tokenizer.eos_token_id)
-    ids = (*before, *after)
-    targets = (False,) * len(before) + (True,) * len(after)
+    return _encoded(document, [*before, *after], [False] * len(before) + [True] * len(after))
+
+
+def _encoded(document: Document, ids: Sequence[int], targets: Sequence[bool]) -> Encoded | Skipped:
     if len(ids) < 2:
         return Skipped(document.id, "fewer than two tokens")
     if not any(targets[1:]):
         return Skipped(document.id, "no target tokens")
-    return Encoded(document.id, ids, (False, *targets[1:]))
+    return Encoded(document.id, tuple(ids), (False, *targets[1:]))
+
+
+def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
+    fault = chat_fault(document.text)
+    if fault is None and not all(is_unicode(message["content"]) for message in document.text):
+        fault = "messages is not valid Unicode"
+    if fault is not None:
+        return Skipped(document.id, fault)
+    try:
+        return _encoded(document, *encode_chat(tokenizer, document.text))
+    except ValueError as error:
+        return Skipped(document.id, str(error))
 
 
 def _fault(document: Document) -> str | None:

@@ -19,9 +19,13 @@ from torch.utils.hooks import RemovableHandle
 
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
+from msif_ray.influence.experts import run_one_by_one
+from msif_ray.influence.linear import LinearMap
 from msif_ray.influence.loss import differentiate, differentiate_sampled, nats, softmax_curvature
-from msif_ray.influence.modules import LinearMap, output_head
+from msif_ray.influence.modules import output_head
 from msif_ray.influence.products import wide
+from msif_ray.influence.routed import RoutedModules
+from msif_ray.influence.seen import Seen, Use, gather
 
 
 @dataclass(frozen=True)
@@ -31,53 +35,49 @@ class Captured:
     `losses` `[rows]`: summed negative log-likelihood of each row's labels, in nats. `labels` `[targets]`: these
     labels, row after row.
     A map used n times in one forward pass has its uses side by side along the token axis, n·tokens
-    long: its gradient is the sum over uses, and each use is a position of its own.
+    long: its gradient is the sum over uses, and each use is a position of its own. Of an expert `vectors` has as many
+    positions as a row's tokens that were routed to it; everything else is by token, with zero gradients at others.
     """
 
     batch: Batch
     losses: Tensor
     labels: Tensor
     maps: dict[str, LinearMap]
-    _inputs: dict[str, Tensor]
-    _gradients: dict[str, Tensor]
+    _seen: dict[str, Seen]
     _targets: tuple[Tensor, Tensor]  # row and column of each position that predicts a target
 
     def activations(self, name: str) -> Tensor:
-        """`[rows, positions, columns]`: the map's inputs, with the constant 1 last where it has a bias."""
+        """`[rows, tokens, columns]`: the map's inputs, with the constant 1 last where it has a bias."""
         inputs = self.inputs(name)
         return functional.pad(inputs, (0, 1), value=1.0) if self.maps[name].bias else inputs
 
     def inputs(self, name: str) -> Tensor:
-        """`[rows, positions, in]`: the map's inputs alone."""
-        return wide(self._inputs[name])
+        """`[rows, tokens, in]`: the map's inputs alone."""
+        seen = self._seen[self.maps[name].source]
+        return wide(seen.at_tokens(seen.inputs, self.batch.input_ids.shape[1]))
 
     def gradients(self, name: str) -> Tensor:
-        """`[rows, positions, out]`: the losses' gradient at the map's outputs; zero at padding."""
-        return wide(self._gradients[name])
+        """`[rows, tokens, out]`: the losses' gradient at the map's outputs; zero at padding."""
+        seen = self._seen[self.maps[name].source]
+        return wide(seen.at_tokens(self.maps[name].own(seen.gradients), self.batch.input_ids.shape[1]))
 
     def vectors(self, name: str) -> tuple[Tensor, Tensor]:
         """`[rows, positions, in]` and `[rows, positions, out]`: inputs and gradients in the model's own type."""
-        return self._inputs[name], self._gradients[name]
+        seen = self._seen[self.maps[name].source]
+        return seen.inputs, self.maps[name].own(seen.gradients)
 
     def positions(self, name: str) -> Tensor:
-        """The positions of the map that predict a target, `[targets]`, counted row after row."""
-        tokens, total = self.batch.input_ids.shape[1], self._inputs[name].shape[1]
-        rows, columns = self._targets
+        """Those of the map's `vectors` whose tokens predict a target, `[targets]`, counted row after row."""
+        seen, tokens = self._seen[self.maps[name].source], self.batch.input_ids.shape[1]
+        if seen.tokens is not None:
+            return seen.marked(self.batch.predicts).flatten().nonzero()[:, 0]
+        rows, columns = self._targets  # a GPU waits for `nonzero`
+        total = seen.inputs.shape[1]
         return torch.cat([rows * total + start + columns for start in range(0, total, tokens)])
 
     def predicts(self, name: str) -> Tensor:
-        """`[rows, positions]` bool: which positions of the map predict a target."""
-        mask = self.batch.predicts
-        return mask.repeat(1, self._inputs[name].shape[1] // mask.shape[1])
-
-
-@dataclass
-class _Use:
-    """One call of a map: its input, the input's version when seen, and later its output's gradient."""
-
-    input: Tensor
-    version: int
-    gradient: Tensor | None = None
+        """`[rows, positions]` bool: which of the map's `vectors` are of tokens that predict a target."""
+        return self._seen[self.maps[name].source].marked(self.batch.predicts)
 
 
 @dataclass
@@ -100,8 +100,10 @@ class Capture:
 
     model: nn.Module
     maps: dict[str, LinearMap]
-    _uses: dict[str, list[_Use]] = field(default_factory=dict, init=False)
+    _uses: dict[str, list[Use]] = field(default_factory=dict, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
+    _routed: RoutedModules | None = field(default=None, init=False)
+    _undo: Callable[[], None] = field(default=lambda: None, init=False)
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
     _training: list[nn.Module] = field(default_factory=list, init=False)
     _targets: "_Targets | None" = field(default=None, init=False)
@@ -114,11 +116,15 @@ class Capture:
         for weight in self._required:
             weight.requires_grad_(False)
         modules = dict(self.model.named_modules())
-        for name in self.maps:
-            hook = self._hook(name)
-            self._handles.append(modules[name].register_forward_hook(hook, with_kwargs=True))
+        hooked = dict.fromkeys(each.source for each in self.maps.values() if each.expert is None)
+        for source in hooked:
+            hook = self._hook(source)
+            self._handles.append(modules[source].register_forward_hook(hook, with_kwargs=True))
+        self._routed = RoutedModules(self.model, hooked)
+        self._handles += self._routed.hook()
+        self._undo = run_one_by_one(self.model, self.maps, self._see)
         head = output_head(self.model)
-        if head is not None and all(modules[name] is not head for name in self.maps):
+        if head is not None and all(modules[source] is not head for source in hooked):
             self._handles.append(head.register_forward_pre_hook(self._select_targets))
         return self
 
@@ -128,6 +134,8 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._undo()
+        self._routed = None
         self._uses.clear()
         for weight in self._required:
             weight.requires_grad_(True)
@@ -184,7 +192,7 @@ class Capture:
 
     def _target_logits(self, batch: Batch) -> Tensor:
         """One forward pass: the logits of the positions that predict a target, `[targets, vocabulary]`."""
-        self._uses = {name: [] for name in self.maps}
+        self._uses = {each.source: [] for each in self.maps.values()}
         mask = batch.predicts
         rows, columns = mask.nonzero(as_tuple=True)
         self._targets = _Targets(mask.shape, rows * mask.shape[1] + columns)
@@ -197,12 +205,11 @@ class Capture:
         rows, columns = batch.predicts.nonzero(as_tuple=True)
         losses = terms.new_zeros(len(batch.keys)).index_add_(0, rows, terms)
         uses, self._uses = self._uses, {}
-        shape = batch.input_ids.shape
-        inputs, gradients = {}, {}
-        for name, seen in uses.items():
-            inputs[name] = _side_by_side(name, [_read_input(name, use) for use in seen], shape)
-            gradients[name] = _side_by_side(name, [_read_gradient(name, use) for use in seen], shape)
-        return Captured(batch, losses, labels, self.maps, inputs, gradients, (rows, columns))
+        shape, seen, like = batch.input_ids.shape, {}, next(self.model.parameters())
+        nothing = {each.source: each.nothing(like) for each in self.maps.values()}
+        for source, calls in uses.items():
+            seen[source] = gather(source, calls, shape, nothing[source])
+        return Captured(batch, losses, labels, self.maps, seen, (rows, columns))
 
     def _select_targets(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Leaves the head the positions that predict a target, `[1, targets, hidden]`: nobody needs other logits."""
@@ -212,25 +219,39 @@ class Capture:
         targets.selected = True
         return (hidden.flatten(0, 1).index_select(0, targets.positions)[None], *args[1:])
 
-    def _hook(self, name: str) -> Callable[..., Tensor]:
+    def _hook(self, source: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
-            seen = args[0] if args else next(iter(kwargs.values()))
-            if self._direction is not None:
-                seen = forward_ad.unpack_dual(seen).primal
-            use = _Use(seen.detach(), seen._version)
-            if not output.requires_grad:
-                output = _start_of_graph(output)
-            if self._direction is not None:
-                output = output + _tangent(self.maps[name], use.input, self._direction[name])
-
-            def keep(gradient: Tensor) -> None:
-                use.gradient = gradient
-
-            output.register_hook(keep)
-            self._uses[name].append(use)
-            return output
+            if not isinstance(output, Tensor):
+                raise UserError(f"modules: {source} gives a {type(output).__name__}, not a tensor; leave it out")
+            tokens = None if self._routed is None else self._routed.tokens(source)
+            return self._see(source, args[0] if args else next(iter(kwargs.values())), output, tokens)
 
         return hook
+
+    def _see(self, source: str, seen: Tensor, output: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Keeps a call's input, and its output's gradient when that comes; gives the output to go on with."""
+        if self._direction is not None:
+            seen = forward_ad.unpack_dual(seen).primal
+        use = Use(seen.detach(), seen._version, tokens)
+        if not output.requires_grad:
+            output = _start_of_graph(output)
+        if self._direction is not None:
+            output = output + self._tangent(source, use.input, self._direction, output.shape[-1])
+
+        def keep(gradient: Tensor) -> None:
+            use.gradient = gradient
+
+        output.register_hook(keep)
+        self._uses[source].append(use)
+        return output
+
+    def _tangent(self, source: str, inputs: Tensor, direction: Mapping[str, Tensor], out: int) -> Tensor:
+        """Zero with the derivative of the outputs when the weights of the source's maps move in the direction."""
+        tangent = inputs.new_zeros(*inputs.shape[:-1], out)
+        for each in self.maps.values():
+            if each.source == source:
+                each.put(tangent, _moved(each, inputs, direction[each.name].to(inputs.dtype)))
+        return forward_ad.make_dual(torch.zeros_like(tangent), tangent)
 
 
 def _start_of_graph(output: Tensor) -> Tensor:
@@ -241,40 +262,7 @@ def _start_of_graph(output: Tensor) -> Tensor:
     return output.detach().requires_grad_(True).clone()
 
 
-def _tangent(described: LinearMap, inputs: Tensor, direction: Tensor) -> Tensor:
-    """Zero with the derivative V [a; 1] of the map's outputs when its weights move by V."""
-    direction = direction.to(inputs.dtype)
+def _moved(described: LinearMap, inputs: Tensor, direction: Tensor) -> Tensor:
+    """V [a; 1], `[..., out]`: how a map's outputs move when its weights move by V `[out, columns]`."""
     weight, bias = (direction[:, :-1], direction[:, -1]) if described.bias else (direction, None)
-    tangent = functional.linear(inputs, weight, bias)
-    return forward_ad.make_dual(torch.zeros_like(tangent), tangent)
-
-
-def _read_input(name: str, use: _Use) -> Tensor:
-    if use.input._version != use.version:
-        raise UserError(f"modules: the input of {name} is changed in place after use; leave it out")
-    return use.input
-
-
-def _read_gradient(name: str, use: _Use) -> Tensor:
-    if use.gradient is None:
-        raise UserError(f"modules: {name} is not reached by the loss's gradient; leave it out")
-    return use.gradient
-
-
-def _side_by_side(name: str, tensors: list[Tensor], shape: torch.Size) -> Tensor:
-    """The uses of one map, `[rows, uses·tokens, features]`."""
-    if not tensors:
-        raise UserError(f"modules: {name} is not used in the forward pass; leave it out")
-    rows, tokens = shape
-    shaped = []
-    for tensor in tensors:
-        # Some models flatten rows and tokens before a map. An expert's tokens come in the router's
-        # order instead, so a matching count would prove nothing.
-        flat = tensor.dim() == 2 and tensor.shape[0] == rows * tokens and "expert" not in name
-        if not flat and tensor.shape[:-1] != shape:
-            raise UserError(
-                f"modules: {name} sees {tuple(tensor.shape)} where [{rows}, {tokens}, features] is needed "
-                "to tell documents apart; leave it out"
-            )
-        shaped.append(tensor.reshape(rows, tokens, -1))
-    return shaped[0] if len(shaped) == 1 else torch.cat(shaped, dim=1)
+    return functional.linear(inputs, weight, bias)

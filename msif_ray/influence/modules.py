@@ -1,67 +1,64 @@
 """Tracked linear maps: which modules of a model influence is computed over, and their shapes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from msif_ray.errors import UserError
+from msif_ray.influence.blocks import Blocks, cut
+from msif_ray.influence.experts import expert_maps, is_fused, unknown_experts
+from msif_ray.influence.linear import LinearMap
+
+__all__ = ["LinearMap", "find_linear_maps", "output_head"]
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """One linear map y = W x (+ b) of the model, whatever the layout of its stored weight.
-
-    Its gradient has shape `[out, columns]`: the weight's and, as the last column, the bias's.
-    Dimensions come from the module's attributes, since a sharded weight has no shape of its own.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
-    bias: bool
-
-    @property
-    def columns(self) -> int:
-        """Input features, plus one for the constant 1 that the bias multiplies."""
-        return self.in_features + int(self.bias)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """`(out, columns)`, the shape of the map's gradient."""
-        return self.out_features, self.columns
-
-    @property
-    def parameters(self) -> int:
-        return self.out_features * self.columns
-
-
-def find_linear_maps(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, LinearMap]:
+def find_linear_maps(
+    model: nn.Module, patterns: Sequence[str] | None = None, blocks: Blocks | None = None
+) -> dict[str, LinearMap]:
     """The model's tracked maps by name, in the order of `named_modules`.
 
     `patterns` are shell globs over dotted module names, and must each match a linear map. The
-    default is every nn.Linear and Conv1D inside the blocks (a name with a layer number in it).
-    Embeddings are not linear maps of activations; the LM head is tracked only when a pattern
-    without wildcards names it.
+    default is every nn.Linear and Conv1D inside the blocks (a name with a layer number in it), and every matrix of
+    every expert there (`experts`), but for routers. Embeddings are not linear maps of activations; the LM head is
+    tracked only when a pattern without wildcards names it. `blocks` cuts the maps of queries, keys and values
+    (`blocks.cut`).
 
-    Raises UserError for a pattern that matches nothing, and for two maps that share one weight.
+    Raises UserError for a pattern that matches nothing, for two maps that share one weight, by default for experts in
+    a layout that is not known, and for what `blocks` cannot cut.
     """
-    head, conv1d = output_head(model), _conv1d()
-    candidates = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, conv1d))}
+    head = output_head(model)
+    candidates = _candidates(model)
+    untracked = next((name for name, module in model.named_modules() if module is head), None)
     if patterns is None:
-        chosen = [
-            name
-            for name, module in candidates.items()
-            if module is not head and any(part.isdigit() for part in name.split("."))
-        ]
+        unknown = unknown_experts(model)
+        if unknown is not None:
+            raise UserError(
+                f"modules: {unknown} is a parameter of many matrices in a layout that is not known, which would be "
+                "left out; name the maps to track with `modules:`"
+            )
+        chosen = [name for name in candidates if name != untracked and any(part.isdigit() for part in name.split("."))]
     else:
-        chosen = _match(candidates, head, patterns)
+        chosen = _match(candidates, untracked, patterns)
     if not chosen:
         raise UserError("modules: the model has no linear map inside its blocks; name maps with `modules:`")
-    _refuse_shared_weights(model, chosen)
-    return {name: _describe(name, candidates[name]) for name in chosen}
+    found = {name: candidates[name] for name in chosen}
+    _refuse_shared_weights(model, found)
+    if blocks is None:
+        return found
+    config: Any = model.config
+    return cut(found, config.get_text_config(), blocks)
+
+
+def _candidates(model: nn.Module) -> dict[str, LinearMap]:
+    found, linear = {}, (nn.Linear, _conv1d())
+    for name, module in model.named_modules():
+        if isinstance(module, linear) and not type(module).__name__.endswith("Router"):
+            found[name] = _describe(name, module)
+        elif is_fused(module):
+            found |= {described.name: described for described in expert_maps(name, module)}
+    return found
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -70,14 +67,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return getter() if getter is not None else None
 
 
-def _match(candidates: dict[str, nn.Module], head: nn.Module | None, patterns: Sequence[str]) -> list[str]:
+def _match(candidates: dict[str, LinearMap], head: str | None, patterns: Sequence[str]) -> list[str]:
     names: set[str] = set()
     for pattern in patterns:
-        found = {
-            name
-            for name, module in candidates.items()
-            if fnmatchcase(name, pattern) and (module is not head or name == pattern)
-        }
+        found = {name for name in candidates if fnmatchcase(name, pattern) and (name != head or name == pattern)}
         if not found:
             raise UserError(
                 f"modules: {pattern!r} matches no linear map; the model has, for example, "
@@ -87,14 +80,15 @@ def _match(candidates: dict[str, nn.Module], head: nn.Module | None, patterns: S
     return [name for name in candidates if name in names]
 
 
-def _refuse_shared_weights(model: nn.Module, chosen: list[str]) -> None:
+def _refuse_shared_weights(model: nn.Module, chosen: dict[str, LinearMap]) -> None:
     modules = dict(model.named_modules())
     owners: dict[int, list[str]] = {}
     for name, module in modules.items():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    for name in chosen:
-        others = [owner for owner in owners[id(modules[name].weight)] if owner != name]
+    for name, described in chosen.items():
+        weight = "weight" if described.expert is None else described.expert.weight
+        others = [o for o in owners[id(getattr(modules[described.holder], weight))] if o != described.holder]
         if others:
             raise UserError(
                 f"modules: {name} shares its weight with {others[0]}, so it has no gradient of its own; "
@@ -111,8 +105,7 @@ def _conv1d() -> Any:
 
 
 def _describe(name: str, module: nn.Module) -> LinearMap:
-    if isinstance(module, _conv1d()):
-        return LinearMap(name, in_features=module.nx, out_features=module.nf, bias=True)
     if isinstance(module, nn.Linear):
         return LinearMap(name, module.in_features, module.out_features, module.bias is not None)
-    raise UserError(f"modules: {name} is a {type(module).__name__}, not a linear map")
+    described: Any = module
+    return LinearMap(name, in_features=described.nx, out_features=described.nf, bias=True)

@@ -20,6 +20,7 @@ from msif_ray.cluster.sharding import gathered
 from msif_ray.influence.compress import ITERATIONS, REDUCED, Metric
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Basis, gradient_rotation_cost, rotates_vectors, vector_rotation_cost
+from msif_ray.influence.experts import is_fused
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.modules import output_head
 from msif_ray.influence.products import covariance_cost
@@ -31,7 +32,8 @@ from msif_ray.plan.tokens import Tally
 @dataclass(frozen=True)
 class ModelSize:
     """`parameters` of a model in all; `gathered`: of them at once on a rank that holds a shard; `multiplied`: the
-    weights of its linear maps, without those of its `head`; `attention`: layers times the width of all heads."""
+    weights of its linear maps, without those of its `head`, and of its experts the share of them that a token is sent
+    to; `attention`: layers times the width of all heads."""
 
     parameters: int
     gathered: int
@@ -55,8 +57,17 @@ class ModelSize:
         head = linear.pop(last, 0) if last is not None else 0
         heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-        multiplied = sum(linear.values())
+        experts = sum(
+            weight.numel() for module in model.modules() if is_fused(module) for weight in module.parameters()
+        )
+        multiplied = sum(linear.values()) + round(experts * _chosen_share(config))
         return cls(sum(weights), gathered(weights)[0], multiplied, head, config.num_hidden_layers * width)
+
+
+def _chosen_share(config: Any) -> float:
+    """The share of a mixture's experts that a token is sent to."""
+    counts = [getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")]
+    return (getattr(config, "num_experts_per_tok", None) or 1) / next(filter(None, counts), 1)
 
 
 def pass_flops(size: ModelSize, tally: Tally) -> float:

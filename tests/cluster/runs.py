@@ -91,25 +91,26 @@ def save_wide_pair(folder: Path) -> None:
 
 def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
     """The dense reference's (score, norm, tokens) of every pair of the run above."""
-    specs = _specs(folder)
+    stages = specs(folder)
     with torch.enable_grad():
-        found, _ = reference.scores(specs, QUERIES, specs[scored].documents, scored)
+        found, _ = reference.scores(stages, QUERIES, stages[scored].documents, scored)
     return found
 
 
 def expected_shares(folder: Path, scored: int) -> dict[Pair, tuple[dict[str, float], list[float]]]:
     """The dense reference's scores by map and by token of every pair of the run above."""
-    specs = _specs(folder)
+    stages = specs(folder)
     with torch.enable_grad():
-        return reference.shares(specs, QUERIES, specs[scored].documents, scored)
+        return reference.shares(stages, QUERIES, stages[scored].documents, scored)
 
 
-def _specs(folder: Path) -> list[reference.StageSpec]:
-    specs = []
+def specs(folder: Path) -> list[reference.StageSpec]:
+    """The stages of the run above, for the dense reference."""
+    stages = []
     usable = [row for row in BASE if row["text"] and row["id"] != "short"]
     for index, (name, documents, max_tokens) in enumerate([("pretrain", usable, 12), ("tune", TUNING, 8)]):
         model, tokenizer = models.load(folder / f"stage{index}")
-        specs.append(
+        stages.append(
             reference.StageSpec(
                 name,
                 model,
@@ -121,7 +122,7 @@ def _specs(folder: Path) -> list[reference.StageSpec]:
                 damping=0.001 if index == 0 else 0.1,
             )
         )
-    return specs
+    return stages
 
 
 def read_scores(run_dir: str, stage: str) -> dict[Pair, tuple[float, float, int]]:

@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_finite_names_its_document(case: Any, tmp_path: P
     work = task.job.start(case.maps, torch.device("cpu"))
     stage = case.stages[0]
     for captured in pipeline.captures(stage, stage.documents[:3], pipeline.TOGETHER):
-        captured._gradients[case.maps[0]][0, 0, 0] = float("inf")
+        captured.vectors(case.maps[0])[1][0, 0, 0] = float("inf")
         work.add(captured)
         at_fault = captured.batch.keys[0].document_id
     outcome = Outcome({document["id"]: 1 for document in stage.documents[:3]}, (), 0)

@@ -49,8 +49,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, document: str) -> None:
         for row, key in enumerate(batch.keys):
             if key.document_id == document:
                 captured.losses[row] = torch.nan
-                for gradient in captured._gradients.values():
-                    gradient[row] = torch.nan
+                for name in captured.maps:
+                    captured.vectors(name)[1][row] = torch.nan
         return captured
 
     monkeypatch.setattr(Capture, "run", spoiled)

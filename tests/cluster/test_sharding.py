@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import families
+import models
 import pytest
 import ranks
 import runs
@@ -47,6 +49,21 @@ def test_offloaded_ranks_give_the_gradients_of_the_whole_model(tmp_path: Path) -
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), tensor.flatten())
+
+
+@pytest.mark.long
+def test_offloaded_ranks_give_the_gradients_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    model = families.build("mixtral", 0, std=0.1, hidden_size=96, head_dim=48, intermediate_size=96)
+    models.save(model, models.build_tokenizer(), folder)
+    wanted = gradients(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
+    assert sum(".experts." in name for name in wanted) == 16
+    for found in ranks.run(2, offloaded, folder):
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(
+                torch.tensor(found[name], dtype=torch.float64), tensor.flatten(), rtol=1e-5, atol=1e-7
+            )
 
 
 def test_a_gpu_rank_takes_the_first_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
 from msif_ray.influence.batch import Batch
+from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
 from msif_ray.influence.labels import batch_uniforms
@@ -69,16 +70,16 @@ def uniforms(stage: StageSpec, batch: Batch) -> Tensor | None:
     return batch_uniforms(stage.seed, stage.name, batch) if stage.labels == "sampled" else None
 
 
-def fit(stage: StageSpec, tokens_per_batch: int = 150) -> Fitted:
+def fit(stage: StageSpec, tokens_per_batch: int = 150, blocks: Blocks | None = None) -> Fitted:
     """Covariances, bases and corrected eigenvalues of every map; two passes over the stage's documents."""
-    maps = find_linear_maps(stage.model)
+    maps = find_linear_maps(stage.model, None, blocks)
     encoded, _ = encode_rows(stage, stage.documents)
     batched = [to_batch(windows) for windows in batches(stage, encoded, tokens_per_batch)]
     covariances = CovarianceSums()
     with Capture(stage.model, maps) as capture:
         for batch in batched:
             covariances.add(capture.run(batch, uniforms(stage, batch)))
-        means = {key: total / covariances.counts[key] for key, total in covariances.sums.items()}
+        means = {key: total / max(covariances.counts[key], 1) for key, total in covariances.sums.items()}
         bases = {
             name: Basis(*(eigenbasis(means[f"{side}/{name}"])[1].to(means[f"A/{name}"].dtype) for side in "AS"))
             for name in maps
@@ -105,13 +106,17 @@ def response(stage: StageSpec, mean: float, scored: bool) -> Response:
 
 
 def carry(
-    stages: Sequence[StageSpec], factors: Sequence[Factors], queries: Sequence[Mapping[str, Any]], scored: int = 0
+    stages: Sequence[StageSpec],
+    factors: Sequence[Factors],
+    queries: Sequence[Mapping[str, Any]],
+    scored: int = 0,
+    blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
     """Carried-back directions of every map, `[queries, out, columns]`; all queries in one padded batch."""
     last = replace(stages[-1], max_tokens=None, append_eos=None)
     encoded, _ = encode_rows(last, queries)
     windows = [next(query.windows(len(query.ids))) for query in encoded]
-    with Capture(last.model, find_linear_maps(last.model)) as capture:
+    with Capture(last.model, find_linear_maps(last.model, None, blocks)) as capture:
         captured = capture.run(to_batch(windows))
     tokens = [query_tokens(captured, row) for row in range(len(windows))]
     carried = {}
@@ -124,10 +129,12 @@ def carry(
     return carried
 
 
-def captures(stage: StageSpec, rows: Sequence[Mapping[str, Any]], tokens_per_batch: int = 150) -> list[Captured]:
+def captures(
+    stage: StageSpec, rows: Sequence[Mapping[str, Any]], tokens_per_batch: int = 150, blocks: Blocks | None = None
+) -> list[Captured]:
     """One capture per batch of the documents, with the data's own labels."""
     encoded, _ = encode_rows(stage, rows)
-    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+    with Capture(stage.model, find_linear_maps(stage.model, None, blocks)) as capture:
         return [capture.run(to_batch(windows)) for windows in batches(stage, encoded, tokens_per_batch)]
 
 
@@ -137,13 +144,14 @@ def score(
     queries: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
     tokens_per_batch: int = 150,
+    blocks: Blocks | None = None,
 ) -> tuple[dict[tuple[str, str], tuple[float, float, int]], dict[str, str]]:
     """({(query id, document id): (score, norm, n_tokens)}, {skipped document id: reason})."""
     encoded, skipped = encode_rows(stage, rows)
     scores = {document.document_id: torch.zeros(len(queries), dtype=torch.float64) for document in encoded}
     squares = dict.fromkeys(scores, 0.0)
     scorer = Scorer(directions)
-    for captured in captures(stage, rows, tokens_per_batch):
+    for captured in captures(stage, rows, tokens_per_batch, blocks):
         for key, row, square in zip(captured.batch.keys, *scorer.score(captured), strict=True):
             scores[key.document_id] += row
             squares[key.document_id] += float(square)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import families
 import models
 import pytest
 import torch
@@ -152,3 +153,9 @@ def test_directions_on_meta_have_the_same_bytes_and_take_none() -> None:
         real = counts.make_directions(shapes, 5, rank, torch.float32, torch.device("cpu"))
         meta = counts.make_directions(shapes, 5, rank, torch.float32, torch.device("meta"))
         assert counts.directions_bytes(real) == counts.directions_bytes(meta)
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
+    model = families.build("mixtral", 0)  # 2 of 4 experts, each 24 x 8 and 8 x 12; attention 8 x (8 + 4 + 4 + 8)
+    size = counts.ModelSize.of_model(model, model.config)
+    assert size.multiplied == 2 * (2 * (24 * 8 + 8 * 12) + 8 * 24)

@@ -1,0 +1,163 @@
+"""Conversations: the tokenizer's own template, the assistant's tokens alone as targets, and what is refused."""
+
+import json
+
+import models
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import reference
+import torch
+
+from msif_ray.cluster.top import text_of
+from msif_ray.config import Documents, parse_run
+from msif_ray.corpus.reader import Document, corpus_files, read_documents
+from msif_ray.corpus.windows import Encoded, Skipped, encode, to_batch
+from msif_ray.errors import UserError
+from msif_ray.influence.capture import Capture
+from msif_ray.influence.modules import find_linear_maps
+from msif_ray.preflight import check
+
+TURN = "<bos>{{ message['role'] }} {{ message['content'] }}<eos>"
+PROMPT = "{% if add_generation_prompt %}<bos>assistant{% endif %}"
+PLAIN = "{% for message in messages %}" + TURN + "{% endfor %}" + PROMPT
+MARKED = (
+    "{% for message in messages %}<bos>{{ message['role'] }}"
+    "{% if message['role'] == 'assistant' %}{% generation %} {{ message['content'] }}<eos>{% endgeneration %}"
+    "{% else %} {{ message['content'] }}<eos>{% endif %}{% endfor %}" + PROMPT
+)
+# As templates do that leave earlier turns' thoughts out.
+FORGETFUL = (
+    "{% for message in messages %}{% if loop.last or message['role'] != 'assistant' %}"
+    + TURN
+    + ("{% endif %}{% endfor %}" + PROMPT)
+)
+RUN_TOGETHER = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('a user begins') }}{% endif %}" + PLAIN
+
+# The assistant says what the user says, so that no search could tell whose is whose.
+TALK = [
+    {"role": "system", "content": "the old king"},
+    {"role": "user", "content": "the sea"},
+    {"role": "assistant", "content": "the sea"},
+    {"role": "user", "content": "green"},
+    {"role": "assistant", "content": "was green to the sea"},
+]
+
+
+def tokenizer_of(template):
+    tokenizer = models.build_tokenizer(bos=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def by_hand(talk):
+    """Tokens and targets of the talk, turn by turn: <bos> role content <eos>."""
+    tokenizer, ids, targets = models.build_tokenizer(bos=True), [], []
+    for message in talk:
+        content = tokenizer(f" {message['content']}", add_special_tokens=False)["input_ids"]
+        own = [tokenizer.bos_token_id, tokenizer.unk_token_id, *content, tokenizer.eos_token_id]
+        ids += own
+        targets += [message["role"] == "assistant" and place >= 2 for place in range(len(own))]
+    return tuple(ids), tuple(targets)
+
+
+def chat(talk):
+    return Document("d", None, talk, is_chat=True)
+
+
+@pytest.mark.parametrize("template", (PLAIN, MARKED))
+@pytest.mark.parametrize("turns", (3, 4, 5))
+def test_the_assistants_turns_and_their_ends_alone_are_targets(template, turns):
+    found = encode(tokenizer_of(template), chat(TALK[:turns]), append_eos=False)
+    assert isinstance(found, Encoded) and (found.ids, found.targets) == by_hand(TALK[:turns])
+    predicted = [window.ids[t] for window in found.windows(4) for t in range(len(window.ids)) if window.targets[t]]
+    assert predicted == [token for token, target in zip(found.ids, found.targets, strict=True) if target]
+
+
+REFUSED = {
+    "null": (PLAIN, None, "messages is null"),
+    "text": (PLAIN, "the king", "messages is not a list but str"),
+    "no mapping": (PLAIN, ["the"], "message 0 is not a mapping but str"),
+    "pictures": (PLAIN, [{"role": "user", "content": [{"type": "image"}]}], "the content of message 0 is not text"),
+    "no role": (PLAIN, [{"content": "the"}], "the role of message 0 is not text"),
+    "no assistant": (PLAIN, TALK[:2], "no message is the assistant's"),
+    "surrogate": (PLAIN, [*TALK[:2], {"role": "assistant", "content": "\ud800"}], "messages is not valid Unicode"),
+    "refused": (STRICT, TALK, "the chat template refuses it: a user begins"),
+    "forgetful": (FORGETFUL, TALK, "mark what the assistant writes, and turn 2 does not begin and end between tokens"),
+    "run together": (RUN_TOGETHER, TALK, "turn 2 does not begin and end between tokens"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_conversation_that_cannot_be_scored_is_skipped_with_its_reason(case):
+    template, talk, reason = REFUSED[case]
+    found = encode(tokenizer_of(template), chat(talk), append_eos=False)
+    assert isinstance(found, Skipped) and reason in found.reason
+
+
+@pytest.mark.parametrize("kind", ("jsonl", "parquet"))
+def test_conversations_are_read_and_shown(tmp_path, kind):
+    rows, path = [{"id": "a", "talk": TALK}, {"id": "b", "talk": None}], tmp_path / f"chat.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    documents = Documents(path=str(path), messages="talk", id="id")
+    assert not documents.ends_with_eos
+    first, second = read_documents(corpus_files(documents, "k")[0], documents, "k")
+    assert first == Document("a", None, TALK, is_chat=True) and second.text is None
+    assert text_of(first).startswith("system: the old king\n\nuser: the sea\n\nassistant: the sea")
+
+
+def test_gradients_are_of_the_assistants_tokens_alone():
+    """Against autograd on the weights of one unpadded sequence, beside a longer one."""
+    model, tokenizer = models.build_model("gpt_neox", 0), tokenizer_of(PLAIN)
+    talks = [TALK[:3], TALK]
+    windows = [next(encode(tokenizer, chat(talk), False).windows(64)) for talk in talks]
+    maps = find_linear_maps(model)
+    with Capture(model, maps) as capture:
+        captured = capture.run(to_batch(windows))
+    for row, talk in enumerate(talks):
+        expected = reference.window_gradients(model, list(maps), *map(list, by_hand(talk)))
+        for name in maps:
+            found = captured.gradients(name)[row].T @ captured.activations(name)[row]
+            torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-10)
+
+
+def description(folder, **documents):
+    model = models.build_model("gpt_neox", 0)
+    models.save(model, models.build_tokenizer(), folder / "model")
+    (folder / "chat.jsonl").write_text(json.dumps({"talk": TALK}) + "\n")
+    (folder / "queries.jsonl").write_text(json.dumps({"prompt": "the", "completion": " sea"}) + "\n")
+    corpus = {"path": str(folder / "chat.jsonl")} | documents
+    return {
+        "run_dir": str(folder / "run"),
+        "stages": [{"name": "tune", "model": str(folder / "model"), "documents": corpus}],
+        "queries": {"path": str(folder / "queries.jsonl")},
+        "score": [{"stage": "tune"}],
+    }
+
+
+def test_a_tokenizer_without_a_template_is_refused_by_name(tmp_path):
+    run = description(tmp_path, messages="talk")
+    with pytest.raises(UserError, match=r"^stages\.0\.tokenizer: it has no chat template, which `messages` needs"):
+        check(parse_run(run))
+    tokenizer_of(PLAIN).save_pretrained(tmp_path / "model")
+    resolved = check(parse_run(run))
+    assert "chat_template.jinja" in resolved.stages[0].files
+
+
+CONFIGURATIONS = [
+    ({"messages": "talk", "text": "t"}, "give one of `text`, `completion` with an optional `prompt`, and `messages`"),
+    ({"messages": "talk", "prompt": "p"}, "`prompt` goes with `completion`, not with `messages`"),
+    ({"messages": "talk", "append_eos": True}, "`append_eos` does not go with `messages`"),
+]
+
+
+@pytest.mark.parametrize(("columns", "message"), CONFIGURATIONS)
+def test_columns_that_do_not_go_together(columns, message):
+    stage = {"name": "a", "model": "m", "documents": {"path": "x.jsonl"} | columns}
+    run = {"run_dir": "r", "stages": [stage], "queries": {"path": "q"}, "score": [{"stage": "a"}]}
+    with pytest.raises(UserError, match=f"stages.0.documents: {message}"):
+        parse_run(run)
