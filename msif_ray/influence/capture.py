@@ -75,6 +75,13 @@ class Captured:
         total = seen.inputs.shape[1]
         return torch.cat([rows * total + start + columns for start in range(0, total, tokens)])
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the vectors hold on to: maps that share an input share its memory."""
+        vectors = (each for seen in self._seen.values() for each in (seen.inputs, seen.gradients))
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (each.untyped_storage() for each in vectors)}
+        return sum(storages.values())
+
     def predicts(self, name: str) -> Tensor:
         """`[rows, positions]` bool: which of the map's `vectors` are of tokens that predict a target."""
         return self._seen[self.maps[name].source].marked(self.batch.predicts)

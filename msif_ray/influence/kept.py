@@ -27,7 +27,7 @@ class KeptPasses:
         """Keeps a batch if there is room for it and it is not there already."""
         if captured.batch.keys in self._held or self._bytes >= self.budget:
             return
-        size = captured_bytes(captured)
+        size = captured.nbytes
         if self._bytes + size <= self.budget:
             self._held[captured.batch.keys] = captured
             self._bytes += size
@@ -35,16 +35,6 @@ class KeptPasses:
     @property
     def bytes(self) -> int:
         return self._bytes
-
-
-def captured_bytes(captured: Captured) -> int:
-    """Memory that a captured batch holds on to: maps that share an input share its memory."""
-    sizes: dict[int, int] = {}
-    for name in captured.maps:
-        for vectors in captured.vectors(name):
-            storage = vectors.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
 
 
 def bytes_per_token(shapes: Mapping[str, tuple[int, int]], itemsize: int) -> int:
