@@ -83,12 +83,12 @@ def facts(
     damping: Annotated[list[float], typer.Option(help="Times the mean eigenvalue; several.")] = [0.1, 0.001],  # noqa: B006
     alpha: Annotated[float, typer.Option(help="Of the second stage; times the mean eigenvalue.")] = 1.0,
     tokens_per_batch: Annotated[int, typer.Option(min=1)] = 512,
-    epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the documents.")] = 6,
-    rate: Annotated[float, typer.Option(help="smollm2: on the documents.")] = 3e-4,
-    finetune_epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the questions.")] = 3,
-    finetune_rate: Annotated[float, typer.Option(help="smollm2: on the questions.")] = 5e-5,
-    every: Annotated[int, typer.Option(min=1, max=30, help="smollm2: track the MLP of every so manieth layer.")] = 5,
-    fitted: Annotated[int, typer.Option(min=1, help="smollm2: documents that factors are made of.")] = 324,
+    epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the documents.")] = 4,
+    rate: Annotated[float, typer.Option(help="smollm2: on the documents.")] = 5e-4,
+    finetune_epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the questions.")] = 5,
+    finetune_rate: Annotated[float, typer.Option(help="smollm2: on the questions.")] = 1e-4,
+    every: Annotated[int, typer.Option(min=1, max=30, help="smollm2: track the MLP of every so manieth layer.")] = 7,
+    fitted: Annotated[int, typer.Option(min=1, help="smollm2: documents that factors are made of.")] = 200,
 ) -> None:
     """Do scores find the documents that state a fact? Every method, every normalisation."""
     try:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from msif_ray.demo.metrics import Marks, Scores, found_by_query, random_quality, ranking
 from msif_ray.validate.agreement import interval
@@ -96,14 +97,15 @@ def quality_rows(found: Sequence[Ranking], setting: FactSetting, seed: int) -> t
         for each in found:
             scores = np.where(away, -np.inf, each.scores[kept])
             ten, five = (found_by_query(scores, marks[kept], k) for k in (RECALL_AT, PRECISION_AT))
-            name = {"method": each.method, "damping": each.damping, "normalised": each.normalised, "group": group}
+            name: Row = {"method": each.method, "damping": each.damping, "normalised": each.normalised, "group": group}
             if each.normalised == PLAIN:
                 plain[each.method, each.damping] = ten.reciprocal
             gain = ten.reciprocal - plain[each.method, each.damping]
             columns = {"mrr": ten.reciprocal, "recall": ten.recall, "precision": five.precision, "gain": gain}
             row = name | {"queries": int(kept.sum())}
             for column, values in columns.items():
-                row |= {column: float(values.mean()), f"{column}_interval": interval(values, seed)}
+                row[column] = float(values.mean())
+                row[f"{column}_interval"] = interval(values.astype(np.float64), seed)
             rows.append(row)
             by_query += [
                 name | {"query_id": str(query)} | {column: float(values[i]) for column, values in columns.items()}
@@ -154,6 +156,6 @@ def examples(one: Ranking, other: Ranking, setting: FactSetting, count: int = 3)
     return rows
 
 
-def _texts(setting: FactSetting, places: Sequence[int], states: Marks) -> Iterator[str]:
+def _texts(setting: FactSetting, places: NDArray[np.intp], states: Marks) -> Iterator[str]:
     for place in places:
         yield ("[states it] " if states[place] else "[does not] ") + setting.documents[place]["text"]

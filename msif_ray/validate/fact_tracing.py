@@ -11,6 +11,7 @@ import torch
 
 from msif_ray.corpus.windows import Encoded
 from msif_ray.demo.metrics import Scores
+from msif_ray.demo.questions import Question
 from msif_ray.demo.run import bm25_scores
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import LinearMap, find_linear_maps
@@ -63,8 +64,8 @@ class FactTracing:
             compared = Setting(model, tokenizer, self.maps, [], [], self._documents, self._queries, 0.0)
             found[HIDDEN] = hidden_similarity(compared)
             found[BM25] = bm25_scores(setting.documents, setting.queries)
-            asked = [query | {"completion": ""} for query in setting.queries]
-            found[BM25_QUESTION] = bm25_scores(setting.documents, asked)  # type: ignore[arg-type]
+            asked: list[Question] = [{**query, "completion": ""} for query in setting.queries]
+            found[BM25_QUESTION] = bm25_scores(setting.documents, asked)
             save_tensors(path, {name: torch.from_numpy(scores).double() for name, scores in found.items()})
         return {name: scores.numpy() for name, scores in load_tensors(path).items()}
 
@@ -89,13 +90,15 @@ class FactTracing:
     def passes(self) -> Passes:
         fitted = self._documents[: self.setting.fitted]
         asked = encoded(self.setting.tokenizer(), question_texts(self.setting.finetuning), append_eos=True)
-        stages = (0, 1)
         return Passes(
-            documents=tuple(self._recording(f"documents-{stage}", self._documents) for stage in stages),
-            queries=tuple(self._recording(f"queries-{stage}", self._queries) for stage in stages),
-            fitted=tuple(self._recording(f"fitted-{stage}", fitted) for stage in stages),
+            documents=self._at_both("documents", self._documents),
+            queries=self._at_both("queries", self._queries),
+            fitted=self._at_both("fitted", fitted),
             finetuning=self._recording("finetuning-1", asked),
         )
+
+    def _at_both(self, name: str, documents: Sequence[Encoded]) -> tuple[Recording, Recording]:
+        return self._recording(f"{name}-0", documents), self._recording(f"{name}-1", documents)
 
     def _recording(self, name: str, documents: Sequence[Encoded]) -> Recording:
         return Recording(self.folder / "passes" / name, self.maps, documents, self.tokens_per_batch)

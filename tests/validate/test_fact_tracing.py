@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import models
 import numpy as np
