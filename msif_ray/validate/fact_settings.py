@@ -50,11 +50,11 @@ class FactSetting:
 
 
 def factbook() -> FactSetting:
-    """The demo's documents, questions and pair of models."""
+    """The demo's documents, questions and pair of models; tracked are the MLP maps, as in the paper."""
     documents = build_corpus()
     random.Random(SEED).shuffle(documents)
     models = (MODELS / "pretrained", MODELS / "finetuned")
-    return FactSetting(documents, choose_queries(), finetuning_questions(), models, None, 2500, {})
+    return FactSetting(documents, choose_queries(), finetuning_questions(), models, ["*.mlp.*"], 2500, {})
 
 
 @dataclass(frozen=True)

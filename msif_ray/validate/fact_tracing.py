@@ -59,7 +59,8 @@ class FactTracing:
         """Scores of the methods that use no gradients, `[queries, documents]`."""
         path = self.folder / "others.safetensors"
         if not path.exists():
-            setting, found = self.setting, {}
+            found: dict[str, Scores] = {}
+            setting = self.setting
             model, tokenizer = setting.model(1), setting.tokenizer()
             compared = Setting(model, tokenizer, self.maps, [], [], self._documents, self._queries, 0.0)
             found[HIDDEN] = hidden_similarity(compared)

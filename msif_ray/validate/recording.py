@@ -56,9 +56,9 @@ class Recording:
             losses, labels, inputs, gradients = (
                 file.tensor(each) for each in ("losses", "labels", f"inputs/{name}", f"gradients/{name}")
             )
-            targets = batch.predicts.nonzero(as_tuple=True)
+            rows, columns = batch.predicts.nonzero(as_tuple=True)
             maps = {name: self.maps[name]}
-            yield Captured(batch, losses, labels, maps, {name: inputs}, {name: gradients}, targets)
+            yield Captured(batch, losses, labels, maps, {name: inputs}, {name: gradients}, (rows, columns))
 
     def _files(self) -> list[tuple[Path, Batch]]:
         found = batches(list(self.documents), self.tokens_per_batch)
