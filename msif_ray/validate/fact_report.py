@@ -12,11 +12,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from msif_ray.store import replacing, write_json
-from msif_ray.validate.fact_tables import ALL, PLAIN, Row, examples, leanings, quality_rows, rankings
+from msif_ray.validate.fact_tables import ALL, PLAIN, Row, examples, leanings, quality_rows, rankings, spreads
 from msif_ray.validate.fact_tracing import BM25, FactTracing
 from msif_ray.validate.tracing import INVERSE, PROXIMAL
 
-TABLES = ("quality", "queries", "leanings")
+TABLES = ("quality", "queries", "leanings", "spreads")
 
 
 def results(experiment: FactTracing) -> dict[str, Any]:
@@ -31,6 +31,7 @@ def results(experiment: FactTracing) -> dict[str, Any]:
         "quality": quality,
         "queries": by_query,
         "leanings": leanings(found, traced, experiment.tokens),
+        "spreads": spreads(traced, experiment.tokens, setting.states),
         "examples": examples(chosen, by_name[BM25, None, PLAIN], setting),
     }
 

@@ -36,13 +36,20 @@ def rankings(traced: Traced, others: Mapping[str, Scores], tokens: Scores) -> li
     """Every method in every normalisation; what others than the gradients give is left as it is."""
     found = []
     for (method, damping), tensor in traced.scores.items():
-        scores, stage = tensor.numpy(), int(method == SECOND)
-        norms = {TOKENS: tokens, FROBENIUS: _root(traced, stage, FROBENIUS, 0.0)}
-        if method != DOT_PRODUCT:
-            norms |= {norm: _root(traced, stage, norm, damping) for norm in (INVERSE, STEP)}
+        scores, norms = tensor.numpy(), norms_of(traced, method, damping, tokens)
         made = {PLAIN: scores} | {name: scores / norm for name, norm in norms.items()} | over_queries(scores)
         found += [Ranking(method, damping or None, name, values) for name, values in made.items()]
     return found + [Ranking(method, None, PLAIN, scores) for method, scores in others.items()]
+
+
+def norms_of(traced: Traced, method: str, damping: float, tokens: Scores) -> dict[str, Scores]:
+    """What a method's scores may be divided by, each `[documents]`."""
+    stage = int(method == SECOND)
+    keys = [(stage, FROBENIUS, 0.0)]
+    if method != DOT_PRODUCT:
+        keys += [(stage, norm, damping) for norm in (INVERSE, STEP)]
+    roots = {key[1]: np.sqrt(np.maximum(traced.squares[key].numpy(), np.finfo(float).tiny)) for key in keys}
+    return {TOKENS: tokens} | roots
 
 
 def over_queries(scores: Scores) -> dict[str, Scores]:
@@ -55,11 +62,6 @@ def over_queries(scores: Scores) -> dict[str, Scores]:
     square = ((scores**2).sum(0) - scores**2) / count
     deviation = np.sqrt(np.maximum(square - mean**2, 1e-30 * square))
     return {SPREAD: scores / np.sqrt(square), STANDARD: (scores - mean) / deviation}
-
-
-def _root(traced: Traced, stage: int, norm: str, damping: float) -> Scores:
-    squares: Scores = traced.squares[stage, norm, damping].numpy()
-    return np.sqrt(np.maximum(squares, np.finfo(float).tiny))
 
 
 def words(text: str) -> set[str]:
@@ -135,6 +137,22 @@ def leanings(found: Sequence[Ranking], traced: Traced, tokens: Scores) -> list[R
         row = {"method": each.method, "damping": each.damping, "normalised": each.normalised}
         row |= {f"{name}_percentile": float(values[first].mean()) for name, values in percentiles.items()}
         rows.append(row | {"different_firsts": len(set(first[:, 0])) / len(first)})
+    return rows
+
+
+def spreads(traced: Traced, tokens: Scores, states: Marks) -> list[Row]:
+    """How well each norm foretells the size of a document's scores for queries that it does not answer: over the
+    documents, the correlation of its logarithm with that of the root of the scores' mean square, and how much of one a
+    unit of the other is (`slope`; 1 for a norm that, divided by, leaves every document the same spread)."""
+    rows = []
+    for (method, damping), tensor in traced.scores.items():
+        elsewhere = np.where(states, np.nan, tensor.numpy())
+        size = np.log(np.sqrt(np.nanmean(elsewhere**2, axis=0)))
+        for norm, values in norms_of(traced, method, damping, tokens).items():
+            own = np.log(values)
+            correlation = float(np.corrcoef(own, size)[0, 1])
+            row = {"method": method, "damping": damping or None, "norm": norm, "correlation": correlation}
+            rows.append(row | {"slope": correlation * float(size.std() / own.std())})
     return rows
 
 

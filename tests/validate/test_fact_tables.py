@@ -107,14 +107,30 @@ def test_examples_are_queries_on_which_rankings_part(setting: FactSetting) -> No
     assert second["right"] == "other" and "Chad" in second["query"]
 
 
+def test_the_norm_that_scores_are_proportional_to_foretells_their_spread(setting: FactSetting) -> None:
+    norms = np.array([1.0, 2.0, 4.0, 3.0])
+    # Of document 0 and 3 one query is left out each, as they answer it.
+    scores = torch.from_numpy(np.outer([1.0, -1.0], norms**2))
+    scores[0, 0], scores[1, 3], scores[0, 1] = 100.0, 100.0, -100.0
+    traced = Traced({(DOT_PRODUCT, 0.0): scores}, {(0, FROBENIUS, 0.0): torch.from_numpy(norms**2)})
+    rows = {row["norm"]: row for row in tables.spreads(traced, np.array([3.0, 1.0, 4.0, 1.0]), setting.states)}
+    assert rows[FROBENIUS]["correlation"] == pytest.approx(1) and rows[FROBENIUS]["slope"] == pytest.approx(2)
+    assert abs(rows[tables.TOKENS]["correlation"]) < 0.9
+
+
 def test_tables_and_figure_are_written(setting: FactSetting, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     scores = {(PROXIMAL, damping): torch.from_numpy(rng.standard_normal((2, 4))) for damping in (0.1, 0.01)}
-    squares = {(0, norm, damping): torch.ones(4) for norm in (INVERSE, STEP) for damping in (0.1, 0.01)}
+    squares = {(0, norm, damping): torch.arange(1.0, 5.0) for norm in (INVERSE, STEP) for damping in (0.1, 0.01)}
     traced = Traced(scores, squares | {(0, FROBENIUS, 0.0): torch.arange(1.0, 5.0)})
     ranked = tables.rankings(traced, {"BM25": rng.random((2, 4))}, np.arange(1.0, 5.0))
     quality, queries = tables.quality_rows(ranked, setting, seed=0)
-    found = {"quality": quality, "queries": queries, "leanings": tables.leanings(ranked, traced, np.arange(1.0, 5.0))}
+    found = {
+        "quality": quality,
+        "queries": queries,
+        "leanings": tables.leanings(ranked, traced, np.arange(1.0, 5.0)),
+        "spreads": tables.spreads(traced, np.arange(2.0, 6.0), setting.states),
+    }
     write_facts(tmp_path, found)
     for table in TABLES:
         assert pq.read_table(tmp_path / f"{table}.parquet").to_pylist() == found[table]
