@@ -112,8 +112,6 @@ def facts(
     experiment = FactTracing(made, folder, seed, tuple(damping), alpha, tokens_per_batch, console.print)
     found = fact_report.results(experiment) | {"machine": machine(threads)}
     fact_report.write_facts(folder, found)
-    for line in fact_report.lines(found):
-        console.print(line)
     console.print(f"results: {folder}")
 
 

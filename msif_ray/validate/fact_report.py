@@ -1,4 +1,4 @@
-"""What fact tracing leaves: `results.json`, a Parquet per table, and a figure."""
+"""What fact tracing leaves: `results.json`, a Parquet per table, all tables as Markdown, and a figure."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from msif_ray.store import replacing, write_json
-from msif_ray.validate.fact_tables import ALL, PLAIN, Row, examples, leanings, quality_rows, rankings, spreads
+from msif_ray.store import replacing, write_atomic, write_json
+from msif_ray.validate.fact_markdown import markdown, named
+from msif_ray.validate.fact_tables import PLAIN, Row, examples, leanings, quality_rows, rankings, spreads
 from msif_ray.validate.fact_tracing import BM25, FactTracing
 from msif_ray.validate.tracing import INVERSE, PROXIMAL
 
@@ -37,11 +38,12 @@ def results(experiment: FactTracing) -> dict[str, Any]:
 
 
 def write_facts(folder: Path, found: dict[str, Any]) -> None:
-    """`results.json` (without what is by query), a Parquet per table and `facts.png` under the folder."""
+    """`results.json` (without what is by query), a Parquet per table, `tables.md` and `facts.png` under the folder."""
     write_json(folder / "results.json", {name: value for name, value in found.items() if name != "queries"})
     for table in TABLES:
         with replacing(folder / f"{table}.parquet") as temporary:
             pq.write_table(pa.Table.from_pylist(found[table]), temporary)
+    write_atomic(folder / "tables.md", markdown(found).encode())
     with replacing(folder / "facts.png") as temporary:
         draw_facts(found["quality"], temporary)
 
@@ -49,7 +51,7 @@ def write_facts(folder: Path, found: dict[str, Any]) -> None:
 def draw_facts(rows: list[Row], path: Path) -> None:
     """MRR of every method: a bar for each normalisation, a panel for each group of documents."""
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    names = list(dict.fromkeys(_name(row) for row in rows))
+    names = list(dict.fromkeys(named(row) for row in rows))
     normalised = list(dict.fromkeys(row["normalised"] for row in rows))
     height = 0.8 / len(normalised)
     figure, axes = pyplot.subplots(
@@ -59,7 +61,7 @@ def draw_facts(rows: list[Row], path: Path) -> None:
     for axis, group in zip(axes[0], groups, strict=True):
         for place, kind in enumerate(normalised):
             own = [row for row in rows if row["group"] == group and row["normalised"] == kind]
-            at = np.array([names.index(_name(row)) for row in own]) + (place - (len(normalised) - 1) / 2) * height
+            at = np.array([names.index(named(row)) for row in own]) + (place - (len(normalised) - 1) / 2) * height
             means = np.array([row["mrr"] for row in own])
             low, high = np.array([row["mrr_interval"] for row in own]).T
             sides = np.maximum([means - low, high - means], 0)
@@ -72,18 +74,3 @@ def draw_facts(rows: list[Row], path: Path) -> None:
     axes[0][-1].legend(fontsize=7, loc="lower right")
     figure.savefig(path, format="png", dpi=100)
     pyplot.close(figure)
-
-
-def _name(row: Row) -> str:
-    return row["method"] if row["damping"] is None else f"{row['method']}, damping {row['damping']:g}"
-
-
-def lines(found: dict[str, Any]) -> list[str]:
-    """The quality table of all stating documents as text, a line per method with its normalisations' MRR."""
-    rows = [row for row in found["quality"] if row["group"] == ALL]
-    names = list(dict.fromkeys(_name(row) for row in rows))
-    texts = []
-    for name in names:
-        own = [f"{row['normalised']} {row['mrr']:.3f}" for row in rows if _name(row) == name]
-        texts.append(f"{name}: " + "; ".join(own))
-    return texts

@@ -12,7 +12,7 @@ import torch
 from msif_ray.demo.factbook import Document
 from msif_ray.demo.questions import Question
 from msif_ray.validate import fact_tables as tables
-from msif_ray.validate.fact_report import TABLES, lines, write_facts
+from msif_ray.validate.fact_report import TABLES, write_facts
 from msif_ray.validate.fact_settings import FactSetting
 from msif_ray.validate.tracing import DOT_PRODUCT, FROBENIUS, INVERSE, PLAIN, PROXIMAL, STEP, Traced
 
@@ -130,11 +130,15 @@ def test_tables_and_figure_are_written(setting: FactSetting, tmp_path: Path) -> 
         "queries": queries,
         "leanings": tables.leanings(ranked, traced, np.arange(1.0, 5.0)),
         "spreads": tables.spreads(traced, np.arange(2.0, 6.0), setting.states),
+        "examples": tables.examples(ranked[0], ranked[-1], setting),
     }
     write_facts(tmp_path, found)
     for table in TABLES:
         assert pq.read_table(tmp_path / f"{table}.parquet").to_pylist() == found[table]
     assert json.loads((tmp_path / "results.json").read_text())["quality"] == quality
     assert (tmp_path / "facts.png").read_bytes().startswith(b"\x89PNG")
-    assert any(line.startswith("BM25: score") for line in lines(found))
+    written = (tmp_path / "tables.md").read_text()
+    assert f"| {PROXIMAL}, damping 0.01 | / √(gᵀH⁻¹g) |" in written and "| BM25 | score |" in written
+    widths = {line.count("|") for line in written.split("#### ")[1].splitlines() if line.startswith("|")}
+    assert widths == {2 + len({row["normalised"] for row in quality})}
     assert found["leanings"][0]["norm_percentile"] == pytest.approx(0.5)  # four documents, all among the first five
