@@ -74,7 +74,7 @@ class EkfacSolver(Strict):
 
 
 class CgSolver(Strict):
-    """EK-FAC's answer, refined by conjugate gradients on the stage's damped Gauss-Newton Hessian itself.
+    """Block conjugate gradients on the stage's damped Gauss-Newton Hessian itself.
 
     That is of the first `documents` of those that the stage is fitted on (default: all of them), met once per query
     and iteration; EK-FAC is the preconditioner. A query is solved once its residual is within `tolerance` times its

@@ -68,8 +68,8 @@ def draw_solvers(found: dict[str, Any], path: Path) -> None:
         label = f"damping {damping:g} × mean"
         right.plot([row["iteration"] for row in own], [row["spearman"] for row in own], marker="o", label=label)
     right.set_xscale("symlog", linthresh=1)
-    right.set_xlabel("iterations of CG from EK-FAC's answer")
-    right.set_ylabel("Spearman correlation with the last iterate")
+    right.set_xlabel("iterations of CG (0: EK-FAC's answer)")
+    right.set_ylabel("Spearman correlation with converged CG")
     right.legend()
     figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
