@@ -94,11 +94,11 @@ def _methods(experiment: Experiment) -> Iterator[tuple[str, Callable[[], Timed]]
         f"Arnoldi, {budget.arnoldi} steps, {kept} kept",
         lambda: by_directions(lambda: methods.arnoldi(problem, budget.arnoldi, kept, seed), shared=True),
     )
+    yield f"CG, residual {experiment.truth[2]['residual']:.0e}", solved
     yield (
         f"LiSSA, {budget.lissa} steps",
         lambda: by_directions(lambda: methods.lissa(problem, damping, budget.lissa, budget.lissa_documents, seed)),
     )
-    yield f"CG, residual {experiment.truth[2]['residual']:.0e}", solved
 
 
 def _timed(make: Callable[[], T]) -> tuple[T, float]:

@@ -148,5 +148,5 @@ class Experiment:
                 "scale": float(np.abs(scores).mean() / np.abs(truth).mean()),
             }
             | agreement(scores, truth)
-            for number, scores in found.items()
+            for number, scores in sorted(found.items())
         ]
