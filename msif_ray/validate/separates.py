@@ -80,32 +80,23 @@ def _of_map(experiment: Experiment, few: Problem, name: str) -> dict[str, Row]:
     right, fitted = {name: few.query_gradients[name]}, experiment.fitted[0]
     tokens = token_vectors(few, name, documents, budget.draws, experiment.seed)
 
-    def of_tokens(vectors: Vectors) -> Vectors:
-        return {name: tokens.apart(vectors[name])}
-
-    def solved(system: Damped, product: Callable[[Vectors], Vectors]) -> tuple[Vectors, float]:
-        begun = State.begun({name: system}, right)
-        state = solve({name: system}, begun, product, budget.block_iterations, BLOCK_TOLERANCE)
-        return state.solution, float(state.residuals[-1].max())
-
     def exact() -> tuple[Vectors, float]:
-        if experiment.joint is None:
-            return solved(System(fitted.ekfac[name], damping), few.product)
-        maps = {name: experiment.setting.maps[name]}
-        system = replace(experiment.joint.of(name, experiment.setting.maps), multiple=budget.dampings[0])
-        begun = State.begun({ALL: system}, joined(right))
-        state = solve(
-            {ALL: system},
-            begun,
-            lambda vectors: joined(few.product(parted(vectors, maps))),
-            budget.block_iterations,
-            BLOCK_TOLERANCE,
-        )
-        return parted(state.solution, maps), float(state.residuals[-1].max())
+        maps, joint = {name: experiment.setting.maps[name]}, experiment.joint
+        system: Damped = System(fitted.ekfac[name], damping)
+        if joint is not None:
+            system = replace(joint.of(name, experiment.setting.maps), multiple=budget.dampings[0])
+
+        def product(vectors: Vectors) -> Vectors:
+            return few.product(vectors) if joint is None else joined(few.product(parted(vectors, maps)))
+
+        systems, begins = ({name: system}, right) if joint is None else ({ALL: system}, joined(right))
+        state = solve(systems, State.begun(systems, begins), product, budget.block_iterations, BLOCK_TOLERANCE)
+        solution = state.solution if joint is None else parted(state.solution, maps)
+        return solution, float(state.residuals[-1].max())
 
     inverses = {
         "EK-FAC": (by_factors(fitted.ekfac, experiment.damping, right), 0.0),
-        "blocks, tokens apart": solved(System(fitted.kfac[name], damping), of_tokens),
+        "blocks, tokens apart": ({name: tokens.invert_apart(damping, right[name])}, 0.0),
         "blocks, tokens together": ({name: tokens.invert_together(damping, right[name])}, 0.0),
         "exact blocks": exact(),
     }

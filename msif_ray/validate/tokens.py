@@ -32,14 +32,19 @@ class TokenVectors:
     owners: Tensor
     documents: int
 
-    def apart(self, vectors: Tensor) -> Tensor:
-        """H v with tokens as independent, `[queries, out, columns]`."""
-        found = torch.zeros_like(vectors)
-        for gradients in self.gradients:
-            for query, vector in enumerate(vectors):
-                weights = ((gradients @ vector) * self.activations).sum(1, keepdim=True)
-                found[query] += (weights * gradients).T @ self.activations
-        return found / (self.documents * len(self.gradients))
+    def invert_apart(self, damping: float, vectors: Tensor) -> Tensor:
+        """(H + c)⁻¹ v with tokens as independent, of no more ranks than there are positions and draws (Woodbury): the
+        product of two g aᵀ is (g·g)(a·a), so none is made."""
+        scale = len(self.gradients) * self.documents
+        gradients = self.gradients.flatten(0, 1).double()
+        activations = self.activations.double().repeat(len(self.gradients), 1)
+        small = (gradients @ gradients.T).mul_(activations @ activations.T) / scale
+        small.diagonal().add_(damping)
+        wide = vectors.double()
+        inside = ((gradients @ wide) * activations).sum(2).T / scale
+        weights = torch.linalg.solve(small, inside)  # [positions · draws, queries]
+        outside = torch.stack([(each[:, None] * gradients).T @ activations for each in weights.T])
+        return ((wide - outside) / damping).to(vectors.dtype)
 
     @property
     def whole(self) -> Tensor:
