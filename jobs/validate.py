@@ -48,25 +48,42 @@ def solvers(
     few_iterations: Annotated[int, typer.Option(min=1, help="At each other damping, at most.")] = 96,
     block_iterations: Annotated[int, typer.Option(min=1, help="For each map's own block, at most.")] = 24,
     tolerance: Annotated[float, typer.Option(help="The relative residual of the truth.")] = 1e-4,
-    lissa: Annotated[int, typer.Option(min=1, help="Steps.")] = 200,
+    lissa: Annotated[int, typer.Option(min=1, help="Steps.")] = 10_000,
+    lissa_documents: Annotated[int, typer.Option(min=1, help="In each step.")] = 2,
     arnoldi: Annotated[int, typer.Option(min=4, help="Steps.")] = 60,
+    trak: Annotated[int, typer.Option(min=1, help="Dimension of the projected gradients.")] = 512,
+    trak_documents: Annotated[int, typer.Option(min=1, help="That TRAK's features are taken of.")] = 1024,
+    labels: Annotated[int, typer.Option(min=0, help="That the truth's preconditioner inverts; 0: EK-FAC.")] = 0,
     draws: Annotated[int, typer.Option(min=2, help="Labels per position, where there are many.")] = 16,
     damping: Annotated[list[float], typer.Option(help="Times the mean eigenvalue; several.")] = [0.1, 1.0, 0.01, 0.001],  # noqa: B006
 ) -> None:
     """Scores of EK-FAC and of other methods against conjugate gradients run to convergence."""
     try:
+        from msif_ray.validate.experiment import Budget, Experiment
         from msif_ray.validate.report import machine, write_solvers
         from msif_ray.validate.setting import Sizes
-        from msif_ray.validate.solvers import Budget, Experiment
+        from msif_ray.validate.solvers import run
     except ModuleNotFoundError as error:
         raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
     torch.set_num_threads(threads)
     console = Console(stderr=True, highlight=False)
     sizes = Sizes(hidden, vocabulary, epochs, documents, scored, queries)
     budget = Budget(
-        tuple(damping), tolerance, iterations, few_queries, few_iterations, block_iterations, lissa, arnoldi, draws
+        dampings=tuple(damping),
+        tolerance=tolerance,
+        iterations=iterations,
+        few_queries=few_queries,
+        few_iterations=few_iterations,
+        block_iterations=block_iterations,
+        lissa=lissa,
+        lissa_documents=lissa_documents,
+        arnoldi=arnoldi,
+        trak=trak,
+        trak_documents=trak_documents,
+        draws=draws,
+        labels=labels,
     )
-    found = Experiment(sizes, budget, seed, folder, console.print).run()
+    found = run(Experiment(sizes, budget, seed, folder, console.print))
     write_solvers(folder, found | {"machine": machine(threads)})
     console.print(f"results: {folder}")
 

@@ -113,7 +113,7 @@ def solve_record(solve: Path) -> Path:
 
 
 def solve_vectors(solve: Path, what: str, map_name: str) -> Path:
-    """One map's vectors of a solve: of its `start`, an iterate or its `answer`."""
+    """One map's vectors of a solve: of an iterate, its `answer`, or that of `ekfac`."""
     return solve / what / f"{map_name}.safetensors"
 
 

@@ -10,25 +10,25 @@ from torch import Tensor
 from msif_ray import layout
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture, Captured
-from msif_ray.influence.conjugate import Iterate
+from msif_ray.influence.conjugate import Iterate, Step
 from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.store import load_tensors, save_tensors
 
-START, ANSWER = "start", "answer"
+# What the queries are after the stage, and what EK-FAC alone makes of them.
+ANSWER, EKFAC = "answer", "ekfac"
 
 
 def iterate_name(number: int) -> str:
     return f"iterate-{number:04d}"
 
 
-def save_start(solve: Path, map_name: str, right: Tensor, start: Tensor) -> None:
-    """The right-hand sides b and EK-FAC's x = M⁻¹ b, `[queries, out, columns]`."""
-    save_tensors(layout.solve_vectors(solve, START, map_name), {"right": right, "start": start}, {"map": map_name})
+def save_answer(solve: Path, what: str, map_name: str, answer: Tensor) -> None:
+    """`[queries, out, columns]`, as ANSWER or EKFAC."""
+    save_tensors(layout.solve_vectors(solve, what, map_name), {"answer": answer}, {"map": map_name})
 
 
-def load_start(solve: Path, map_name: str) -> tuple[Tensor, Tensor]:
-    found = load_tensors(layout.solve_vectors(solve, START, map_name), part_of=solve)
-    return found["right"], found["start"]
+def load_answer(solve: Path, what: str, map_name: str) -> Tensor:
+    return load_tensors(layout.solve_vectors(solve, what, map_name), part_of=solve)["answer"]
 
 
 def save_iterate(solve: Path, number: int, map_name: str, iterate: Iterate) -> None:
@@ -49,13 +49,12 @@ def load_iterate(solve: Path, number: int, map_name: str) -> Iterate:
 
 @dataclass(frozen=True)
 class ProductJob:
-    """Σ over documents of N·H times a solve's vectors: EK-FAC's answers (`iterate` None), or an iterate's next
-    directions with these `beta`, of `queries` alone (their numbers in the solve)."""
+    """Σ over documents of N·H times the directions of a solve's step after an `iterate`, of the queries that are going
+    on alone."""
 
     solve: Path
-    iterate: int | None
-    beta: tuple[float, ...]
-    queries: tuple[int, ...]
+    iterate: int
+    step: Step
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
 
@@ -63,12 +62,7 @@ class ProductJob:
         return ProductWork(ProductSums({name: self._vectors(name).to(device) for name in maps}))
 
     def _vectors(self, map_name: str) -> Tensor:
-        if self.iterate is None:
-            _, vectors = load_start(self.solve, map_name)
-        else:
-            iterate = load_iterate(self.solve, self.iterate, map_name)
-            vectors = iterate.next_direction(torch.tensor(self.beta, dtype=torch.float64))
-        return vectors[list(self.queries)]
+        return load_iterate(self.solve, self.iterate, map_name).next_direction(self.step)[self.step.going]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor
 from msif_ray import layout, stages
 from msif_ray.cluster.directions import Shard
 from msif_ray.cluster.fit import mean_eigenvalues
+from msif_ray.cluster.iterates import ANSWER, load_answer
 from msif_ray.cluster.jobs import load_basis
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.queries import in_order
@@ -82,7 +83,7 @@ class Answers:
 
     def vectors(self, map_name: str, queries: Sequence[str]) -> Iterator[Vector]:
         for folder in self.folders:
-            yield from map(Answered, load_answer(folder, map_name))
+            yield from map(Answered, load_answer(folder, ANSWER, map_name))
 
 
 def passed_means(task: CarryTask) -> dict[int, dict[str, float]]:
@@ -114,11 +115,6 @@ def strengths_used(map_name: str, task: CarryTask, means: dict[int, dict[str, fl
             kind = "damping" if index == task.scored else "alpha"
             strengths[f"{task.run.stages[index].name}.{kind}"] = strength
     return strengths
-
-
-def load_answer(folder: Path, map_name: str) -> Tensor:
-    """`[queries, out, columns]`, as `solve_tasks.write_answer` leaves it."""
-    return load_tensors(layout.solve_vectors(folder, "answer", map_name), part_of=folder)["answer"]
 
 
 def load_factor(folder: Path, map_name: str) -> Factor:

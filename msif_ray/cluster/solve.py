@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msif_ray import layout, stages
 from msif_ray.cluster.fit import for_each_map
-from msif_ray.cluster.iterates import ANSWER, START, ProductJob, iterate_name
+from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, iterate_name
 from msif_ray.cluster.jobs import CovarianceJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import Answers, CarryTask, Source
@@ -25,18 +24,17 @@ from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.solve_tasks import (
     Systems,
-    curvature_of,
+    met_by,
     solved_together,
     task_bytes,
     write_answer,
-    write_first,
     write_next,
     write_start,
 )
 from msif_ray.config import CgSolver
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.errors import UserError
-from msif_ray.influence.conjugate import Numbers, step_length, sum_over_maps
+from msif_ray.influence.conjugate import Numbers, Step, sum_left, sum_met, sum_over_maps
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes
 from msif_ray.paths import all_there, exists
 from msif_ray.store import delete_folder, read_json, write_json
@@ -60,31 +58,35 @@ class SolvedStage:
 
 @dataclass(frozen=True)
 class Record:
-    """How far a solve has come. `numbers` None: the first product is still to be made. `relative` residuals
-    `[iterations + 1][queries]` and the `seconds` that each took; `documents` of the operator."""
+    """How far a solve has come: `relative` residuals `[iterations + 1][queries]`, from x = 0 on, and the `seconds` that
+    each iteration took; `documents` of the operator."""
 
-    numbers: Numbers | None
-    relative: tuple[tuple[float, ...], ...] = ()
+    numbers: Numbers
+    relative: tuple[tuple[float, ...], ...]
     seconds: tuple[float, ...] = ()
     documents: int = 0
 
+    @classmethod
+    def begun(cls, numbers: Numbers) -> "Record":
+        return cls(numbers, (tuple(numbers.relative.tolist()),))
+
     @property
     def iterations(self) -> int:
-        return len(self.relative) - 1
+        return len(self.seconds)
 
     def with_next(self, numbers: Numbers, seconds: float, documents: int) -> "Record":
         relative = (*self.relative, tuple(numbers.relative.tolist()))
         return Record(numbers, relative, (*self.seconds, seconds), documents)
 
-    def under_way(self, solver: CgSolver) -> Tensor | None:
-        """Which queries are to go on, bool `[queries]`; None where none is, or no iteration is left."""
-        if self.numbers is None or self.iterations >= solver.iterations:
+    def next_step(self, solver: CgSolver) -> Step | None:
+        """None where every query is solved, or no iteration is left."""
+        if self.iterations >= solver.iterations:
             return None
-        still = self.numbers.unsolved(solver.tolerance)
-        return still if still.any() else None
+        step = self.numbers.step(solver.tolerance)
+        return step if step.going.any() else None
 
     def write(self, solve: Path) -> None:
-        numbers = {name: value.tolist() for name, value in vars(self.numbers).items()} if self.numbers else None
+        numbers = {name: value.tolist() for name, value in vars(self.numbers).items()}
         write_json(layout.solve_record(solve), vars(self) | {"numbers": numbers})
 
     @classmethod
@@ -93,10 +95,11 @@ class Record:
         if not exists(path):
             return None
         found = read_json(path, f"delete the folder {solve}, and run the same command again")
-        numbers = found.pop("numbers")
-        if numbers is not None:
-            numbers = Numbers(**{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()})
-        return cls(numbers, tuple(map(tuple, found["relative"])), tuple(found["seconds"]), found["documents"])
+        if not isinstance(found["numbers"], dict) or found["numbers"].keys() != Numbers.__dataclass_fields__.keys():
+            return None  # another version's
+        numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in found["numbers"].items()}
+        relative = tuple(map(tuple, found["relative"]))
+        return cls(Numbers(**numbers), relative, tuple(found["seconds"]), found["documents"])
 
 
 @dataclass(frozen=True)
@@ -149,62 +152,43 @@ class Solver:
         systems = Systems(solve, self._factors(stage), self._damping(stage))
         record = self._resumed(solve)
         if record is None:
-            self._each(queries, write_start, systems, self.task, stage.index, queries, source, self.means)
-            record = Record(None)
+            squares = self._each(queries, write_start, systems, self.task, stage.index, queries, source, self.means)
+            record = Record.begun(Numbers.begun(sum_over_maps(squares)))
             record.write(solve)
-        if record.numbers is None:
-            record = self._first(stage, queries, systems, record)
-        while (still := record.under_way(stage.solver)) is not None:
-            record = self._next(stage, queries, systems, record, still)
-        refined = record.numbers is not None and record.numbers.refined(stage.solver.tolerance)
+        while (step := record.next_step(stage.solver)) is not None:
+            record = self._next(stage, queries, systems, record, step)
+        refined = record.numbers.refined(stage.solver.tolerance)
         later = stage.index != self.task.scored
         self._each(queries, write_answer, systems, record.iterations, refined, later)
-        for name in (START, iterate_name(record.iterations)):
+        for name in (EKFAC, iterate_name(record.iterations)):
             delete_folder(solve / name)
 
     def _resumed(self, solve: Path) -> Record | None:
         """A solve's record, if the vectors that it counts on are there; else what there is of it is dropped."""
         record = Record.read(solve)
-        if record is not None:
-            needed = [START] if record.numbers is None else [START, iterate_name(record.iterations)]
-            if all(self._are_there(solve, what) for what in needed):
-                return record
-            delete_folder(solve, first=layout.solve_record(solve).name)
+        if record is not None and all(
+            self._are_there(solve, what) for what in (EKFAC, iterate_name(record.iterations))
+        ):
+            return record
+        delete_folder(solve, first=layout.solve_record(solve).name)
         return None
 
     def _are_there(self, solve: Path, what: str) -> bool:
         return all_there([layout.solve_vectors(solve, what, name) for name in self.maps])
 
-    def _first(self, stage: SolvedStage, queries: Queries, systems: Systems, record: Record) -> Record:
-        """EK-FAC's residual, which takes a product too."""
-        began, every = time.monotonic(), tuple(range(queries[1] - queries[0]))
-        products = self._product(
-            stage, ProductJob(systems.solve, None, (), every), 0, f"{stage.setup.stage}: residual of EK-FAC"
-        )
-        right, squares, met = _totals(self._each(queries, write_first, systems, products))
-        record = record.with_next(Numbers.begun(right, squares, met), time.monotonic() - began, products.documents)
-        record.write(systems.solve)
-        delete_folder(_partials(systems.solve, 0))
-        return record
-
-    def _next(self, stage: SolvedStage, queries: Queries, systems: Systems, record: Record, still: Tensor) -> Record:
-        """One step of the queries that are `still` under way."""
+    def _next(self, stage: SolvedStage, queries: Queries, systems: Systems, record: Record, step: Step) -> Record:
+        """One step of the queries that are under way."""
         began, numbers, number = time.monotonic(), record.numbers, record.iterations + 1
-        if numbers is None:
-            raise ValueError("there is no residual to begin with")
-        going = tuple(still.nonzero()[:, 0].tolist())
-        residuals = numbers.relative[still]
+        residuals = numbers.relative[step.going]
         name = (
-            f"{stage.setup.stage}: iteration {number} of {stage.solver.iterations} on {len(going)} queries "
+            f"{stage.setup.stage}: iteration {number} of {stage.solver.iterations} on {len(residuals)} queries "
             f"(relative residual {residuals.median():.3g}, at most {residuals.max():.3g})"
         )
-        job = ProductJob(systems.solve, number - 1, tuple(numbers.beta.tolist()), going)
-        products = self._product(stage, job, number, name)
-        step = (products, number, numbers.beta, going)
-        (curvature,) = _totals(self._each(queries, curvature_of, systems, *step))
-        alpha = step_length(numbers, curvature, still)
-        squares, met = _totals(self._each(queries, write_next, systems, *step, alpha))
-        record = record.with_next(numbers.advanced(squares, met, still), time.monotonic() - began, products.documents)
+        products = self._product(stage, ProductJob(systems.solve, number - 1, step), number, name)
+        met = sum_met(self._each(queries, met_by, systems, products, number, step))
+        alpha = numbers.alpha(step, met)
+        left = sum_left(self._each(queries, write_next, systems, products, number, step, alpha))
+        record = record.with_next(numbers.advanced(met, left), time.monotonic() - began, products.documents)
         record.write(systems.solve)
         delete_folder(_partials(systems.solve, number))
         delete_folder(systems.solve / iterate_name(number - 1))
@@ -243,8 +227,3 @@ class Solver:
 
 def _partials(solve: Path, number: int) -> Path:
     return solve / "partials" / f"{number:04d}"
-
-
-def _totals(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Sums over maps of each of the numbers by query that tasks give."""
-    return [sum_over_maps(column) for column in zip(*parts, strict=True)]

@@ -26,8 +26,8 @@ SCHEMA = pa.schema(
 
 def report_solves(solver: Solver, solved: Sequence[SolvedStage]) -> dict[str, Any]:
     """Writes `residuals.parquet` of an entry: each query's relative residual after each iteration of each stage, 0
-    being EK-FAC's answer, the seconds until then of all that were solved together, and whether the last one is the
-    query's answer (`refined`). Says and gives a summary of each stage, by its name."""
+    being EK-FAC's answer, which none of them goes on from; the seconds until then of all that were solved together, and
+    whether the last one is the query's answer (`refined`). Says and gives a summary of each stage, by its name."""
     rows: list[dict[str, Any]] = []
     summaries = {}
     queries = solver.task.queries
@@ -56,12 +56,13 @@ def drop_solves(folder: Path) -> None:
 
 
 def _refined(record: Record, stage: SolvedStage) -> list[bool]:
-    return [] if record.numbers is None else record.numbers.refined(stage.solver.tolerance).tolist()
+    return record.numbers.refined(stage.solver.tolerance).tolist()
 
 
 def _rows(stage: str, queries: Sequence[str], record: Record, refined: Sequence[bool]) -> list[dict[str, Any]]:
     rows, seconds = [], 0.0
-    for iteration, (residuals, took) in enumerate(zip(record.relative, record.seconds, strict=True)):
+    relative = (record.numbers.relative_of_ekfac.tolist(), *record.relative[1:])
+    for iteration, (residuals, took) in enumerate(zip(relative, (0.0, *record.seconds), strict=True)):
         seconds += took
         for query, residual, is_refined in zip(queries, residuals, refined, strict=True):
             rows.append(
@@ -79,7 +80,8 @@ def _rows(stage: str, queries: Sequence[str], record: Record, refined: Sequence[
 
 def _summary(records: Sequence[Record], stage: SolvedStage, kept: list[str]) -> dict[str, Any]:
     """`kept_ekfac` are the queries that were not solved, and keep EK-FAC's answer."""
-    before, after = ([r for record in records for r in record.relative[at]] for at in (0, -1))
+    before = [r for record in records for r in record.numbers.relative_of_ekfac.tolist()]
+    after = [r for record in records for r in record.relative[-1]]
     return {
         "iterations": max(record.iterations for record in records),
         "documents": records[0].documents,

@@ -9,8 +9,8 @@ from msif_ray.influence.groups import Shapes
 from msif_ray.plan import counts
 from msif_ray.plan.tokens import Tally
 
-# Vectors of the queries that are solved together which storage holds at once: b and EK-FAC's x, and two iterates.
-STORED_VECTORS = 2 + 2 * 4
+# Vectors of the queries that are solved together which storage holds at once: EK-FAC's answers, and two iterates.
+STORED_VECTORS = 1 + 2 * 4
 
 
 def products_job(index: int) -> str:
@@ -42,7 +42,7 @@ class StageSolves:
         return self.passes * counts.product_flops(size, shapes, tally)
 
     def rotation_flops(self, shapes: Shapes) -> float:
-        """Of the preconditioner, for every residual and for b."""
+        """Of the preconditioner, for b and every residual."""
         return counts.carry_flops(shapes, self.entries * self.queries, self.products + 1)
 
 
@@ -53,7 +53,7 @@ def planned_solves(run: Run, queries: int) -> list[StageSolves]:
         for index in stages.solved_stages(run.answering(score), run.stage_index(score.stage)):
             entries[index] = entries.get(index, 0) + 1
     return [
-        StageSolves(index, entries[index], queries, stages.solver_of(run, index).iterations + 1)
+        StageSolves(index, entries[index], queries, stages.solver_of(run, index).iterations)
         for index in sorted(entries)
     ]
 

@@ -1,4 +1,4 @@
-"""The methods that are compared: each turns query gradients into directions, or gives scores of its own.
+"""The methods that are compared and that turn query gradients into directions.
 
 EK-FAC, K-FAC and conjugate gradients are the package's. The others as published, on the same damped operator.
 """
@@ -6,21 +6,14 @@ EK-FAC, K-FAC and conjugate gradients are the package's. The others as published
 import random
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from msif_ray.corpus.windows import Encoded
-from msif_ray.influence.capture import Capture
-from msif_ray.influence.conjugate import Vectors, inner_by_query, sum_over_maps
+from msif_ray.influence.conjugate import Vectors
 from msif_ray.influence.ekfac import Factor
-from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.response import DampedInverse
-from msif_ray.validate.problem import Problem, Scores
-from msif_ray.validate.setting import Setting, batches
+from msif_ray.validate.problem import Problem
 
-# LiSSA's step is 1 over the largest eigenvalue times this: a batch's operator may exceed the mean of all.
-LISSA_MARGIN = 4.0
 POWER_STEPS = 8
 
 
@@ -29,25 +22,23 @@ def by_factors(factors: Mapping[str, Factor], damping: Mapping[str, float], grad
     return {name: factors[name].apply(DampedInverse(damping[name]), vectors) for name, vectors in gradients.items()}
 
 
-def lissa(problem: Problem, damping: Mapping[str, float], iterations: int, seed: int) -> Vectors:
-    """x ← b + x − (H_batch + c) x / s, whose fixed point is s (H + c)⁻¹ b (Agarwal et al. 2017; Koh and Liang 2017).
+def lissa(problem: Problem, damping: Mapping[str, float], iterations: int, documents: int, seed: int) -> Vectors:
+    """x ← b + x − (H_few + c) x / s, whose fixed point is s (H + c)⁻¹ b (Agarwal et al. 2017; Koh and Liang 2017).
 
-    Each step takes a batch drawn at random; s is LISSA_MARGIN times the largest eigenvalue.
+    Each step takes `documents` of the operator's at random; s is the largest eigenvalue that any of their operators
+    has, damping included, so that no step makes x longer.
     """
-    gradients, setting = problem.query_gradients, problem.setting
-    largest = _largest_eigenvalue(problem, seed) + max(damping.values())
-    scale, found = LISSA_MARGIN * largest, problem.operator_batches
+    gradients, rows = problem.query_gradients, problem.setting.documents
+    few = [problem.of(rows[start : start + documents]) for start in range(0, len(rows), documents)]
+    scale = max(_largest_eigenvalue(each, seed) for each in few) + max(damping.values())
+    weights = [len(each.setting.documents) for each in few]
     rng, solution = random.Random(seed), {name: vectors.clone() for name, vectors in gradients.items()}
-    with Capture(setting.model, setting.maps) as capture:
-        for _ in range(iterations):
-            batch = rng.choice(found)
-            sums = ProductSums(solution)
-            sums.add(capture, batch)
-            # A batch stands for all documents; its rows are what it holds of them.
-            solution = {
-                name: vectors + gradients[name] - (sums.sums[name] / len(batch.keys) + damping[name] * vectors) / scale
-                for name, vectors in solution.items()
-            }
+    for chosen in rng.choices(few, weights, k=iterations):
+        products = chosen.product(solution)
+        solution = {
+            name: vectors + gradients[name] - (products[name] + damping[name] * vectors) / scale
+            for name, vectors in solution.items()
+        }
     return {name: vectors / scale for name, vectors in solution.items()}
 
 
@@ -73,29 +64,6 @@ def arnoldi(problem: Problem, iterations: int, kept: int, seed: int) -> Vectors:
     directions = torch.cat(basis[:-1]).T @ vectors[:, largest]  # [P, kept]
     coordinates = _flat(problem.query_gradients) @ directions
     return _by_map(problem, (coordinates / values[largest]) @ directions.T)
-
-
-def hidden_similarity(setting: Setting) -> Scores:
-    """Cosine of the mean last hidden states of query and document, `[queries, documents]`."""
-    queries, documents = (_hidden(setting, rows) for rows in (setting.queries, setting.scored))
-    unit = [rows / rows.norm(dim=1, keepdim=True) for rows in (queries, documents)]
-    return (unit[0] @ unit[1].T).double().numpy()
-
-
-def cosine(scores: Scores, norms: Scores, gradients: Vectors) -> Scores:
-    """Gradient dot products over the norms of both."""
-    own = sum_over_maps(inner_by_query(vectors, vectors) for vectors in gradients.values()).sqrt().numpy()
-    return np.asarray(scores / np.maximum(norms, 1e-30) / own[:, None])
-
-
-def _hidden(setting: Setting, rows: list[Encoded]) -> Tensor:
-    found = []
-    with torch.no_grad():
-        for row in rows:
-            (batch,) = batches([row], 1)
-            out = setting.model(input_ids=batch.input_ids, output_hidden_states=True, use_cache=False)
-            found.append(out.hidden_states[-1][0].mean(0))
-    return torch.stack(found)
 
 
 def _largest_eigenvalue(problem: Problem, seed: int) -> float:

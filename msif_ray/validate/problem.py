@@ -1,7 +1,7 @@
 """The computations that all compared solvers share, in one process: factors, products, query gradients and scores."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,10 @@ class Problem:
 
     setting: Setting
     tokens_per_batch: int
+
+    def of(self, documents: Sequence[Encoded]) -> "Problem":
+        """The same with an operator of other documents."""
+        return replace(self, setting=replace(self.setting, documents=list(documents)))
 
     @cached_property
     def operator_batches(self) -> list[Batch]:

@@ -61,15 +61,15 @@ def draw_solvers(found: dict[str, Any], path: Path) -> None:
         [max(0.0, row["spearman_interval"][1] - mean) for mean, row in zip(means, rows, strict=True)],
     ]
     left.barh([row["method"] for row in rows], means, xerr=sides, color="#4c72b0", ecolor="#333333")
-    left.set_xlabel("Spearman correlation with converged CG (mean over queries)")
+    left.set_xlabel("Spearman correlation with CG (mean over queries)")
     left.axvline(0, color="black", linewidth=0.8)
     for damping in dict.fromkeys(row["damping"] for row in found["refined"]):
         own = [row for row in found["refined"] if row["damping"] == damping]
         label = f"damping {damping:g} × mean"
         right.plot([row["iteration"] for row in own], [row["spearman"] for row in own], marker="o", label=label)
     right.set_xscale("symlog", linthresh=1)
-    right.set_xlabel("iterations of CG from EK-FAC's answer")
-    right.set_ylabel("Spearman correlation with the last iterate")
+    right.set_xlabel("iterations of CG (0: EK-FAC's answer)")
+    right.set_ylabel("Spearman correlation with CG")
     right.legend()
     figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)

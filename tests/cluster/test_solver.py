@@ -126,8 +126,8 @@ def test_a_resume_goes_on_at_the_iteration_that_was_reached(resumed: tuple[str, 
     after = [step for step in second.steps if step.startswith(("queries: pretrain", "queries: tune"))]
     assert after[0].startswith("queries: pretrain: iteration 3 of 40")
     assert not any("tune" in step for step in after)
-    # The other queries' own beginning is the only one.
-    assert sum("residual of EK-FAC" in step for step in after) == 1
+    # The other query's own beginning is the only one.
+    assert sum("pretrain: iteration 1 of" in step for step in after) == 1
 
 
 def test_residuals_against_time_are_reported(resumed: tuple[str, Watching, Watching]) -> None:
@@ -137,11 +137,11 @@ def test_residuals_against_time_are_reported(resumed: tuple[str, Watching, Watch
     for stage in ("pretrain", "tune"):
         for query in ("query-0", "query-1", "query-2"):
             own = [row for row in rows if (row["stage"], row["query_id"]) == (stage, query)]
-            assert [row["iteration"] for row in own] == list(range(len(own))) and 3 < len(own) <= 41
+            assert [row["iteration"] for row in own] == list(range(len(own))) and 3 <= len(own) <= 41
             assert own[-1]["relative_residual"] <= 1e-5 < own[0]["relative_residual"]
             assert all(row["refined"] for row in own)
             seconds = [row["seconds"] for row in own]
-            assert seconds[0] > 0 and seconds == sorted(seconds)
+            assert seconds[0] == 0 < seconds[1] and seconds == sorted(seconds)
     record = read_json(layout.run_record(run_dir))
     assert record["identity"]["run"]["stages"][0]["solver"] == SOLVER
     about = record["solvers"]["pretrain"]["tune"]

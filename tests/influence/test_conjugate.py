@@ -12,7 +12,7 @@ import torch
 from msif_ray.corpus.windows import to_batch
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture
-from msif_ray.influence.conjugate import System, solve
+from msif_ray.influence.conjugate import State, System, solve
 from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.modules import find_linear_maps
 
@@ -67,6 +67,12 @@ def systems_of(stage, fit, scored=True):
         strength, relative = (stage.damping, stage.damping_relative) if scored else (stage.strength, stage.relative)
         systems[name] = System(factor, strength * (mean if relative else 1.0))
     return systems
+
+
+def solved(systems, right, product, iterations, tolerance=0.0):
+    """The last state, and all on the way."""
+    seen = []
+    return solve(systems, State.begun(systems, right), product, iterations, tolerance, seen.append), seen
 
 
 def random_directions(maps, queries=2, seed=0):
@@ -159,47 +165,73 @@ def test_conjugate_gradients_reach_the_dense_solve(kind, damping, scored):
         right = reference_solve.query_gradients(stage, names, QUERIES)
         wanted = reference_solve.solved(stage, fit, right, scored)
         systems = systems_of(stage, fit, scored)
-        found = solve(systems, right, dense_products(stage, names), iterations=5000, tolerance=1e-9)
+        found, _ = solved(systems, right, dense_products(stage, names), 5000, tolerance=1e-9)
     answers = {name: vectors * (1.0 if scored else systems[name].damping) for name, vectors in found.solution.items()}
     assert error(answers, wanted) < 1e-6
-    assert found.residuals[-1].max() <= 1e-9 < 1 < found.residuals[0].min()
+    assert found.residuals[-1].max() <= 1e-9 < 1 < found.numbers.relative_of_ekfac.min()
 
 
-def test_the_start_is_ek_fac_and_the_residuals_are_the_true_ones():
+def test_residuals_are_the_true_ones_and_ek_facs_is_told_without_a_product():
     stage = make_stage("gpt_neox", damping=0.1)
     names = list(find_linear_maps(stage.model))
     fit = reference.fit(stage, names)
     right = reference_solve.query_gradients(stage, names, QUERIES)
-    systems, seen = systems_of(stage, fit), []
-    found = solve(
-        systems, right, products_of(stage), iterations=5, seen=lambda vectors, numbers: seen.append((vectors, numbers))
-    )
-    assert len(seen) == len(found.residuals) == 6
+    systems, products, product = systems_of(stage, fit), [], products_of(stage)
+    found, seen = solved(systems, right, lambda vectors: products.append(vectors) or product(vectors), 5)
+    assert len(seen) == len(products) == found.iterations == 5 and len(found.residuals) == 6
     dense = reference_solve.gauss_newton(stage, names) + torch.diag(reference_solve.strengths(stage, fit, True))
-    for vectors, numbers in seen:
-        true = (flat(right) - flat(vectors) @ dense).norm(dim=1) / flat(right).norm(dim=1)
-        assert torch.allclose(numbers.relative, true, rtol=1e-9)
+
+    def residual(vectors):
+        return (flat(right) - flat(vectors) @ dense).norm(dim=1) / flat(right).norm(dim=1)
+
+    for state in seen:
+        assert torch.allclose(state.numbers.relative, residual(state.solution), rtol=1e-9)
+    ekfac = {}
     for name in names:
         n = fit[name].Lambda.numel()
         damped = fit[name].hessian() + float(systems[name].damping) * torch.eye(n, dtype=torch.float64)
-        wanted = torch.linalg.solve(damped, right[name].flatten(1).T).T.reshape(right[name].shape)
-        assert error({name: seen[0][0][name]}, {name: wanted}) < 1e-9
+        ekfac[name] = torch.linalg.solve(damped, right[name].flatten(1).T).T.reshape(right[name].shape)
+    assert error(products[0], ekfac) < 1e-9
+    assert torch.allclose(found.numbers.relative_of_ekfac, residual(ekfac), rtol=1e-7)
 
 
-def test_the_energy_falls_with_every_step_though_the_residual_need_not():
+def errors(stage, fit, names, right, states):
+    """The error of every state in the operator's norm, [states, queries]."""
+    dense = reference_solve.gauss_newton(stage, names) + torch.diag(reference_solve.strengths(stage, fit, True))
+    exact = torch.linalg.solve(dense, flat(right).T).T
+    beyond = torch.stack([flat(state.solution) - exact for state in states])
+    return (beyond * (beyond @ dense)).sum(2)
+
+
+def test_the_error_falls_with_every_step_and_is_less_than_of_a_query_alone():
+    stage = make_stage("gpt_neox", damping=1e-2)
+    names = list(find_linear_maps(stage.model))
+    fit = reference.fit(stage, names)
+    right = reference_solve.query_gradients(stage, names, [*QUERIES, *DOCUMENTS[:4]])
+    systems, product = systems_of(stage, fit), dense_products(stage, names)
+    _, together = solved(systems, right, product, 12)
+    found = errors(stage, fit, names, right, together)
+    assert (found.diff(dim=0) < 0).all()
+    of_alone = []
+    for query in range(len(found[0])):
+        own = {name: vectors[query : query + 1] for name, vectors in right.items()}
+        _, alone = solved(systems, own, product, 12)
+        of_alone.append(errors(stage, fit, names, own, alone)[:, 0])
+    assert (found <= torch.stack(of_alone, dim=1) * (1 + 1e-9)).all()
+    assert found[-1].sum() < 0.8 * torch.stack(of_alone)[:, -1].sum()
+
+
+def test_the_first_step_is_better_than_ek_fac():
+    """The best combination of EK-FAC's answers has the smaller error."""
     stage = make_stage("gpt_neox", damping=1e-3)
     names = list(find_linear_maps(stage.model))
     fit = reference.fit(stage, names)
     right = reference_solve.query_gradients(stage, names, QUERIES)
-    dense = reference_solve.gauss_newton(stage, names) + torch.diag(reference_solve.strengths(stage, fit, True))
-    energies = []
-
-    def energy(vectors, numbers):
-        x = flat(vectors)
-        energies.append(0.5 * (x * (x @ dense)).sum(1) - (x * flat(right)).sum(1))
-
-    solve(systems_of(stage, fit), right, dense_products(stage, names), iterations=12, seen=energy)
-    assert (torch.stack(energies).diff(dim=0) < 0).all()
+    systems, product = systems_of(stage, fit), dense_products(stage, names)
+    found, seen = solved(systems, right, product, 1)
+    ekfac = replace(found, iterates={name: replace(it, solution=it.direction) for name, it in found.iterates.items()})
+    first, of_ekfac = errors(stage, fit, names, right, [*seen, ekfac])
+    assert (first < of_ekfac).all()
 
 
 def test_a_query_that_is_solved_stands_still_and_a_zero_one_is_solved_at_once():
@@ -208,12 +240,34 @@ def test_a_query_that_is_solved_stands_still_and_a_zero_one_is_solved_at_once():
     right = reference_solve.query_gradients(stage, names, QUERIES)
     right = {name: torch.cat([vectors, torch.zeros_like(vectors[:1])]) for name, vectors in right.items()}
     systems = systems_of(stage, reference.fit(stage, names))
-    product = dense_products(stage, names)
-    found = solve(systems, right, product, iterations=400, tolerance=1e-8)
-    assert found.residuals[0, 2] == 0 and found.residuals[-1].max() <= 1e-8
+    found, seen = solved(systems, right, dense_products(stage, names), 400, tolerance=1e-8)
+    assert found.residuals[0].tolist() == [1, 1, 0] and found.residuals[-1].max() <= 1e-8
     assert all(not vectors[2].any() for vectors in found.solution.values())
-    alone = solve(systems, {name: vectors[:1] for name, vectors in right.items()}, product, 400, tolerance=1e-8)
-    assert error({name: vectors[:1] for name, vectors in found.solution.items()}, alone.solution) < 1e-6
+    done = next(state for state in seen if (state.numbers.relative[:2] <= 1e-8).any())
+    still = int(done.numbers.relative[:2].argmin())
+    assert all(torch.equal(done.solution[name][still], found.solution[name][still]) for name in names)
+
+
+def test_queries_that_are_the_same_or_combinations_of_others_are_solved_too():
+    stage = make_stage("gpt_neox", damping=1.0)
+    names = list(find_linear_maps(stage.model))
+    right = reference_solve.query_gradients(stage, names, QUERIES)
+    right = {name: torch.cat([v, v[:1], v[:1] - 2 * v[1:]]) for name, v in right.items()}
+    fit = reference.fit(stage, names)
+    wanted = reference_solve.solved(stage, fit, right, scored=True)
+    found, _ = solved(systems_of(stage, fit), right, dense_products(stage, names), 400, tolerance=1e-8)
+    assert found.residuals[-1].max() <= 1e-8
+    assert error(found.solution, wanted) < 1e-6
+
+
+def test_a_solve_goes_on_from_a_state():
+    stage = make_stage("gpt_neox", damping=0.1)
+    names = list(find_linear_maps(stage.model))
+    right = reference_solve.query_gradients(stage, names, QUERIES)
+    systems, product = systems_of(stage, reference.fit(stage, names)), dense_products(stage, names)
+    whole, seen = solved(systems, right, product, 9)
+    again = solve(systems, seen[3], product, 9)
+    assert len(again.residuals) == 10 and error(again.solution, whole.solution) < 1e-12
 
 
 def test_float32_products_and_solves_are_those_of_float64_up_to_rounding():
@@ -227,9 +281,8 @@ def test_float32_products_and_solves_are_those_of_float64_up_to_rounding():
         name: replace(system, factor=pipeline.fit(single).factors[name])
         for name, system in systems_of(stage, fit).items()
     }
-    found = solve(
-        systems, {name: vectors.float() for name, vectors in right.items()}, products_of(single), 80, tolerance=1e-4
-    )
+    narrow = {name: vectors.float() for name, vectors in right.items()}
+    found, _ = solved(systems, narrow, products_of(single), 80, tolerance=1e-4)
     assert all(vectors.dtype == torch.float32 for vectors in found.solution.values())
     assert found.residuals[-1].max() <= 1e-4
     assert error({name: vectors.double() for name, vectors in found.solution.items()}, wanted) < 1e-3

@@ -1,6 +1,7 @@
 """The compared methods against dense float64 matrices, on a tiny random model, and what the experiment writes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,18 @@ import reference_solve
 import torch
 from influence import pipeline
 
+from msif_ray.corpus.windows import Encoded
+from msif_ray.influence.conjugate import State, solve
 from msif_ray.influence.modules import find_linear_maps
-from msif_ray.validate import methods, report
+from msif_ray.validate import methods, report, similarity
 from msif_ray.validate.agreement import agreement
+from msif_ray.validate.experiment import Budget, Experiment
+from msif_ray.validate.joint import ALL, JointSystem, joined, joint_system, parted
 from msif_ray.validate.problem import Problem, relative_damping
 from msif_ray.validate.setting import Setting, Sizes
-from msif_ray.validate.solvers import Budget, Experiment
+from msif_ray.validate.solvers import run
+from msif_ray.validate.tokens import token_vectors
+from msif_ray.validate.trak import Projection, Trak
 
 DOCUMENTS = models.random_documents(1, 8, (3, 12), prefix="base")
 QUERIES = models.random_documents(3, 2, (3, 6), completions=True, prefix="query")
@@ -58,7 +65,7 @@ def test_lissa_comes_to_the_dense_solve(problem: Problem, dense: torch.Tensor) -
     damping = float(torch.linalg.eigvalsh(dense)[-1])
     right = flat(problem.query_gradients)
     wanted = torch.linalg.solve(dense + damping * torch.eye(len(dense)), right.T).T
-    found = methods.lissa(problem, dict.fromkeys(problem.setting.maps, damping), 120, seed=0)
+    found = methods.lissa(problem, dict.fromkeys(problem.setting.maps, damping), 40, len(DOCUMENTS), seed=0)
     assert relative_error(flat(found), wanted) < 1e-3
 
 
@@ -94,17 +101,111 @@ def test_scores_of_one_map_and_cosines(problem: Problem) -> None:
     scores, norms = problem.scores(gradients)
     parts = [problem.scores({name: vectors})[0] for name, vectors in gradients.items()]
     assert np.allclose(sum(parts), scores, rtol=1e-4, atol=1e-4 * np.abs(scores).max())
-    cosines = methods.cosine(scores, norms, gradients)
+    cosines = similarity.gradient_cosine(scores, norms, gradients)
     assert np.abs(cosines).max() <= 1 + 1e-6
     own, _ = problem.scores(gradients, problem.setting.queries)
     _, own_norms = problem.scores(gradients, problem.setting.queries)
-    assert np.allclose(np.diag(methods.cosine(own, own_norms, gradients)), 1, atol=1e-5)
+    assert np.allclose(np.diag(similarity.gradient_cosine(own, own_norms, gradients)), 1, atol=1e-5)
 
 
 def test_hidden_similarity_is_one_of_a_document_with_itself(problem: Problem) -> None:
     setting = problem.setting
     itself = Setting(**(vars(setting) | {"queries": setting.scored}))
-    assert np.allclose(np.diag(methods.hidden_similarity(itself)), 1, atol=1e-6)
+    assert np.allclose(np.diag(similarity.hidden_cosine(itself)), 1, atol=1e-6)
+
+
+def test_cka_is_that_of_centred_gram_matrices(problem: Problem) -> None:
+    setting = problem.setting
+    found = similarity.linear_cka(setting)
+
+    def gram(row: Encoded) -> np.ndarray:
+        out = setting.model(input_ids=torch.tensor([row.ids]), output_hidden_states=True)
+        states = out.hidden_states[-1][0].detach().double().numpy().T  # [units, tokens]
+        centring = np.eye(len(states)) - 1 / len(states)
+        return centring @ states @ states.T @ centring
+
+    for q, query in enumerate(setting.queries):
+        for d, document in enumerate(setting.scored):
+            k, m = gram(query), gram(document)
+            assert found[q, d] == pytest.approx((k * m).sum() / np.sqrt((k * k).sum() * (m * m).sum()), rel=1e-5)
+    itself = Setting(**(vars(setting) | {"queries": setting.scored}))
+    assert np.allclose(np.diag(similarity.linear_cka(itself)), 1, atol=1e-9)
+
+
+def test_trak_equals_the_dense_formula(problem: Problem) -> None:
+    setting, dimension = problem.setting, 4
+    maps, model = setting.maps, setting.model
+    found = Trak.fit(setting, setting.scored, dimension, seed=7).scores()
+    signs = torch.cat(list(Projection.draw(maps, dimension, 7).signs.values()), dim=1).double()
+    assert set(signs.unique().tolist()) == {-1.0, 1.0} and abs(float(signs.mean())) < 0.05
+
+    def gradient(row: Encoded, of_loss: bool) -> torch.Tensor:
+        """One target at a time: log p / (1 − p), or the loss as (1 − p) times its gradient."""
+        total: torch.Tensor | float = 0.0
+        for t in range(1, len(row.ids)):
+            if row.targets[t]:
+                p = model(input_ids=torch.tensor([row.ids])).logits[0, t - 1].double().softmax(0)[row.ids[t]]
+                margin = (p / (1 - p)).log()
+                total = total + (-(1 - p).detach() * margin if of_loss else margin)
+        modules = [model.get_submodule(name) for name in maps]
+        weights = torch.autograd.grad(total, [w for m in modules for w in (m.weight, m.bias)])
+        pairs = zip(weights[::2], weights[1::2], strict=True)
+        return torch.cat([torch.cat([w, b[:, None]], 1).flatten() for w, b in pairs]).double()
+
+    project = signs.T / dimension**0.5
+    features = torch.stack([gradient(row, False) for row in setting.scored]) @ project
+    queries = torch.stack([gradient(row, False) for row in setting.queries]) @ project
+    losses = torch.stack([gradient(row, True) for row in setting.scored]) @ project
+    wanted = -queries @ torch.linalg.inv(features.T @ features) @ losses.T
+    assert relative_error(torch.tensor(found), wanted) < 1e-3
+    with pytest.raises(ValueError, match="needs as many documents"):
+        Trak.fit(setting, setting.scored, len(setting.scored) + 1, seed=7)
+
+
+def test_blocks_with_tokens_apart_and_together(stage: reference.StageSpec, problem: Problem) -> None:
+    """Against sums over tokens, and documents, of outer products that the reference takes one at a time."""
+    name, draws = list(problem.setting.maps)[1], 2
+    apart: torch.Tensor | float = 0.0
+    together: torch.Tensor | float = 0.0
+    for draw in range(draws):
+        for document in reference.labelled_windows(replace(stage, seed=draw)):
+            for ids, _, labels in document:
+                a, g = reference.token_vectors(stage.model, [name], ids, labels)[name]
+                each = torch.stack([torch.outer(*pair).flatten() for pair in zip(g, a, strict=True)])
+                apart = apart + each.T @ each / (draws * len(DOCUMENTS))
+                together = together + torch.outer(each.sum(0), each.sum(0)) / (draws * len(DOCUMENTS))
+    found = token_vectors(problem, name, problem.setting.documents, draws, seed=0)
+    vectors = torch.randn(2, *problem.setting.maps[name].shape, generator=torch.Generator().manual_seed(1))
+    for exact, invert in ((apart, found.invert_apart), (together, found.invert_together)):
+        dense = torch.as_tensor(exact)
+        damping = 0.1 * float(torch.linalg.eigvalsh(dense)[-1])
+        wanted = torch.linalg.solve(dense + damping * torch.eye(len(dense)), vectors.flatten(1).double().T).T
+        assert relative_error(invert(damping, vectors).flatten(1).double(), wanted) < 1e-4
+
+
+def test_the_truths_preconditioner_inverts_the_operator_where_every_label_counts(
+    problem: Problem, dense: torch.Tensor
+) -> None:
+    maps, right = problem.setting.maps, problem.query_gradients
+    means = {name: 1e-2 * (1 + number) for number, name in enumerate(maps)}
+    multiple = 0.5 * float(torch.linalg.eigvalsh(dense)[-1])
+    diagonal = torch.cat([torch.full((each.parameters,), means[name]) for name, each in maps.items()]).double()
+    wanted = torch.linalg.solve(dense + multiple * torch.diag(diagonal), flat(right).T).T
+    system = replace(joint_system(problem, means, 10**6), multiple=multiple)
+    assert relative_error(flat(parted({ALL: system.precondition(joined(right)[ALL])}, maps)), wanted) < 1e-3
+    assert error_of_products(system, dense, diagonal, multiple) < 1e-6
+    few = replace(joint_system(problem, means, 40), multiple=multiple)
+    assert len(few.roots) == 40
+    began = State.begun({ALL: few}, joined(right))
+    found = solve({ALL: few}, began, lambda v: joined(problem.product(parted(v, maps))), 60, 1e-5)
+    assert relative_error(flat(parted(found.solution, maps)), wanted) < 1e-3
+
+
+def error_of_products(system: JointSystem, dense: torch.Tensor, diagonal: torch.Tensor, multiple: float) -> float:
+    vectors = torch.randn(2, 1, len(dense), generator=torch.Generator().manual_seed(2))
+    product = (vectors[:, 0].double() @ dense).float()[:, None]
+    wanted = vectors[:, 0].double() @ (dense + multiple * torch.diag(diagonal))
+    return relative_error(system.damped(product, vectors)[:, 0].double(), wanted)
 
 
 def test_agreement_of_scores_with_themselves_and_with_noise() -> None:
@@ -116,8 +217,9 @@ def test_agreement_of_scores_with_themselves_and_with_noise() -> None:
     assert low < noise["pearson"] < high and abs(noise["pearson"]) < 0.05 and high - low < 0.1
 
 
-def test_an_experiment_writes_its_tables_and_does_nothing_twice(problem: Problem, tmp_path: Path) -> None:
-    budget = Budget((0.5, 1.0), 1e-3, 12, 1, 4, 2, 5, 6, 2)
+@pytest.mark.parametrize("labels", [0, 30])
+def test_an_experiment_writes_its_tables_and_does_nothing_twice(labels: int, problem: Problem, tmp_path: Path) -> None:
+    budget = Budget((0.5, 1.0), 1e-3, 12, 1, 4, 2, 5, 2, 6, trak=3, trak_documents=8, draws=2, labels=labels)
     said: list[str] = []
 
     def experiment() -> Experiment:
@@ -125,20 +227,20 @@ def test_an_experiment_writes_its_tables_and_does_nothing_twice(problem: Problem
         made.__dict__["setting"] = problem.setting
         return made
 
-    found: dict[str, Any] = experiment().run() | {"machine": report.machine(1)}
+    found: dict[str, Any] = run(experiment()) | {"machine": report.machine(1)}
     report.write_solvers(tmp_path, found)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     compared = {row["method"]: row for row in pq.read_table(tmp_path / "compared.parquet").to_pylist()}
-    assert {"EK-FAC, all maps", "EK-FAC, MLP only", "K-FAC, all maps", "hidden-state cosine", "gradient cosine"} < set(
-        compared
-    )
+    assert {"EK-FAC, MLP only", "K-FAC, all maps", "CKA of hidden states", "TRAK, dimension 3"} < set(compared)
+    separates = pq.read_table(tmp_path / "separates.parquet").to_pylist()
+    assert ("blocks, tokens apart", "blocks, tokens together") in {(r["change"], r["against"]) for r in separates}
     itself = next(row for name, row in compared.items() if name.startswith("CG"))
     assert itself["pearson"] == pytest.approx(1) and itself["query_seconds"] > 0
     refined = pq.read_table(tmp_path / "refined.parquet").to_pylist()
     assert {row["damping"] for row in refined} == {0.5, 1.0} and refined[0]["iteration"] == 0
     assert (tmp_path / "solvers.png").read_bytes().startswith(b"\x89PNG")
     said.clear()
-    assert experiment().run() | {"machine": found["machine"]} == found and not said
+    assert run(experiment()) | {"machine": found["machine"]} == found and not said
 
 
 def test_damping_is_a_multiple_of_each_maps_mean(problem: Problem) -> None:

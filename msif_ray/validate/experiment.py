@@ -1,0 +1,152 @@
+"""What the parts of the first experiment share: the setting, the factors, the truth, and what is kept of them."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from msif_ray.influence.conjugate import State, Vectors
+from msif_ray.store import load_tensors, save_tensors, write_json
+from msif_ray.validate.agreement import agreement
+from msif_ray.validate.joint import ALL, JointSystem, joint_system
+from msif_ray.validate.methods import by_factors
+from msif_ray.validate.problem import Fitted, Problem, Scores, relative_damping
+from msif_ray.validate.setting import Setting, Sizes, make_setting
+from msif_ray.validate.watch import Watch, true_residuals
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each part of the experiment may take. `dampings` are multiples of the mean eigenvalue: the first is that of
+    the comparison, and the others are tried with `few_queries`. `labels` are those of the truth's preconditioner
+    (`joint.py`); 0: it is EK-FAC."""
+
+    dampings: tuple[float, ...] = (0.1, 1.0, 0.01, 0.001)
+    tolerance: float = 1e-4
+    iterations: int = 200
+    few_queries: int = 2
+    few_iterations: int = 96
+    block_iterations: int = 24
+    lissa: int = 10_000
+    lissa_documents: int = 2
+    arnoldi: int = 60
+    trak: int = 512
+    trak_documents: int = 1024
+    draws: int = 16
+    labels: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run of it; each part is kept in `folder` and not computed again."""
+
+    sizes: Sizes
+    budget: Budget
+    seed: int
+    folder: Path
+    say: Callable[[str], None]
+
+    def kept(self, name: str, part: Callable[[], Any]) -> Any:
+        """What `part` gave, from `<name>.json` where an earlier call left it."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            write_json(path, part())
+        return json.loads(path.read_text())
+
+    @cached_property
+    def setting(self) -> Setting:
+        return make_setting(self.sizes, self.seed, self.folder)
+
+    @cached_property
+    def problem(self) -> Problem:
+        return Problem(self.setting, self.sizes.tokens_per_batch)
+
+    @cached_property
+    def few(self) -> Problem:
+        """The same of the first few queries."""
+        return replace(
+            self.problem, setting=replace(self.setting, queries=self.setting.queries[: self.budget.few_queries])
+        )
+
+    @cached_property
+    def fitted(self) -> tuple[Fitted, float]:
+        """The factors, and the seconds they took."""
+        began = time.monotonic()
+        return self.problem.fit(self.setting.documents, seed=self.seed), time.monotonic() - began
+
+    @cached_property
+    def damping(self) -> dict[str, float]:
+        return relative_damping(self.fitted[0].ekfac, self.budget.dampings[0])
+
+    @cached_property
+    def joint(self) -> JointSystem | None:
+        """The truth's preconditioner, at 1 × the mean eigenvalues; None: EK-FAC is."""
+        if not self.budget.labels:
+            return None
+        began = time.monotonic()
+        found = joint_system(self.problem, relative_damping(self.fitted[0].ekfac, 1.0), self.budget.labels)
+        self.say(f"  {len(found.roots)} labels inverted: {time.monotonic() - began:.0f} s")
+        return found
+
+    @cached_property
+    def truth(self) -> tuple[Scores, Vectors, Row]:
+        """Scores by conjugate gradients at the first damping, the directions, and how far they converged."""
+        path = self.folder / "truth.safetensors"
+        about = self.kept("truth", lambda: self._solved_truth(path))
+        directions = load_tensors(path)
+        return self.problem.scores(directions)[0], directions, about
+
+    def _solved_truth(self, path: Path) -> Row:
+        about, found = self.solved(self.budget.dampings[0], self.problem, self.budget.iterations)
+        save_tensors(path, found)
+        return about
+
+    def solved(self, multiple: float, problem: Problem, iterations: int) -> tuple[Row, Vectors]:
+        """The solution at one damping: its residual, iterations and seconds, and how iterates of the package's solver
+        come to it (`iterates`, a row for each that is looked at). These are its own where EK-FAC is the
+        preconditioner, and else take `few_iterations` of their own."""
+        damping = relative_damping(self.fitted[0].ekfac, multiple)
+        systems = problem.systems(self.fitted[0].ekfac, damping)
+        watch = Watch(self.folder / f"state-{multiple:g}.safetensors", problem, self.say)
+        state = watch.solve(
+            systems, iterations if self.joint is None else self.budget.few_iterations, self.budget.tolerance
+        )
+        of_truth, last = (watch, state) if self.joint is None else self._joint_solved(multiple, problem)
+        solution = of_truth.solution(last)
+        residual = float(true_residuals(problem, damping, solution).max())
+        self.say(f"  damping {multiple:g}: {last.iterations} iterations, residual {residual:.1e}")
+        about = {"iterations": last.iterations, "residual": residual, "labels": self.budget.labels}
+        about |= {"query_seconds": of_truth.seconds[-1] / len(problem.setting.queries)}
+        of_ekfac = problem.scores(by_factors(self.fitted[0].ekfac, damping, problem.query_gradients))[0]
+        rows = self._rows(state, {0: of_ekfac} | watch.scores, watch.seconds, problem.scores(solution)[0])
+        return about | {
+            "iterates": [{"damping": multiple, "residual_of_truth": residual} | row for row in rows]
+        }, solution
+
+    def _joint_solved(self, multiple: float, problem: Problem) -> tuple[Watch, State]:
+        if self.joint is None:
+            raise ValueError("EK-FAC is the preconditioner")
+        watch = Watch(self.folder / f"state-{multiple:g}-joint.safetensors", problem, self.say, joint=True)
+        systems = {ALL: replace(self.joint, multiple=multiple)}
+        return watch, watch.solve(systems, self.budget.iterations, self.budget.tolerance)
+
+    def _rows(self, state: State, found: dict[int, Scores], seconds: list[float], truth: Scores) -> list[Row]:
+        relative = [state.numbers.relative_of_ekfac, *state.residuals[1:]]
+        return [
+            {
+                "iteration": number,
+                "queries": len(truth),
+                "residual": float(relative[number].mean()),
+                "seconds": seconds[number],
+                "scale": float(np.abs(scores).mean() / np.abs(truth).mean()),
+            }
+            | agreement(scores, truth)
+            for number, scores in sorted(found.items())
+        ]
