@@ -14,6 +14,7 @@ from msif_ray.influence.conjugate import Numbers, Solution, Vectors, solve
 from msif_ray.store import load_tensors, save_tensors, write_json
 from msif_ray.validate import methods
 from msif_ray.validate.agreement import agreement
+from msif_ray.validate.kept import kept
 from msif_ray.validate.problem import Fitted, Problem, Scores, relative_damping
 from msif_ray.validate.setting import Setting, Sizes, make_setting
 
@@ -56,12 +57,7 @@ class Experiment:
         return found | {"setting": self._kept("setting", self._described)}
 
     def _kept(self, name: str, part: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            began = time.monotonic()
-            write_json(path, part())
-            self.say(f"{name}: {time.monotonic() - began:.0f} s")
-        return json.loads(path.read_text())
+        return kept(self.folder, name, part, self.say)
 
     @cached_property
     def setting(self) -> Setting:
