@@ -77,14 +77,16 @@ def retraining(
     settle_steps: Annotated[int, typer.Option(min=1, help="To its minimum.")] = 60,
     halves: Annotated[int, typer.Option(min=2, help="Random halves; more may be asked for later.")] = 120,
     at_once: Annotated[int, typer.Option(min=1, help="Models trained side by side; keep it.")] = 4,
-    removal_queries: Annotated[int, typer.Option(min=0, help="Whose documents are removed; more later, too.")] = 8,
-    removed: Annotated[int, typer.Option(min=1, help="Documents of each.")] = 5,
+    removal_groups: Annotated[int, typer.Option(min=0, help="Of queries whose documents are removed; or more.")] = 4,
+    group: Annotated[int, typer.Option(min=1, help="Queries of each.")] = 6,
+    removed: Annotated[int, typer.Option(min=1, help="Documents of each query.")] = 5,
     solved_queries: Annotated[int, typer.Option(min=0, help="Solved by conjugate gradients.")] = 16,
     iterations: Annotated[int, typer.Option(min=1, help="Of these, at most.")] = 64,
 ) -> None:
     """Scores of every method against retraining: linear datamodeling scores, and documents removed."""
     try:
         from msif_ray.validate.pipeline import Sizes
+        from msif_ray.validate.removal import Removals
         from msif_ray.validate.report import machine
         from msif_ray.validate.retrained import Trainings
         from msif_ray.validate.retraining import Budget, Retraining
@@ -95,7 +97,9 @@ def retraining(
     keep_freed_memory()
     console = Console(stderr=True, highlight=False)
     sizes = Sizes(countries, asked, wordings, hidden, epochs=epochs, alpha=alpha, settle_steps=settle_steps)
-    budget = Budget(halves, removal_queries, removed, solved_queries=solved_queries, iterations=iterations)
+    budget = Budget(
+        halves, Removals(removal_groups, group, removed), solved_queries=solved_queries, iterations=iterations
+    )
     trainings = Trainings(sizes, seed, folder, at_once, console.print)
     found = Retraining(trainings, budget, console.print).run()
     write_retraining(folder, found | {"machine": machine(threads)})

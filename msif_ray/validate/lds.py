@@ -52,7 +52,7 @@ def lds(scores: Scores, included: NDArray[np.bool_], measured: Scores, seed: int
     predicted, truth = (rankdata(each, axis=0) for each in (included @ scores.T, measured))
     models, queries = truth.shape
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(models, np.full(models, 1 / models), RESAMPLES)
+    drawn = rng.multinomial(models, np.full(models, 1 / models), RESAMPLES).astype(np.float64)
     asked = rng.multinomial(queries, np.full(queries, 1 / queries), RESAMPLES)
     by_query = _correlations(np.ones((1, models)), predicted, truth)[0]
     return Lds(by_query, (_correlations(drawn, predicted, truth) * asked).sum(axis=1) / queries)

@@ -1,44 +1,37 @@
 """Scores of every method against what retraining on other documents does: random halves, and documents removed."""
 
 import json
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from msif_ray.config.stage import ProximalResponse, Stage
+from msif_ray.config import ProximalResponse, Stage, Strength
 from msif_ray.errors import UserError
 from msif_ray.store import load_tensors, save_tensors
 from msif_ray.validate import attributions as methods
-from msif_ray.validate.agreement import interval
 from msif_ray.validate.attributions import Attribution, Attributions, Strengths
 from msif_ray.validate.kept import kept
 from msif_ray.validate.lds import Lds, lds
-from msif_ray.validate.problem import Scores
+from msif_ray.validate.removal import Removals, plan_removals, removal_rows
 from msif_ray.validate.retrained import ADAMW, FINETUNED, PRETRAINED, PROXIMAL, Outcomes, Trainings
 
 Row = dict[str, Any]
 
 DIVIDED = " / norm"
-DEFAULTS = Stage.model_fields["damping"].default.relative, ProximalResponse().alpha.relative
-"""The package's damping and α, multiples of each map's mean eigenvalue."""
 # Methods whose documents are removed, each at the strengths that predict the halves best.
 REMOVED_BY = (methods.TWO_STAGES, methods.SINGLE, methods.DOT, methods.BM25)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many trainings: random `halves`; for each of `removal_queries` and each method one without the `removed`
-    documents it ranks highest, and so many without random ones. `solved_queries` are solved by conjugate gradients."""
+    """How many trainings: random `halves`, and `removals`. `solved_queries` are solved by conjugate gradients."""
 
     halves: int = 120
-    removal_queries: int = 8
-    removed: int = 5
-    random_removals: int = 8
+    removals: Removals = field(default_factory=Removals)
     solved_queries: int = 16
     iterations: int = 64
     tolerance: float = 0.05
@@ -139,7 +132,7 @@ class Retraining:
         and than one stage."""
         both = [self.best(kind, method) for method in (methods.TWO_STAGES, methods.UNROLLED)]
         attribution, found = max(both, key=_mean)
-        default = self._judge(kind, self.attributions(kind).two_stages(*DEFAULTS))
+        default = self._judge(kind, self.attributions(kind).two_stages(*_defaults()))
         others = {
             "above_default": found.above(default),
             "proximal_above_unrolled": both[0][1].above(both[1][1]),
@@ -150,58 +143,14 @@ class Retraining:
         return {"kind": kind} | _described(attribution) | _figures(found) | {"default": default.mean} | others
 
     def _removed(self) -> list[Row]:
-        """What the log-likelihood of a query loses when a method's highest documents are left out."""
-        budget, trainings = self.budget, self.trainings
-        if not budget.removal_queries:
+        if not self.budget.removals.groups:
             return []
-        plan = kept(trainings.folder, "removals", self._plan, self.say)
-        rows = plan["queries"][: budget.removal_queries]
-        randomly = trainings.without("removed-random", plan["random"][: budget.random_removals])
-        lists = [row["documents"][method] for row in rows for method in REMOVED_BY]
-        without = trainings.without("removed", lists)
-        found = []
-        for kind in FINETUNED:
-            asked = [row["query"] for row in rows]
-            usual = randomly.log_likelihoods[kind][:, asked].mean(axis=0)
-            spread = float(randomly.log_likelihoods[kind][:, asked].std(axis=0, ddof=1).mean())
-            after = without.log_likelihoods[kind].reshape(len(rows), len(REMOVED_BY), -1)
-            drops = np.stack([usual[i] - after[i, :, query] for i, query in enumerate(asked)])
-            states = trainings.pipeline.states
-            for place, method in enumerate(REMOVED_BY):
-                stated = [int(states[row["query"], row["documents"][method]].sum()) for row in rows]
-                own, beyond = drops[:, place], drops[:, place] - drops[:, REMOVED_BY.index(methods.BM25)]
-                found.append(
-                    {
-                        "kind": kind,
-                        "method": method,
-                        "queries": len(rows),
-                        "removed": budget.removed,
-                        "drop": float(own.mean()),
-                        "drop_interval": interval(own, trainings.seed),
-                        "beyond_bm25": float(beyond.mean()),
-                        "beyond_bm25_interval": interval(beyond, trainings.seed),
-                        "stating": float(np.mean(stated)),
-                        "spread_of_random": spread,
-                    }
-                )
-        return found
+        plan = kept(self.trainings.folder, "removals", self._plan, self.say)
+        return removal_rows(self.trainings, plan, self.budget.removals.groups, REMOVED_BY, methods.BM25)
 
     def _plan(self) -> Row:
-        """Which documents go, of all queries in a random order: a larger budget goes on where a smaller one ended."""
-        count, budget = self.trainings.count, self.budget
         scores = {method: self.best(ADAMW, method)[0].scores for method in REMOVED_BY}
-        rng = random.Random(self.trainings.seed)
-        order = rng.sample(range(len(self.trainings.pipeline.questions)), len(self.trainings.pipeline.questions))
-        return {
-            "random": [rng.sample(range(count), budget.removed) for _ in range(budget.random_removals)],
-            "queries": [
-                {
-                    "query": query,
-                    "documents": {method: _highest(each[query], budget.removed) for method, each in scores.items()},
-                }
-                for query in order
-            ],
-        }
+        return plan_removals(self.budget.removals, scores, self.trainings.seed)
 
     def _solved(self) -> list[Row]:
         """Converged conjugate gradients in the place of EK-FAC, beside EK-FAC for the same queries, for the model
@@ -210,7 +159,7 @@ class Retraining:
         rows = []
         for damping in budget.solved_dampings if budget.solved_queries else ():
             name = f"solved-{damping:g}"
-            parts = kept(self.trainings.folder, name, lambda at=damping: self._solve(source, at), self.say)
+            parts = kept(self.trainings.folder, name, partial(self._solve, source, damping), self.say)
             for part in parts:
                 scores = np.array(part.pop("scores"))
                 found = self._judge(PROXIMAL, Attribution("", scores))
@@ -251,6 +200,12 @@ class Retraining:
         }
 
 
+def _defaults() -> tuple[float, float]:
+    """The package's damping and α as multiples of a map's mean eigenvalue."""
+    damping: Strength = Stage.model_fields["damping"].default
+    return damping.resolve(1.0), ProximalResponse().alpha.resolve(1.0)
+
+
 def _plain(options: Any) -> Row:
     """A dataclass as JSON has it."""
     found: Row = json.loads(json.dumps(asdict(options)))
@@ -263,10 +218,6 @@ def _methods(pairs: Iterable[tuple[Attribution, Lds]]) -> list[str]:
 
 def _mean(pair: tuple[Attribution, Lds]) -> float:
     return pair[1].mean
-
-
-def _highest(scores: Scores, count: int) -> list[int]:
-    return [int(place) for place in np.argsort(-scores, kind="stable")[:count]]
 
 
 def _described(attribution: Attribution) -> Row:

