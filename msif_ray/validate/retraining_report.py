@@ -60,7 +60,7 @@ def draw_retraining(found: dict[str, Any], path: Path) -> None:
         right.set_xscale("log")
         right.set_xlabel("damping (× mean eigenvalue)")
         right.set_ylabel("linear datamodeling score")
-        right.legend(fontsize="small")
+        right.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.savefig(path, format="png", dpi=100)
     pyplot.close(figure)
 
