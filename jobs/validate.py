@@ -16,6 +16,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from msif_ray.errors import UserError
+from msif_ray.heap import keep_freed_memory
 
 app = typer.Typer(help="Check what the scores claim.", add_completion=False, no_args_is_help=True)
 
@@ -129,6 +130,51 @@ def facts(
     experiment = FactTracing(made, folder, seed, tuple(damping), alpha, tokens_per_batch, console.print)
     found = fact_report.results(experiment) | {"machine": machine(threads)}
     fact_report.write_facts(folder, found)
+    console.print(f"results: {folder}")
+
+
+@app.command()
+def retraining(
+    folder: Annotated[Path, typer.Option(help="Where results and what is done go.")] = Path("runs/validate/retraining"),
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    countries: Annotated[int, typer.Option(min=2, help="With four facts each.")] = 44,
+    asked: Annotated[int, typer.Option(min=1, help="Of these, by fine-tuning; queries ask the rest.")] = 11,
+    wordings: Annotated[int, typer.Option(min=1, max=5, help="Documents that state a fact.")] = 3,
+    hidden: Annotated[int, typer.Option(min=4, help="Of the 2-layer model.")] = 64,
+    epochs: Annotated[int, typer.Option(min=1, help="Of pre-training.")] = 24,
+    alpha: Annotated[float, typer.Option(help="Of the real proximal term, an eigenvalue.")] = 0.3,
+    settle_steps: Annotated[int, typer.Option(min=1, help="To its minimum.")] = 60,
+    halves: Annotated[int, typer.Option(min=2, help="Random halves; more may be asked for later.")] = 120,
+    at_once: Annotated[int, typer.Option(min=1, help="Models trained side by side; keep it.")] = 4,
+    removal_groups: Annotated[int, typer.Option(min=0, help="Of queries whose documents are removed; or more.")] = 4,
+    group: Annotated[int, typer.Option(min=1, help="Queries of each.")] = 6,
+    removed: Annotated[int, typer.Option(min=1, help="Documents of each query.")] = 5,
+    solved_queries: Annotated[int, typer.Option(min=0, help="Solved by conjugate gradients.")] = 16,
+    iterations: Annotated[int, typer.Option(min=1, help="Of these, at most.")] = 64,
+) -> None:
+    """Scores of every method against retraining: linear datamodeling scores, and documents removed."""
+    try:
+        from msif_ray.validate.pipeline import Sizes
+        from msif_ray.validate.removal import Removals
+        from msif_ray.validate.report import machine
+        from msif_ray.validate.retrained import Trainings
+        from msif_ray.validate.retraining import Budget, Retraining
+        from msif_ray.validate.retraining_report import recommendation, write_retraining
+    except ModuleNotFoundError as error:
+        raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    console = Console(stderr=True, highlight=False)
+    sizes = Sizes(countries, asked, wordings, hidden, epochs=epochs, alpha=alpha, settle_steps=settle_steps)
+    budget = Budget(
+        halves, Removals(removal_groups, group, removed), solved_queries=solved_queries, iterations=iterations
+    )
+    trainings = Trainings(sizes, seed, folder, at_once, console.print)
+    found = Retraining(trainings, budget, console.print).run()
+    write_retraining(folder, found | {"machine": machine(threads)})
+    for row in found["recommended"]:
+        console.print(recommendation(row))
     console.print(f"results: {folder}")
 
 

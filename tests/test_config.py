@@ -45,7 +45,7 @@ def changed(key: str, value: Any, original: dict[str, Any] = DESCRIPTION) -> dic
 def test_defaults() -> None:
     run = parse_run(DESCRIPTION)
     pre, tune = run.stages
-    assert pre.damping == Strength(relative=0.1) and pre.fit.labels == "sampled" and pre.fit.max_tokens is None
+    assert pre.damping == Strength(relative=0.01) and pre.fit.labels == "sampled" and pre.fit.max_tokens is None
     assert pre.documents is not None and not pre.documents.ends_with_eos
     assert tune.documents is not None and tune.documents.ends_with_eos
     assert run.queries.documents.ends_with_eos

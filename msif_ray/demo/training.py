@@ -99,10 +99,15 @@ def batch_loss(model: GPTNeoXForCausalLM, batch: list[Sequence]) -> torch.Tensor
     return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
 
 
+def share_of_rate(done: float) -> float:
+    """The learning rate as a share of the highest when so much of training is done: 5 % warm-up, cosine to zero."""
+    return min(done / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * done)))
+
+
 def optimise(
     name: str, model: GPTNeoXForCausalLM, sequences: list[Sequence], schedule: Schedule, seed: int
 ) -> tuple[float, float]:
-    """Train with AdamW (5 % warm-up, cosine to zero); returns minutes and the last loss in nats/token."""
+    """Train with AdamW at `share_of_rate`; returns minutes and the last loss in nats/token."""
     rng = random.Random(seed)
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
@@ -123,7 +128,7 @@ def optimise(
             if done >= 1:
                 return minutes, mean
             for group in optimizer.param_groups:
-                group["lr"] = schedule.rate * min(done / 0.05 + 0.01, 0.5 * (1 + math.cos(math.pi * done)))
+                group["lr"] = schedule.rate * share_of_rate(done)
             loss = batch_loss(model, batch)
             optimizer.zero_grad()
             loss.backward()

@@ -1,6 +1,5 @@
 """What the parts of the first experiment share: the setting, the factors, the truth, and what is kept of them."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from msif_ray.influence.conjugate import State, Vectors
-from msif_ray.store import load_tensors, save_tensors, write_json
+from msif_ray.store import load_tensors, save_tensors
 from msif_ray.validate.agreement import agreement
 from msif_ray.validate.joint import ALL, JointSystem, joint_system
+from msif_ray.validate.kept import kept
 from msif_ray.validate.methods import by_factors
 from msif_ray.validate.problem import Fitted, Problem, Scores, relative_damping
 from msif_ray.validate.setting import Setting, Sizes, make_setting
@@ -55,10 +55,7 @@ class Experiment:
 
     def kept(self, name: str, part: Callable[[], Any]) -> Any:
         """What `part` gave, from `<name>.json` where an earlier call left it."""
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_json(path, part())
-        return json.loads(path.read_text())
+        return kept(self.folder, name, part, self.say)
 
     @cached_property
     def setting(self) -> Setting:

@@ -17,9 +17,9 @@ from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import LinearMap, find_linear_maps
 from msif_ray.store import load_tensors, save_tensors
 from msif_ray.validate.fact_settings import FactSetting, document_texts, encoded, question_texts
-from msif_ray.validate.methods import hidden_similarity
 from msif_ray.validate.recording import Recording
 from msif_ray.validate.setting import Setting
+from msif_ray.validate.similarity import hidden_cosine
 from msif_ray.validate.tracing import Passes, Traced, trace
 
 HIDDEN, BM25, BM25_QUESTION = "hidden-state similarity", "BM25, question and answer", "BM25, question alone"
@@ -63,7 +63,7 @@ class FactTracing:
             setting = self.setting
             model, tokenizer = setting.model(1), setting.tokenizer()
             compared = Setting(model, tokenizer, self.maps, [], [], self._documents, self._queries, 0.0)
-            found[HIDDEN] = hidden_similarity(compared)
+            found[HIDDEN] = hidden_cosine(compared)
             found[BM25] = bm25_scores(setting.documents, setting.queries)
             asked: list[Question] = [{**query, "completion": ""} for query in setting.queries]
             found[BM25_QUESTION] = bm25_scores(setting.documents, asked)

@@ -15,6 +15,7 @@ from msif_ray.corpus.windows import Encoded
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.modules import LinearMap
+from msif_ray.influence.seen import Seen
 from msif_ray.store import save_tensors
 from msif_ray.tensorfile import TensorFile
 from msif_ray.validate.setting import CONTEXT, batches
@@ -58,7 +59,7 @@ class Recording:
             )
             rows, columns = batch.predicts.nonzero(as_tuple=True)
             maps = {name: self.maps[name]}
-            yield Captured(batch, losses, labels, maps, {name: inputs}, {name: gradients}, (rows, columns))
+            yield Captured(batch, losses, labels, maps, {name: Seen(inputs, gradients)}, (rows, columns))
 
     def _files(self) -> list[tuple[Path, Batch]]:
         found = batches(list(self.documents), self.tokens_per_batch)

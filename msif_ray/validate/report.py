@@ -4,6 +4,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -43,12 +44,24 @@ def _cpu_lines() -> list[str]:
 
 def write_solvers(folder: Path, found: dict[str, Any]) -> None:
     """`results.json`, `compared.parquet`, `separates.parquet`, `refined.parquet` and `solvers.png` under the folder."""
+    write_results(folder, found, TABLES, "solvers.png", draw_solvers)
+
+
+def write_results(
+    folder: Path,
+    found: dict[str, Any],
+    tables: Iterable[str],
+    figure: str,
+    draw: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """`results.json`, a Parquet for each of the tables that has rows, and the figure."""
     write_json(folder / "results.json", found)
-    for table in TABLES:
-        with replacing(folder / f"{table}.parquet") as temporary:
-            pq.write_table(pa.Table.from_pylist(found[table]), temporary)
-    with replacing(folder / "solvers.png") as temporary:
-        draw_solvers(found, temporary)
+    for table in tables:
+        if found[table]:
+            with replacing(folder / f"{table}.parquet") as temporary:
+                pq.write_table(pa.Table.from_pylist(found[table]), temporary)
+    with replacing(folder / figure) as temporary:
+        draw(found, temporary)
 
 
 def draw_solvers(found: dict[str, Any], path: Path) -> None:

@@ -119,7 +119,7 @@ def specs(folder: Path) -> list[reference.StageSpec]:
                 max_tokens,
                 seed=3,
                 strength=0.01,
-                damping=0.001 if index == 0 else 0.1,
+                damping=0.001 if index == 0 else 0.01,
             )
         )
     return stages
