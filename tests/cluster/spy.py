@@ -17,7 +17,7 @@ KEPT_WHOLE = 50
 
 def install() -> None:
     """Ray's worker_process_setup_hook."""
-    from msif_ray.cluster import carry, fit, rank, replica
+    from msif_ray.cluster import carry, fit, rank, replica, solve_tasks
 
     shard_small_weights()
     wrap_rank(rank.Rank)
@@ -26,6 +26,7 @@ def install() -> None:
         (fit, "write_basis", "eigendecomposition"),
         (fit, "write_eigenvalues", "eigenvalues"),
         (carry, "write_directions", "carry"),
+        (solve_tasks, "write_next", "iterate"),
     ):
         wrap_task(module, name, step)
 
@@ -57,7 +58,9 @@ def say(step: str, unit: str, role: str) -> None:
 
 def step_of(stage: str, job: Any) -> str:
     group = f":{job.tracked[0]}" if job.tracked else ""
-    return f"{stage}:{type(job).__name__}{group}"
+    # Of a solve, which iterate's next directions are multiplied.
+    iterate = f":{job.iterate}" if getattr(job, "iterate", None) is not None else ""
+    return f"{stage}:{type(job).__name__}{group}{iterate}"
 
 
 def wrap_rank(rank: Any) -> None:
