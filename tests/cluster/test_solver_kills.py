@@ -66,7 +66,7 @@ def test_a_solve_that_is_killed_again_and_again_gives_the_same_directions(
 ) -> None:
     job = started(folder, "killed", machines)
     plan = [
-        chaos.Kill("pretrain:ProductJob", 1, 0.05, "driver"),
+        chaos.Kill("pretrain:ProductJob:0", 1, 0.05, "driver"),
         chaos.Kill("pretrain:ProductJob:1", 2, 0.05, "replica"),
         chaos.Kill("pretrain:ProductJob:3", 2, 0.05, "driver"),
         chaos.Kill("iterate", 40, 0.05, "rank"),
