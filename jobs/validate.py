@@ -101,8 +101,8 @@ def facts(
     damping: Annotated[list[float], typer.Option(help="Times the mean eigenvalue; several.")] = [0.1, 0.001],  # noqa: B006
     alpha: Annotated[float, typer.Option(help="Of the second stage; times the mean eigenvalue.")] = 1.0,
     tokens_per_batch: Annotated[int, typer.Option(min=1)] = 512,
-    epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the documents.")] = 4,
-    rate: Annotated[float, typer.Option(help="smollm2: on the documents.")] = 5e-4,
+    epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the documents.")] = 6,
+    rate: Annotated[float, typer.Option(help="smollm2: on the documents.")] = 3e-4,
     finetune_epochs: Annotated[int, typer.Option(min=1, help="smollm2: on the questions.")] = 5,
     finetune_rate: Annotated[float, typer.Option(help="smollm2: on the questions.")] = 1e-4,
     every: Annotated[int, typer.Option(min=1, max=30, help="smollm2: track the MLP of every so manieth layer.")] = 7,
@@ -123,7 +123,7 @@ def facts(
         made = fact_settings.factbook()
     else:
         schedules = smollm2.Schedules(
-            smollm2.Schedule(epochs, rate, 0.01, 512), smollm2.Schedule(finetune_epochs, finetune_rate, 0.0, 128)
+            smollm2.Schedule(epochs, rate, 0.01, 128), smollm2.Schedule(finetune_epochs, finetune_rate, 0.0, 128)
         )
         sizes = fact_settings.Smollm2Sizes(schedules, tuple(range(every // 2, 30, every)), fitted)
         made = fact_settings.counterfactuals(weights or Path(), folder, sizes, seed)
