@@ -270,7 +270,7 @@ def test_strengths_of_an_expert_that_no_token_reached():
     from msif_ray.config import parse_run
     from msif_ray.stages import response_of
 
-    stage = {"model": "m", "documents": {"path": "d", "text": "text"}}
+    stage = {"model": "m", "documents": {"path": "d", "text": "text"}, "damping": {"relative": 0.1}}
     run = {"run_dir": "r", "queries": {"path": "q"}, "score": [{"stage": "a"}]}
     made = parse_run(run | {"stages": [stage | {"name": "a"}, stage | {"name": "b"}]})
     assert response_of(made, 0, 0, "layers.1.experts.2.w1", 0.0) == (Nothing(), None)
