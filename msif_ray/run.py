@@ -274,13 +274,7 @@ class _Driver:
             folder=folder,
             factors=factors_folder(self.config, stage),
             maps=self.resolved.maps,
-            # Of an expert that nothing reached the metric is anyone's choice: its directions are zero.
-            damping={
-                name: 1.0
-                if stages.is_unreached(name, mean)
-                else stages.positive_strength(strength, mean, at_fault, name)
-                for name, mean in means
-            },
+            damping={name: stages.metric_damping(strength, mean, at_fault, name) for name, mean in means},
             rank=entry.rank,
             dtype=entry.dtype,
             memory=config.cluster.factor_memory,

@@ -112,3 +112,11 @@ def positive_strength(strength: Strength, mean_eigenvalue: float, key: str, map_
             "give an absolute one or leave the map out"
         )
     return value
+
+
+def metric_damping(strength: Strength, mean_eigenvalue: float, key: str, map_name: str) -> float:
+    """The damping of an index's metric, as an eigenvalue. Raises UserError as `positive_strength` does, but for an
+    expert that nothing reached, whose metric is anyone's choice: its directions are zero."""
+    if is_unreached(map_name, mean_eigenvalue):
+        return 1.0
+    return positive_strength(strength, mean_eigenvalue, key, map_name)

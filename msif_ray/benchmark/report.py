@@ -80,7 +80,7 @@ def kept_memory(gibibytes: float | None, device: str, threads: int) -> int:
 
 
 def _correct(steps: Steps, bases: dict[str, Basis], time: Callable[..., None]) -> None:
-    """Times the corrected eigenvalues: from what was kept, and by a pass of their own where not all of it was."""
+    """Times the corrected eigenvalues: from what was kept, and then by a pass of their own, if anything was."""
     correct = partial(steps.correction, bases)
     time(correction=correct)
     if steps.kept.bytes:

@@ -47,10 +47,11 @@ class Progress(Protocol):
 @dataclass(eq=False)
 class _Worker:
     """A replica, the step that it has said to be ready for (what it has summed belongs there), and the blocks that it
-    has done: a later step's pass over those may find what an earlier one kept."""
+    has done in passes that see the same as `done_in`: the next of these may find what an earlier one kept."""
 
     actor: Any
     ready_for: Destination | None = None
+    done_in: object = None
     done: set[str] = field(default_factory=set)
 
     @property
@@ -152,11 +153,14 @@ class ReplicaPool:
         """One pass over the blocks, begun when `replicas.min` are ready. What a dead replica had is left out."""
         self._fill()
         keeps = isinstance(job, FitJob) and not self._cluster.gpus_per_rank
+        passing = (setup, job.sampled_labels, job.tracked) if keeps else None
         left = _Ahead(iter(blocks), 2 * len(self._workers) if keeps else 1)
         turns: dict[Any, _Turn] = {}
 
         def prepare(worker: _Worker) -> None:
             worker.ready_for = None
+            if worker.done_in != passing:  # blocks of another corpus have the same names
+                worker.done_in, worker.done = passing, set()
             turns[worker.actor.prepare.remote(setup, job, destination)] = _Turn(worker)
 
         for worker in self._workers:
