@@ -140,17 +140,17 @@ class _Driver:
                 return
             if not only_index:
                 Carrying(self.resolved, pool, self.reporter).run()
-        for position in range(len(self.config.index)):
-            self._index(position)
-        if only_index:
-            return
-        passes = self._passes()
-        for entries in passes:
-            self._score(entries)
-        write_skipped(self.config.run_dir, [entries[0].label for entries in passes])
-        if until == "score":
-            return
-        self._top()
+            for position in range(len(self.config.index)):
+                self._index(position, pool)
+            if only_index:
+                return
+            passes = self._passes()
+            for entries in passes:
+                self._score(entries, pool)
+            write_skipped(self.config.run_dir, [entries[0].label for entries in passes])
+            if until == "score":
+                return
+            self._top(pool)
         self._report()
 
     def _setup(self, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
@@ -253,15 +253,15 @@ class _Driver:
             self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
         return path
 
-    def _score(self, entries: Sequence[Score]) -> None:
+    def _score(self, entries: Sequence[Score], pool: ReplicaPool) -> None:
         task: BlockTask = self._score_task(entries)
         total = task.blocks.count
         if entries[0].index is not None:
             task = indexed_task(self._score_task(entries), index_folder(entries[0]))
         with self.reporter.step(f"{', '.join(entry.label for entry in entries)}: scores", total) as step:
-            stream(task, self.config.cluster, step)
+            stream(task, pool, step)
 
-    def _index(self, position: int) -> None:
+    def _index(self, position: int, pool: ReplicaPool) -> None:
         """Builds one index, unless it is there, and says in run.json what it is."""
         config, entry, key = self.config, self.config.index[position], f"index.{position}"
         stage, documents = config.stage_index(entry.stage), config.scored_documents(entry)
@@ -284,16 +284,15 @@ class _Driver:
                 "corpus": corpus_identity(documents, self.resolved.census(key), entry.max_tokens),
             },
         )
-        build(plan, config.cluster, lambda step: self.reporter.step(f"{entry.stage}: {step}", blocks.count))
+        build(plan, pool, lambda step: self.reporter.step(f"{entry.stage}: {step}", blocks.count))
         keep_index(config.run_dir, entry.stage, summary(folder))
         self.reporter.say(f"{entry.stage}: index of {describe(folder)}")
 
-    def _top(self) -> None:
+    def _top(self, pool: ReplicaPool) -> None:
         if has_top(self.config.run_dir, self.config.top):
             self.reporter.say("top documents are there")
             return
-        with ReplicaPool(self.config.cluster) as pool:
-            write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
+        write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
 
     def _report(self) -> None:
         run_dir = self.config.run_dir

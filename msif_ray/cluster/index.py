@@ -16,9 +16,10 @@ import torch
 from msif_ray import layout
 from msif_ray.cluster.fit import Steps, for_each_map
 from msif_ray.cluster.jobs import Work, load_basis
+from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.stream import ModelReplica, stream
-from msif_ray.config import Cluster
+from msif_ray.cluster.stream import stream
+from msif_ray.cluster.workers import ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
@@ -127,10 +128,6 @@ def load_metric(folder: Path, map_name: str, device: torch.device) -> Metric:
     return Metric(basis, tensors["gradient_weights"], tensors["activation_weights"])
 
 
-class IndexReplica(ModelReplica):
-    """Compresses blocks with the stage's model."""
-
-
 @dataclass(frozen=True)
 class IndexTask:
     """One pass: a stage's corpus over one group of maps, its files in `folder`."""
@@ -143,8 +140,8 @@ class IndexTask:
     folder: Path
 
     @property
-    def replica(self) -> type[IndexReplica]:
-        return IndexReplica
+    def replica(self) -> type[ModelReplica]:
+        return ModelReplica
 
     def done(self) -> set[str]:
         return {path.stem.removeprefix("block-") for path in matching(self.folder, "block-*.safetensors")}
@@ -201,7 +198,7 @@ class IndexPlan:
     record: dict[str, Any]
 
 
-def build(plan: IndexPlan, cluster: Cluster, steps: Steps) -> None:
+def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
     """Builds what is left of an index; its manifest, written last, says that it is finished."""
     if exists(layout.index_manifest(plan.folder)) and not missing_files(plan.folder, plan.blocks):
         return
@@ -213,7 +210,7 @@ def build(plan: IndexPlan, cluster: Cluster, steps: Steps) -> None:
         job = IndexJob(plan.folder, plan.rank, getattr(torch, plan.dtype), tuple(maps))
         of_group = f", group {number + 1} of {len(groups)}" if len(groups) > 1 else ""
         with steps(f"index{of_group}") as progress:
-            stream(IndexTask(plan.setup, job, plan.blocks, folder), cluster, progress)
+            stream(IndexTask(plan.setup, job, plan.blocks, folder), pool, progress)
     write_json(
         layout.index_manifest(plan.folder),
         plan.record

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import ray
 import torch
 from torch import Tensor
 
@@ -15,10 +16,10 @@ from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections
 from msif_ray.cluster.index import load_metric
 from msif_ray.cluster.rank import Outcome
-from msif_ray.cluster.replica import RankResources
+from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.score import ScoreTask, write_scores
 from msif_ray.cluster.score_jobs import DocumentScores, load_directions
-from msif_ray.cluster.stream import BlockReplica, Counted
+from msif_ray.cluster.workers import BlockReplica, Counted
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.corpus.windows import Skipped
@@ -93,8 +94,8 @@ class NamedBlocks(CorpusBlocks):
 class IndexedReplica(BlockReplica):
     """Scores blocks of an index; it loads the queries' directions, with its first block, and no model."""
 
-    def __init__(self, task: "IndexedScoreTask", resources: RankResources) -> None:
-        self._task = task
+    def __init__(self, task: list[Any], resources: RankResources, lent: list[Any]) -> None:
+        self._task: IndexedScoreTask = ray.get(task[0])
 
     @cached_property
     def _scorers(self) -> list[Scorer]:

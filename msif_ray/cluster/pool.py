@@ -1,20 +1,20 @@
 """A pool of replicas on Ray: blocks go to whichever is idle, those that die are replaced, new ones join in."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 import ray
-from ray.exceptions import RayTaskError
 
 from msif_ray.cluster import partials
+from msif_ray.cluster.ahead import Ahead
+from msif_ray.cluster.deaths import DEATHS, answer
 from msif_ray.cluster.jobs import FitJob, Job
 from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.replica import DEATHS, Destination, RankResources, Replica, free_ranks, free_ranks_of
+from msif_ray.cluster.replica import Destination, Replica
+from msif_ray.cluster.room import RankResources, free_ranks, free_ranks_of
 from msif_ray.config import Cluster
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block
@@ -24,6 +24,8 @@ from msif_ray.errors import UserError
 MOST_DEATHS = 4
 # How often somebody who waits for replicas is told so.
 WAIT_SECONDS = 10.0
+# How long a replica that is being started is waited for where there are others to lend.
+START_SECONDS = 3.0
 
 
 class Progress(Protocol):
@@ -85,10 +87,51 @@ class ReplicaPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.dismiss()
+
+    @property
+    def cluster(self) -> Cluster:
+        return self._cluster
+
+    def dismiss(self) -> None:
+        """Ends all replicas, and gives their room back; the next work asks for it anew."""
         for worker in self._workers:
             ray.kill(worker.actor)
         if self._workers:
             free_ranks()
+        self._workers = []
+
+    def lend(self, progress: Progress) -> list[Any]:
+        """The actors of those replicas that have started, `replicas.min` at least, for others to work with until this
+        pool is used again. Those that wait for room are given up: whoever borrows asks for more."""
+        self._fill()
+        refs = {worker.actor.release.remote(): worker for worker in self._workers}
+        started: list[_Worker] = []
+        fewest = self._cluster.replicas.min
+        while refs:
+            done, _ = ray.wait(list(refs), timeout=WAIT_SECONDS if len(started) < fewest else START_SECONDS)
+            if not done and len(started) >= fewest:
+                break
+            if not done:
+                progress.wait(self._wanted(len(started), fewest))
+                continue
+            worker, room = refs.pop(done[0]), False
+            try:
+                room = answer(done[0])
+            except DEATHS as death:
+                worker = self._replace(worker, death)
+            if room:
+                started.append(worker)
+            else:
+                refs[worker.actor.release.remote()] = worker
+        for worker in refs.values():
+            self._drop(worker)
+        return [worker.actor for worker in started]
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """The ids of the replicas' actors."""
+        return frozenset(worker.id for worker in self._workers)
 
     def free_memory(self, setup: ModelSetup, job: Job, waiting: Callable[[str], None]) -> int:
         """Bytes that each rank has left with the stage's model loaded, on the first replica that is ready.
@@ -105,7 +148,7 @@ class ReplicaPool:
                 continue
             worker = refs.pop(done[0])
             try:
-                free = _get(done[0])
+                free = answer(done[0])
             except DEATHS as death:
                 worker = self._replace(worker, death)
             if free is None:
@@ -154,7 +197,7 @@ class ReplicaPool:
         self._fill()
         keeps = isinstance(job, FitJob) and not self._cluster.gpus_per_rank
         passing = (setup, job.sampled_labels, job.tracked) if keeps else None
-        left = _Ahead(iter(blocks), 2 * len(self._workers) if keeps else 1)
+        left = Ahead(iter(blocks), 2 * len(self._workers) if keeps else 1)
         turns: dict[Any, _Turn] = {}
 
         def prepare(worker: _Worker) -> None:
@@ -177,7 +220,7 @@ class ReplicaPool:
                 continue
             turn = turns.pop(done[0])
             try:
-                result = _get(done[0])
+                result = answer(done[0])
             except DEATHS as death:
                 prepare(self._replace(turn.worker, death, turn.block))
                 alive.discard(turn.worker)
@@ -211,7 +254,7 @@ class ReplicaPool:
         refs = {worker.actor.commit.remote(destination): worker for worker in ready}
         for ref, worker in refs.items():
             try:
-                _get(ref)
+                answer(ref)
             except DEATHS as death:
                 self._replace(worker, death)
 
@@ -237,39 +280,12 @@ class ReplicaPool:
                 "out of memory, lower cluster.tokens_per_batch, cluster.factor_memory or cluster.directions_memory. "
                 f"The last death: {reason}"
             )
-        ray.kill(worker.actor)
-        free_ranks_of(worker.id)
-        self._workers.remove(worker)
+        self._drop(worker)
         replacement = self._spawn()
         self._workers.append(replacement)
         return replacement
 
-
-class _Ahead:
-    """Blocks in order, with a look at a few more, of which a replica gets one that it has done before if there is one.
-
-    Blocks that wait are in the driver's memory.
-    """
-
-    def __init__(self, blocks: Iterator[Block], length: int) -> None:
-        self._blocks, self._length = blocks, length
-        self._waiting: deque[Block] = deque()
-
-    def take(self, done: Set[str]) -> Block | None:
-        """The next block for a replica that has `done` some already; None when there are no more."""
-        self._waiting.extend(islice(self._blocks, self._length - len(self._waiting)))
-        chosen = next((block for block in self._waiting if block.id in done), None)
-        if chosen is None:
-            return self._waiting.popleft() if self._waiting else None
-        self._waiting.remove(chosen)
-        return chosen
-
-
-def _get(ref: Any) -> Any:
-    """What a replica gives. Raises what ended it, a rank's death as its own, and a user's mistake as such."""
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, (UserError, *DEATHS)):
-            raise error.cause from None
-        raise
+    def _drop(self, worker: _Worker) -> None:
+        ray.kill(worker.actor)
+        free_ranks_of(worker.id)
+        self._workers.remove(worker)

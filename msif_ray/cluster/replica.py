@@ -1,44 +1,25 @@
 """A replica: one copy of a stage's model, in this process or sharded over several rank actors."""
 
-import socket
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
-from ray.util.placement_group import (
-    PlacementGroup,
-    get_placement_group,
-    placement_group,
-    placement_group_table,
-    remove_placement_group,
-)
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from msif_ray import heap
 from msif_ray.cluster import partials
+from msif_ray.cluster.deaths import DEATHS, RankLostError
 from msif_ray.cluster.jobs import Job, QueryJob
 from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
-from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup, RankLostError, is_lost_rank
-from msif_ray.config import Cluster
+from msif_ray.cluster.room import RankResources, meeting_point, reserve
+from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup, is_lost_rank
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
-
-# What tells of the end of a replica, of a rank of it, or of a node or an object that it stood on. A worker that
-# Ray's memory monitor ends is an OutOfMemoryError; a lost object's kinds (its owner's death) are ObjectLostErrors.
-DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, OutOfMemoryError, RankLostError)
 
 # A replica commits when it has worked this many times as long as its last commit took: a twentieth of its time
 # goes into commits, and a death loses as little as that allows.
@@ -47,6 +28,8 @@ COMMIT_EVERY = 20.0
 COMMIT_SECONDS = 900.0
 # How long a replica waits for room before it says that it has none yet, and may be told of another step.
 ROOM_SECONDS = 5.0
+# How long a borrower that is not known to be dead has to say that it is alive; it may be in the middle of a block.
+ANSWER_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,33 +40,21 @@ class Destination:
     inputs: str = ""
 
 
-@dataclass(frozen=True)
-class RankResources:
-    """What a replica is made of."""
-
-    ranks: int
-    cpus: int
-    gpus: float
-
-    @classmethod
-    def of(cls, cluster: Cluster) -> "RankResources":
-        return cls(cluster.ranks_per_replica, cluster.cpus_per_rank, cluster.gpus_per_rank or 0.0)
-
-    def __str__(self) -> str:
-        of_rank = f"{self.cpus} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        return of_rank if self.ranks == 1 else f"{self.ranks} ranks of {of_rank} each"
+class ModelTask(Protocol):
+    """What a stage's model is to do with the blocks of a corpus: its job sees a block's captured batches, and `write`
+    what that gave."""
 
     @property
-    def actor(self) -> dict[str, Any]:
-        """What the replica's own actor asks for: the one rank's share, or nothing beside its rank actors."""
-        if self.ranks > 1:
-            return {"num_cpus": 0}
-        environment = {} if self.gpus else {"runtime_env": {"env_vars": heap.ENVIRONMENT}}
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus} | environment
+    def setup(self) -> ModelSetup: ...
+
+    @property
+    def job(self) -> Job: ...
+
+    def write(self, block: Block, outcome: Outcome, taken: Any) -> None: ...
 
 
 class Replica:
-    """Processes blocks with one model. A plain class: the pool and Ray Data make actors of it."""
+    """Processes blocks with one model. A plain class: the pool makes actors of it, and lends them to streams."""
 
     def __init__(self, resources: RankResources) -> None:
         self._resources = resources
@@ -94,13 +65,15 @@ class Replica:
         self._destination: Destination | None = None
         self._sums = _Committed()
         self._by_block = False
+        self._borrower: Any = None
+        self._task: ModelTask | None = None
 
     def has_room(self) -> bool:
         """Whether there is room for the ranks; asks for it, and waits a little. One rank has its actor's own."""
         if self._resources.ranks == 1:
             return True
         if self._group is None:
-            self._group = self._reserve()
+            self._group = reserve(self._resources)
         return self._group.wait(ROOM_SECONDS)
 
     def prepare(self, setup: ModelSetup, job: Job, destination: Destination | None = None) -> int | None:
@@ -118,6 +91,31 @@ class Replica:
         self._by_block = isinstance(job, QueryJob)
         self._on_ranks("start", job)
         return min(self._on_ranks("free_memory"))
+
+    def release(self) -> bool:
+        """Takes back what was lent; gives whether there is room for the ranks, as `has_room` does."""
+        self._borrower = self._task = None
+        return self.has_room()
+
+    def lend(self, borrower: Any) -> bool:
+        """Whether an actor may have this replica to itself: nobody else has it, or whoever had it is dead."""
+        if self._borrower is not None and self._borrower != borrower and _is_alive(self._borrower):
+            return False
+        self._borrower = borrower
+        return True
+
+    def begin(self, task: ModelTask) -> bool:
+        """Gets ready for a task's blocks; whether there was room for it."""
+        self._task = task
+        return self.prepare(task.setup, task.job) is not None
+
+    def do(self, block: Block) -> tuple[int, int, int]:
+        """Does a block of the task and writes what came of it; gives the documents, their tokens, and those skipped."""
+        if self._task is None:
+            raise RuntimeError("begin a task before its blocks")
+        outcome, taken = self.process(block)
+        self._task.write(block, outcome, taken)
+        return len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped)
 
     def accumulate(self, block: Block) -> Outcome:
         """Adds a block to the sums, and commits them when that costs little beside the work that it keeps.
@@ -191,14 +189,6 @@ class Replica:
             self._spawn(setup)
         self._setup = setup
 
-    def _reserve(self) -> PlacementGroup:
-        """The demand for the ranks' room, which an autoscaler sees."""
-        resources = self._resources
-        bundle = {"CPU": float(resources.cpus)} | ({"GPU": resources.gpus} if resources.gpus else {})
-        name = _group_name(ray.get_runtime_context().get_actor_id())
-        free_ranks(name)  # of this actor's earlier life, where Ray has restarted it
-        return placement_group([bundle] * resources.ranks, strategy="PACK", name=name)
-
     def _spawn(self, setup: ModelSetup) -> None:
         resources = self._resources
 
@@ -220,6 +210,17 @@ class Replica:
         self._on_ranks("load")
 
 
+def _is_alive(actor: Any) -> bool:
+    """Whether an actor lives, or may: a dead one's end is known to Ray, a busy one's answer is late."""
+    ref = actor.__ray_ready__.remote()
+    answered, _ = ray.wait([ref], timeout=ANSWER_SECONDS)
+    try:
+        ray.get(answered)
+    except DEATHS:
+        return False
+    return True
+
+
 def _union(outcomes: Sequence[Outcome], what: str) -> frozenset[Any]:
     return frozenset().union(*(getattr(outcome, what) for outcome in outcomes))
 
@@ -237,31 +238,3 @@ class _Committed:
     def is_due(self) -> bool:
         """A commit writes all the sums, so its time decides how often it is worth it."""
         return monotonic() - self.at >= min(COMMIT_EVERY * self.seconds, COMMIT_SECONDS)
-
-
-def _group_name(actor: str = "") -> str:
-    return f"msif-replica-{ray.get_runtime_context().get_job_id()}-{actor}"
-
-
-def free_ranks_of(actor: str) -> None:
-    """Gives back what the ranks of a dead replica held, by the id of the replica's actor."""
-    free_ranks(_group_name(actor))
-
-
-def free_ranks(prefix: str | None = None) -> None:
-    """Gives back what the ranks of ended replicas held: of this job's, or of those whose name begins so.
-
-    A placement group outlives the actor that made it, and whoever comes next would wait for it.
-    """
-    prefix = prefix or _group_name()
-    for group in placement_group_table().values():
-        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
-            with suppress(ValueError):  # it was removed meanwhile
-                remove_placement_group(get_placement_group(group["name"]))
-
-
-def meeting_point() -> tuple[str, int]:
-    """This node's address and a port that is free there now, for a replica's ranks to meet at."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return ray.util.get_node_ip_address(), free.getsockname()[1]

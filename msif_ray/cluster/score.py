@@ -9,16 +9,12 @@ import numpy
 
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.score_jobs import DocumentScores, ScoreJob
-from msif_ray.cluster.stream import ModelReplica
+from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Detail
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import read_chosen
 from msif_ray.corpus.reader import Block
 from msif_ray.results.parts import Details, done_blocks, part_path, write_part
-
-
-class ScoreReplica(ModelReplica):
-    """Scores blocks with the stage's model."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +36,8 @@ class ScoreTask:
     candidates: Path | None = None
 
     @property
-    def replica(self) -> type[ScoreReplica]:
-        return ScoreReplica
+    def replica(self) -> type[ModelReplica]:
+        return ModelReplica
 
     def done(self) -> set[str]:
         return set.intersection(*(done_blocks(self.run_dir, label) for label in self.labels))

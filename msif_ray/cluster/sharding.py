@@ -65,10 +65,6 @@ def join(group: RankGroup, device: torch.device, timeout: timedelta = timedelta(
     )
 
 
-class RankLostError(Exception):
-    """Another rank of the replica is gone: its end of a connection closed before Ray knew of its death."""
-
-
 def is_lost_rank(error: BaseException | None) -> bool:
     """Whether an exception is what gloo or NCCL raise on the ranks that are left. gloo has no type of its own."""
     if isinstance(error, distributed.DistError):

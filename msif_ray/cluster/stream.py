@@ -6,35 +6,26 @@ actor that computed it: a block is all there or not at all, and none is there tw
 
 import gc
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from threading import Event, Thread
 from time import monotonic
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
-import numpy
 import ray
 
-from msif_ray.cluster.jobs import Job
-from msif_ray.cluster.pool import WAIT_SECONDS, Progress
-from msif_ray.cluster.rank import ModelSetup, Outcome
-from msif_ray.cluster.replica import DEATHS, RankResources, Replica, free_ranks
-from msif_ray.config import Cluster
+from msif_ray.cluster.deaths import DEATHS
+from msif_ray.cluster.pool import WAIT_SECONDS, Progress, ReplicaPool
+from msif_ray.cluster.room import RankResources, free_ranks
+from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
 
-# A block that kills the ranks this often is at fault itself.
-RANK_RESTARTS = 4
 # Streams begun in a row without a block done, after which the machines are not to blame.
 FRUITLESS_TRIES = 4
 
 # Ray Data does not say which of its actors are alive: those are that have done a block within so many seconds.
 ALIVE_SECONDS = 300.0
-
-Columns = dict[str, numpy.ndarray]
 
 
 class BlockTask(Protocol):
@@ -46,8 +37,8 @@ class BlockTask(Protocol):
     def blocks(self) -> CorpusBlocks: ...
 
     @property
-    def replica(self) -> "type[BlockReplica]":
-        """The class that the actor pool makes replicas of, from the task and a replica's resources."""
+    def replica(self) -> type[BlockReplica]:
+        """The class that Ray Data's actor pool is made of; of a `ModelReplica`, the task is a `ModelTask`, too."""
         ...
 
     def done(self) -> set[str]:
@@ -55,30 +46,8 @@ class BlockTask(Protocol):
         ...
 
 
-class ModelTask(BlockTask, Protocol):
-    """A task that takes a stage's model: its job sees a block's captured batches, and `write` what that gave."""
-
-    @property
-    def setup(self) -> ModelSetup: ...
-
-    @property
-    def job(self) -> Job: ...
-
-    def write(self, block: Block, outcome: Outcome, taken: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class Counted:
-    """What a block held, and the id of the replica that did it."""
-
-    documents: int
-    tokens: int
-    skipped: int
-    replica: str = ""
-
-
-def stream(task: BlockTask, cluster: Cluster, progress: Progress) -> None:
-    """Does every block that has no file yet.
+def stream(task: BlockTask, pool: ReplicaPool, progress: Progress) -> None:
+    """Does every block that has no file yet, with the pool's replicas where the task takes a model.
 
     Ray Data replaces dead replicas and redoes lost blocks by itself. Where it gives up, because what it lost
     cannot be had again, the stream is begun anew over the blocks that are left.
@@ -88,7 +57,7 @@ def stream(task: BlockTask, cluster: Cluster, progress: Progress) -> None:
     progress.resume(*_documents_done(task, done))
     tries = 0
     while left := task.blocks.ids - done:
-        ended = _attempt(task, cluster, frozenset(done), progress)
+        ended = _attempt(task, pool, frozenset(done), progress)
         # A stream that broke off keeps its replicas, and the room they take, as long as anything refers to it.
         gc.collect()
         if isinstance(ended, UserError):
@@ -99,13 +68,13 @@ def stream(task: BlockTask, cluster: Cluster, progress: Progress) -> None:
             raise UserError(f"{task.what}: no block could be done on this cluster; what was lost last: {ended}")
 
 
-def _attempt(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> UserError | str | None:
+def _attempt(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: Progress) -> UserError | str | None:
     """One stream over the blocks that are not done: what the user is to mend, or what was lost, where it broke off.
 
     Given and not raised, because the exceptions of a stream refer to it.
     """
     try:
-        _stream(task, cluster, done, progress)
+        _stream(task, pool, done, progress)
         return None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
@@ -117,7 +86,7 @@ def _attempt(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: 
     except DEATHS as error:
         return _short(error)
     finally:
-        free_ranks()
+        free_ranks(living=pool.ids)
 
 
 def _short(error: Exception) -> str:
@@ -130,8 +99,13 @@ def _documents_done(task: BlockTask, done: set[str]) -> tuple[int, int]:
     return task.blocks.count - left, 0
 
 
-def _stream(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: Progress) -> None:
-    resources = RankResources.of(cluster)
+def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: Progress) -> None:
+    resources, replicas = RankResources.of(pool.cluster), pool.cluster.replicas
+    if issubclass(task.replica, ModelReplica):
+        lent, takes = pool.lend(progress), {"num_cpus": 0}
+    else:
+        pool.dismiss()  # it has the room that these need
+        lent, takes = [], resources.actor
     files = [{"file": index} for index in range(len(task.blocks.files))]
     blocks = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
         # One byte of memory tells the reader's resources from a replica's: were they the same, Ray Data would
@@ -143,10 +117,10 @@ def _stream(task: BlockTask, cluster: Cluster, done: frozenset[str], progress: P
     )
     finished = blocks.map_batches(
         task.replica,
-        fn_constructor_args=(task, resources),
+        fn_constructor_args=([ray.put(task)], resources, lent),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=cluster.replicas.min, max_size=cluster.replicas.max),
-        **resources.actor,
+        compute=ray.data.ActorPoolStrategy(min_size=replicas.min, max_size=replicas.max),
+        **takes,
     )
     with _told_to_wait(progress, f"no replica has done a block yet; each takes {resources}") as begun:
         seen: dict[str, float] = {}
@@ -185,71 +159,3 @@ def _quiet_ray_data() -> None:
     # It logs a fault with its traceback, where ours is told in one line; and a handler that keeps that record keeps
     # the broken-off stream, and with it the replicas and their room.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-
-
-@dataclass(frozen=True)
-class BlockReader:
-    """From file numbers to the blocks of those files that are not done, streamed."""
-
-    blocks: CorpusBlocks
-    done: frozenset[str]
-
-    def __call__(self, batch: Columns) -> Iterator[Columns]:
-        for index in batch["file"].tolist():
-            for block in self.blocks.left_in(index, self.done):
-                column = numpy.empty(1, dtype=object)
-                column[0] = block
-                yield {"block": column}
-
-
-class BlockReplica(ABC):
-    """A replica in Ray Data's actor pool, made from a task and a replica's resources: does a block and writes its
-    file. What may fail is for `do`: it arrives as itself from there, from a constructor as a death without a cause."""
-
-    def __call__(self, batch: Columns) -> Columns:
-        counted = replace(self.do(batch["block"][0]), replica=ray.get_runtime_context().get_actor_id() or "")
-        return {name: numpy.array([value]) for name, value in vars(counted).items()}
-
-    @abstractmethod
-    def do(self, block: Block) -> Counted: ...
-
-
-class ModelReplica(BlockReplica):
-    """Does a `ModelTask`: one copy of the stage's model, in this process or on rank actors.
-
-    It has room for its ranks when it begins, or Ray Data would give it blocks that others could do meanwhile. It
-    loads with its first block.
-    """
-
-    def __init__(self, task: ModelTask, resources: RankResources) -> None:
-        self._task = task
-        self._ready = False
-        self._replica = Replica(resources)
-        self._await_room()
-
-    def __del__(self) -> None:
-        self._replica.unload()  # or the ranks' room would stay taken when Ray Data drops the actor
-
-    def do(self, block: Block) -> Counted:
-        outcome, taken = self._process(block)
-        self._task.write(block, outcome, taken)
-        return Counted(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
-
-    def _process(self, block: Block) -> tuple[Outcome, Any]:
-        """What the block gives; ranks that die are started anew, here and not by Ray Data, which does not see them."""
-        for _ in range(RANK_RESTARTS + 1):
-            try:
-                if not self._ready:
-                    self._await_room()
-                    self._replica.prepare(self._task.setup, self._task.job)
-                    self._ready = True
-                return self._replica.process(block)
-            except DEATHS as death:
-                lost = death
-                self._ready = False
-                self._replica.unload()
-        raise lost
-
-    def _await_room(self) -> None:
-        while not self._replica.has_room():
-            pass

@@ -1,11 +1,11 @@
 """Which block a replica gets next, without Ray."""
 
-from msif_ray.cluster.pool import _Ahead
+from msif_ray.cluster.ahead import Ahead
 from msif_ray.corpus.reader import Block
 
 
 def test_a_replica_gets_blocks_that_it_did_before_and_else_the_next() -> None:
-    ahead = _Ahead((Block(str(number), ()) for number in range(6)), 4)
+    ahead = Ahead((Block(str(number), ()) for number in range(6)), 4)
     assert ahead.take({"2", "5"}).id == "2"
     assert ahead.take({"2", "5"}).id == "0"  # 5 is not in sight yet
     assert ahead.take({"2", "5"}).id == "5"
@@ -21,5 +21,5 @@ def test_without_a_look_ahead_blocks_come_in_order_and_none_is_read_before_its_t
             read.append(number)
             yield Block(str(number), ())
 
-    ahead = _Ahead(blocks(), 1)
+    ahead = Ahead(blocks(), 1)
     assert ahead.take({"2"}).id == "0" and read == [0]

@@ -9,11 +9,12 @@ import runs
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster import fit, replica
+from msif_ray.cluster import deaths, fit
 from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
 from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
 from msif_ray.cluster.rank import ModelSetup
-from msif_ray.cluster.replica import Destination, RankResources, Replica
+from msif_ray.cluster.replica import Destination, Replica
+from msif_ray.cluster.room import RankResources
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture, Captured
@@ -97,7 +98,7 @@ def test_a_full_gpu_is_said_with_the_key_to_lower(setup: ModelSetup, monkeypatch
     "OwnerDiedError", "OutOfMemoryError",
 ])  # fmt: skip
 def test_what_ends_a_replica_is_known_as_a_death(name: str) -> None:
-    assert issubclass(getattr(ray.exceptions, name), replica.DEATHS)
+    assert issubclass(getattr(ray.exceptions, name), deaths.DEATHS)
 
 
 def test_a_basis_that_is_there_is_not_replaced(setup: ModelSetup, tmp_path: Path) -> None:

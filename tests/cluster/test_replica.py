@@ -1,5 +1,7 @@
 """Replicas that wait for room: what they hold, what they give back and what is said meanwhile."""
 
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +12,9 @@ from ray.util.placement_group import placement_group_table
 
 from msif_ray.cluster import pool, stream
 from msif_ray.cluster.pool import ReplicaPool
-from msif_ray.cluster.replica import RankResources, Replica
-from msif_ray.cluster.score import ScoreReplica
+from msif_ray.cluster.replica import Replica
+from msif_ray.cluster.room import RankResources
+from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Cluster
 
 
@@ -25,7 +28,7 @@ class Holder:
     """Stands for the actor in which Ray Data holds a replica until it drops it."""
 
     def __init__(self) -> None:
-        self.replica: Any = ScoreReplica(None, RankResources(2, 1, 0.0))  # type: ignore[arg-type]
+        self.replica: Any = ModelReplica([None], RankResources(2, 1, 0.0), [])
 
     def drop(self) -> None:
         self.replica = None
@@ -49,6 +52,52 @@ def test_a_replica_without_room_says_so_instead_of_waiting_for_it() -> None:
     assert ray.get(waiting.prepare.remote("no setup", "no job"), timeout=60) is None
     assert "PENDING" in states(), "an autoscaler does not see the demand"
     ray.kill(waiting)
+
+
+class Borrower:
+    """Stands for an actor in which Ray Data holds a scoring replica: takes one of those lent, if it can."""
+
+    def __init__(self) -> None:
+        self.replica: Any = None
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def borrow(self, lent: list[Any]) -> str | None:
+        """The id of the lent replica that it has now; None where it had to start one of its own."""
+        self.replica = ModelReplica([None], RankResources(1, 0, 0.0), lent)
+        return None if self.replica._own is not None else self.replica._replica._actor_id.hex()
+
+
+def test_a_lent_replica_is_one_borrowers_until_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ReplicaPool(Cluster(replicas=2, cpus_per_rank=1, gpus_per_rank=0)) as replicas:
+        lent = replicas.lend(Progress())
+        assert len(lent) == 2 and replicas.ids == {actor._actor_id.hex() for actor in lent}
+        borrowers = [ray.remote(Borrower).options(num_cpus=0).remote() for _ in range(3)]
+        have = [ray.get(borrower.borrow.remote(lent)) for borrower in borrowers]
+        assert set(have[:2]) == replicas.ids and have[2] is None
+        pid = ray.get(borrowers[0].pid.remote())
+        os.kill(pid, signal.SIGKILL)
+        assert ray.get(borrowers[2].borrow.remote(lent)) == have[0]
+        assert replicas.lend(Progress()) == lent, "what the pool lends again is nobody's"
+        assert ray.get(borrowers[2].borrow.remote(lent)) == have[0]
+
+
+def test_a_lent_replica_that_dies_is_replaced_by_its_borrower_and_then_by_the_pool() -> None:
+    with ReplicaPool(Cluster(replicas=1, cpus_per_rank=1, gpus_per_rank=0)) as replicas:
+        (lent,) = replicas.lend(Progress())
+        ray.kill(lent)
+        borrower = ray.remote(Borrower).options(num_cpus=0).remote()
+        assert ray.get(borrower.borrow.remote([lent])) is None
+        (again,) = replicas.lend(Progress())
+        assert again != lent
+
+
+class Progress:
+    """Told of a wait for replicas, which is short here."""
+
+    def wait(self, reason: str) -> None:
+        pass
 
 
 class EnoughError(Exception):

@@ -59,8 +59,8 @@ def test_ranks_and_driver_take_what_the_plan_says(
 
     planned = {
         "fit": most("covariance", "correction", "gradients"),
-        "score": most("scores"),
-        "top": most("top documents"),
+        "score": most("covariance", "correction", "gradients", "scores", "top documents"),
+        "hand": plan["hand_memory"],
         "driver": plan["driver_memory"],
         "eigendecomposition": most("eigendecomposition"),
         "carry": most("carried back"),
@@ -68,5 +68,5 @@ def test_ranks_and_driver_take_what_the_plan_says(
     print()
     for kind, says in planned.items():
         print(f"{kind}: planned {says / MEBI:.0f} MiB, found {found.get(kind, 0) / MEBI:.0f} MiB")
-    for kind in ("fit", "score", "top", "driver"):
+    for kind in ("fit", "score", "hand", "driver"):
         assert planned[kind] == pytest.approx(found[kind], rel=TOLERANCE), kind

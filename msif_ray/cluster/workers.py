@@ -1,0 +1,135 @@
+"""What the processes of a stream are: one that reads, and those that hand blocks to replicas.
+
+They import no PyTorch, which would take them longer than their work: nor may a subclass of `ModelReplica` that Ray
+Data is to make actors of be in a module that does.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy
+import ray
+
+from msif_ray.cluster.deaths import DEATHS, answer
+from msif_ray.cluster.room import RankResources, free_ranks_of
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block
+
+Columns = dict[str, numpy.ndarray]
+
+# A block that ends its replica this often is at fault itself.
+RESTARTS = 4
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a block held, and the id of the replica that did it."""
+
+    documents: int
+    tokens: int
+    skipped: int
+    replica: str = ""
+
+
+@dataclass(frozen=True)
+class BlockReader:
+    """From file numbers to the blocks of those files that are not done, streamed."""
+
+    blocks: CorpusBlocks
+    done: frozenset[str]
+
+    def __call__(self, batch: Columns) -> Iterator[Columns]:
+        for index in batch["file"].tolist():
+            for block in self.blocks.left_in(index, self.done):
+                column = numpy.empty(1, dtype=object)
+                column[0] = block
+                yield {"block": column}
+
+
+class BlockReplica(ABC):
+    """An actor of Ray Data's pool: does a block and writes its file.
+
+    It is made from a reference to the stream's task (in a list, or Ray would put the task in its place), a replica's
+    resources and the replicas lent to all such actors. What may fail is for `do`: it arrives as itself from there, from
+    a constructor as a death without a cause.
+    """
+
+    def __call__(self, batch: Columns) -> Columns:
+        counted = replace(self.do(batch["block"][0]), replica=ray.get_runtime_context().get_actor_id() or "")
+        return {name: numpy.array([value]) for name, value in vars(counted).items()}
+
+    @abstractmethod
+    def do(self, block: Block) -> Counted: ...
+
+
+class ModelReplica(BlockReplica):
+    """Has a `ModelTask` done by a replica that it has to itself: one of the lent ones, or else one that it starts.
+
+    It asks Ray for nothing: the replica has the room, or waits for it, which is the demand that an autoscaler sees.
+    Its replica has room when this actor begins, or Ray Data would give it blocks that others could do meanwhile. It
+    loads with the first block.
+    """
+
+    def __init__(self, task: list[Any], resources: RankResources, lent: list[Any]) -> None:
+        self._task, self._resources = task[0], resources
+        self._begun = False
+        self._own: Any = None
+        self._replica = next((actor for actor in lent if _borrows(actor)), None) or self._start()
+        self._surviving(self._await_room)
+
+    def __del__(self) -> None:
+        self._end_own()  # or its ranks' room would stay taken when Ray Data drops this actor
+
+    def do(self, block: Block) -> Counted:
+        return Counted(*self._surviving(lambda: self._process(block)))
+
+    def _process(self, block: Block) -> tuple[int, int, int]:
+        while not self._begun:
+            self._begun = answer(self._replica.begin.remote(self._task))
+        done: tuple[int, int, int] = answer(self._replica.do.remote(block))
+        return done
+
+    def _surviving(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives. A replica that dies meanwhile, or loses ranks, is replaced here and not by Ray Data, which
+        does not see it."""
+        for _ in range(RESTARTS + 1):
+            try:
+                return work()
+            except DEATHS as death:
+                lost = death
+                self._begun = False
+                ray.kill(self._replica)
+                free_ranks_of(_id(self._replica))
+                self._replica = self._start()
+        raise lost
+
+    def _await_room(self) -> None:
+        while not answer(self._replica.has_room.remote()):
+            pass
+
+    def _start(self) -> Any:
+        from msif_ray.cluster.replica import Replica  # here: it imports PyTorch
+
+        self._own = ray.remote(Replica).options(**self._resources.actor).remote(self._resources)
+        return self._own
+
+    def _end_own(self) -> None:
+        if self._own is not None:
+            ray.kill(self._own)
+            free_ranks_of(_id(self._own))
+
+
+def _borrows(actor: Any) -> bool:
+    """Whether a lent replica lives and is this actor's from now on."""
+    try:
+        lent: bool = answer(actor.lend.remote(ray.get_runtime_context().current_actor))
+        return lent
+    except DEATHS:
+        return False
+
+
+def _id(actor: Any) -> str:
+    found: str = actor._actor_id.hex()
+    return found
