@@ -18,6 +18,7 @@ from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.chat import chat_text
+from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of, storage
@@ -126,7 +127,7 @@ def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int) -> pa.T
     index = bm25s.BM25()
     found = words.tokenize(texts, length=blocks.count, return_as="tuple", show_progress=False, allow_empty=False)
     index.index(found, create_empty_token=False, show_progress=False)
-    wanted = [f"{query.prompt or ''}{query.text}" for query in queries]
+    wanted = [query.words if isinstance(query, Query) else f"{query.prompt or ''}{query.text}" for query in queries]
     asked = words.tokenize(wanted, update_vocab=False, return_as="string", show_progress=False, allow_empty=False)
     count = min(top, len(documents))
     places, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=0)

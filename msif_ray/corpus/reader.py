@@ -240,11 +240,15 @@ def is_unicode(text: str) -> bool:
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
     """The file's documents in order. Raises UserError as `read_rows`, and for a row without an id."""
-    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
     for number, row in enumerate(read_rows(file, document_columns(documents), key)):
-        prompt = row[documents.prompt] if documents.prompt is not None else None
-        name = row_id(file, number, row, documents, key)
-        yield Document(name, prompt, row[content], documents.prompt is not None, chat)
+        yield document_of(row, documents, row_id(file, number, row, documents, key))
+
+
+def document_of(row: Row, documents: Documents, name: str) -> Document:
+    """A row's document, of that name."""
+    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
+    prompt = row[documents.prompt] if documents.prompt is not None else None
+    return Document(name, prompt, row[content], documents.prompt is not None, chat)
 
 
 def read_file_blocks(
