@@ -198,13 +198,16 @@ def _fill_in(run: Run, checkpoints: list[Checkpoint]) -> Run:
     filled = []
     for index, (stage, checkpoint) in enumerate(zip(run.stages, checkpoints, strict=True)):
         key = f"stages.{index}.fit.max_tokens"
-        fit = stage.fit.model_copy(update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key)})
+        fit = stage.fit.model_copy(
+            update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key, stage.documents)}
+        )
         paths = {"tokenizer": _absolute(stage.tokenizer), "factors": _absolute(stage.factors)}
         filled.append(stage.model_copy(update={"fit": fit, **paths}))
 
     def max_tokens(entry: Index | Score, key: str) -> int:
-        at = run.stage_index(entry.stage)
-        return _max_tokens(entry.max_tokens or filled[at].fit.max_tokens, checkpoints[at], f"{key}.max_tokens")
+        at, documents = run.stage_index(entry.stage), run.scored_documents(entry)
+        asked = entry.max_tokens or run.stages[at].fit.max_tokens
+        return _max_tokens(asked, checkpoints[at], f"{key}.max_tokens", documents)
 
     indexes = [e.model_copy(update={"max_tokens": max_tokens(e, f"index.{i}")}) for i, e in enumerate(run.index)]
     scores = [
@@ -219,7 +222,9 @@ def _absolute(name: str | None) -> str | None:
     return os.path.abspath(name) if name is not None and os.path.exists(name) else name
 
 
-def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str) -> int:
+def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str, documents: Documents | None) -> int:
+    if asked is None and documents is not None and documents.packed is not None and checkpoint.context is not None:
+        return checkpoint.context  # what training saw of a row
     if asked is None:
         return min(DEFAULT_MAX_TOKENS, checkpoint.context or DEFAULT_MAX_TOKENS)
     if checkpoint.context is not None and asked > checkpoint.context:
@@ -238,6 +243,13 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
         appended += [run.queries.documents] if index == len(run.stages) - 1 else []
         if tokenizer.chat_template is None and any(documents.messages is not None for documents in appended):
             raise UserError(f"{key}: it has no chat template, which `messages` needs; name a tokenizer that has one")
+        for name in (f"stages.{index}", *scored):
+            packed = wanted[name].packed if name in wanted else None
+            if packed is not None and packed.eos is not None and packed.eos >= len(tokenizer):
+                raise UserError(
+                    f"{name}.documents.packed.eos: {packed.eos} is not in the vocabulary of {len(tokenizer)} tokens of "
+                    f"{checkpoint.name!r}; name the id of the token that documents end with"
+                )
         if tokenizer.eos_token_id is None and any(documents.ends_with_eos for documents in appended):
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")
 

@@ -26,7 +26,7 @@ MEANING = {
     "score > 0: the document supports the completion over the other",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; for several "
     "windows the root of the sum of their squares",
-    "n_tokens": "tokens of the document, with its prompt and an appended EOS",
+    "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
 # What a run.json must have, and of which type.

@@ -72,7 +72,10 @@ class StageSpec:
 
 def tokenise(tokenizer: Any, document: Document, append_eos: bool | None = None) -> tuple[Ids, Flags]:
     """All tokens of a document and which of them are targets: of a text all but the first, of a prompt and
-    completion the completion's and the EOS, but never the sequence's first, which nothing predicts."""
+    completion the completion's and the EOS, but never the sequence's first, which nothing predicts; or `ids` and
+    `targets` as they are."""
+    if "ids" in document:
+        return list(document["ids"]), list(document["targets"])
     if "completion" in document:
         prompt = list(tokenizer(document["prompt"])["input_ids"])
         ids = prompt + list(tokenizer(document["completion"], add_special_tokens=False)["input_ids"])

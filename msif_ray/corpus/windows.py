@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msif_ray.corpus.chat import chat_fault, encode_chat
+from msif_ray.corpus.packed import NoParts, Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document, is_unicode
 from msif_ray.corpus.spans import overlapping, overlapping_turn
@@ -95,6 +96,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
     """
     if isinstance(document, Query) and document.rather_than is not None:
         return _encode_margin(tokenizer, document, append_eos)
+    if isinstance(document.text, Part | NoParts):
+        return _encode_part(tokenizer, document.id, document.text)
     if document.is_chat:
         return _encode_chat(tokenizer, document)
     fault = _fault(document)
@@ -109,7 +112,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
         before, after = [], list(tokenizer(document.text)["input_ids"])
     if append_eos:
         after.append(tokenizer.eos_token_id)
-    return _encoded(document, [*before, *after], [False] * len(before) + [True] * len(after))
+    return _encoded(document.id, [*before, *after], [False] * len(before) + [True] * len(after))
 
 
 def _encode_margin(tokenizer: "PreTrainedTokenizerBase", query: Query, append_eos: bool) -> Encoded | Skipped:
@@ -128,7 +131,7 @@ def _encode_span(tokenizer: "PreTrainedTokenizerBase", query: Query, append_eos:
     after, inside = overlapping(tokenizer, query.text, query.span)
     ends = [tokenizer.eos_token_id] if append_eos else []
     targets = [False] * len(before) + inside + [False] * len(ends)
-    return _of_span(query, _encoded(query, [*before, *after, *ends], targets))
+    return _of_span(query, _encoded(query.id, [*before, *after, *ends], targets))
 
 
 def _of_span(query: Query, found: Encoded | Skipped) -> Encoded | Skipped:
@@ -137,12 +140,22 @@ def _of_span(query: Query, found: Encoded | Skipped) -> Encoded | Skipped:
     return Skipped(query.id, f"no token that is predicted overlaps the span {list(query.span)} of {query.completion!r}")
 
 
-def _encoded(document: Document, ids: Sequence[int], targets: Sequence[bool]) -> Encoded | Skipped:
+def _encoded(name: str, ids: Sequence[int], targets: Sequence[bool]) -> Encoded | Skipped:
     if len(ids) < 2:
-        return Skipped(document.id, "fewer than two tokens")
+        return Skipped(name, "fewer than two tokens")
     if not any(targets[1:]):
-        return Skipped(document.id, "no target tokens")
-    return Encoded(document.id, tuple(ids), (False, *targets[1:]))
+        return Skipped(name, "no target tokens")
+    return Encoded(name, tuple(ids), (False, *targets[1:]))
+
+
+def _encode_part(tokenizer: "PreTrainedTokenizerBase", name: str, part: Part | NoParts) -> Encoded | Skipped:
+    """A document of a packed row: its tokens are targets, and those before it context."""
+    if isinstance(part, NoParts):
+        return Skipped(name, part.reason)
+    ids, own = part.sequence
+    if max(ids, default=0) >= len(tokenizer):
+        return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary of {len(tokenizer)}")
+    return _encoded(name, ids, own)
 
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
@@ -153,8 +166,8 @@ def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> En
         return Skipped(document.id, fault)
     try:
         if isinstance(document, Query) and document.span is not None:
-            return _of_span(document, _encoded(document, *overlapping_turn(tokenizer, document.text, document.span)))
-        return _encoded(document, *encode_chat(tokenizer, document.text, last_alone=isinstance(document, Query)))
+            return _of_span(document, _encoded(document.id, *overlapping_turn(tokenizer, document.text, document.span)))
+        return _encoded(document.id, *encode_chat(tokenizer, document.text, last_alone=isinstance(document, Query)))
     except ValueError as error:
         return Skipped(document.id, str(error))
 
