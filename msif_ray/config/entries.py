@@ -43,6 +43,8 @@ class Queries(Strict):
     def _one_way(self) -> Self:
         if self.messages is not None and (self.prompt is not None or self.completion is not None):
             raise ValueError("give `messages`, or `prompt` and `completion`, not both")
+        if self.messages is not None and self.append_eos:
+            raise ValueError("`append_eos` does not go with `messages`: the chat template ends its turns itself")
         if self.rank is not None and self.energy is not None:
             raise ValueError("give `rank` or `energy`, not both")
         return self

@@ -244,6 +244,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
         CHAT | OTHER,
         ROW + r"'other': the last message is the user",
     ),
+    "EOS": (TALKING, {}, CHAT | {"append_eos": True}, r"run description: queries: `append_eos` does not go with `mess"),
     "both kinds": (TALKING, {}, CHAT | {"prompt": "p"}, r"run description: queries: give `messages`, or `prompt` and"),
 }
 
