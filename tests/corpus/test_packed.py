@@ -21,6 +21,7 @@ from msif_ray.corpus.packed import NoParts, Part, row_parts
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.corpus.windows import Encoded, Skipped, encode
 from msif_ray.errors import UserError
+from msif_ray.indexes import corpus_identity
 from msif_ray.preflight import Resolved, check
 from msif_ray.results.aggregate import aggregate
 
@@ -201,6 +202,18 @@ def test_scores_are_summed_by_a_rows_value_or_by_each_documents_own(tmp_path: Pa
     found = {row["value"]: row["total"] for row in aggregate(run_dir, "by").to_pylist() if row["query_id"] == "q0"}
     owners = np.array([value for each in rows for value in each["by"]])
     assert found == {value: pytest.approx(scores[owners == value].sum(), rel=1e-5) for value in set(owners)}
+
+
+def test_an_index_of_rows_read_otherwise_is_another(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", ROWS)
+    documents = corpus(tmp_path / "rows.jsonl")
+    census = take_census(documents, "key")
+    found = corpus_identity(documents, census, 64)
+    assert json.loads(json.dumps(found)) == found
+    alone = Documents(path=documents.path, packed=packed(lengths="n") | {"attention": "document"})
+    assert corpus_identity(alone, census, 64)["columns"] != found["columns"]
+    text = Documents(path=documents.path, text="from")
+    assert "packed" not in corpus_identity(text, census, 64)["columns"]
 
 
 CONFIGURATIONS = [
