@@ -70,9 +70,10 @@ def missing_files(folder: Path, blocks: CorpusBlocks) -> bool:
 
 def corpus_identity(documents: Documents, census: Census, max_tokens: int | None) -> dict[str, Any]:
     """What two corpora have in common that are the same documents in the same windows, wherever they lie."""
-    messages = {} if documents.messages is None else {"messages": documents.messages}
+    described = documents.model_dump(mode="json", include={"text", "prompt", "completion", "id", "messages", "packed"})
+    later = ("messages", "packed")  # left out where they are not given: an index may be of a time before them
     return {
-        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}) | messages,
+        "columns": {key: value for key, value in described.items() if value is not None or key not in later},
         "append_eos": documents.ends_with_eos,
         "max_tokens": max_tokens,
         "files": [

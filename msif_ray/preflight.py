@@ -11,7 +11,8 @@ from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.census import Census, take_census
-from msif_ray.corpus.reader import CorpusFile, Document, read_documents
+from msif_ray.corpus.queries import Query, read_queries
+from msif_ray.corpus.reader import CorpusFile, Document
 from msif_ray.corpus.windows import Skipped, encode
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
@@ -136,19 +137,9 @@ def _read_corpora(wanted: dict[str, Documents]) -> dict[str, Census]:
 
 def _read_queries(run: Run) -> list[Document]:
     key = "queries"
-    documents = run.queries.documents
-    queries = []
-    for file in take_census(documents, key).files:
-        for number, query in enumerate(read_documents(file, documents, key)):
-            for column, value in ((run.queries.prompt, query.prompt), (run.queries.completion, query.text)):
-                if not isinstance(value, str):
-                    found = "null" if value is None else type(value).__name__
-                    raise UserError(
-                        f"{key}: {file.path} row {number} (id {query.id!r}): {column!r} is {found}, not text"
-                    )
-            if not query.text:
-                raise UserError(f"{key}: {file.path} row {number} (id {query.id!r}): the completion is empty")
-            queries.append(query)
+    queries: list[Document] = []
+    for file in take_census(run.queries.documents, key).files:
+        queries += read_queries(file, run.queries, key)
     return queries
 
 
@@ -207,13 +198,16 @@ def _fill_in(run: Run, checkpoints: list[Checkpoint]) -> Run:
     filled = []
     for index, (stage, checkpoint) in enumerate(zip(run.stages, checkpoints, strict=True)):
         key = f"stages.{index}.fit.max_tokens"
-        fit = stage.fit.model_copy(update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key)})
+        fit = stage.fit.model_copy(
+            update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key, stage.documents)}
+        )
         paths = {"tokenizer": _absolute(stage.tokenizer), "factors": _absolute(stage.factors)}
         filled.append(stage.model_copy(update={"fit": fit, **paths}))
 
     def max_tokens(entry: Index | Score, key: str) -> int:
-        at = run.stage_index(entry.stage)
-        return _max_tokens(entry.max_tokens or filled[at].fit.max_tokens, checkpoints[at], f"{key}.max_tokens")
+        at, documents = run.stage_index(entry.stage), run.scored_documents(entry)
+        asked = entry.max_tokens or run.stages[at].fit.max_tokens
+        return _max_tokens(asked, checkpoints[at], f"{key}.max_tokens", documents)
 
     indexes = [e.model_copy(update={"max_tokens": max_tokens(e, f"index.{i}")}) for i, e in enumerate(run.index)]
     scores = [
@@ -228,7 +222,9 @@ def _absolute(name: str | None) -> str | None:
     return os.path.abspath(name) if name is not None and os.path.exists(name) else name
 
 
-def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str) -> int:
+def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str, documents: Documents | None) -> int:
+    if asked is None and documents is not None and documents.packed is not None and checkpoint.context is not None:
+        return checkpoint.context  # what training saw of a row
     if asked is None:
         return min(DEFAULT_MAX_TOKENS, checkpoint.context or DEFAULT_MAX_TOKENS)
     if checkpoint.context is not None and asked > checkpoint.context:
@@ -244,9 +240,16 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
         scored = [f"score.{i}" for i, score in enumerate(run.score) if score.stage == stage.name]
         scored += [f"index.{i}" for i, entry in enumerate(run.index) if entry.stage == stage.name]
         appended = [wanted[name] for name in (f"stages.{index}", *scored) if name in wanted]
+        appended += [run.queries.documents] if index == len(run.stages) - 1 else []
         if tokenizer.chat_template is None and any(documents.messages is not None for documents in appended):
             raise UserError(f"{key}: it has no chat template, which `messages` needs; name a tokenizer that has one")
-        appended += [run.queries.documents] if index == len(run.stages) - 1 else []
+        for name in (f"stages.{index}", *scored):
+            packed = wanted[name].packed if name in wanted else None
+            if packed is not None and packed.eos is not None and packed.eos >= len(tokenizer):
+                raise UserError(
+                    f"{name}.documents.packed.eos: {packed.eos} is not in the vocabulary of {len(tokenizer)} tokens of "
+                    f"{checkpoint.name!r}; name the id of the token that documents end with"
+                )
         if tokenizer.eos_token_id is None and any(documents.ends_with_eos for documents in appended):
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")
 
@@ -257,16 +260,21 @@ def _check_queries_fit(
     """The tokens of each query, and of its completion. Queries are not cut into windows, so each must fit the last
     model's context."""
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
+    if not tokenizer.is_fast and any(isinstance(query, Query) and query.span is not None for query in queries):
+        raise UserError(
+            f"queries.span: the tokenizer of {checkpoint.name!r} ({type(tokenizer).__name__}) has no offsets that "
+            "tell which characters a token is of; name a tokenizer with a tokenizer.json, or leave `span` out"
+        )
     lengths, completions = [], []
     for query in queries:
         encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)
         if isinstance(encoded, Skipped):
             raise UserError(f"queries: {query.id!r}: {encoded.reason}")
-        if checkpoint.context is not None and len(encoded.ids) > checkpoint.context:
+        if checkpoint.context is not None and encoded.longest > checkpoint.context:
             raise UserError(
-                f"queries: {query.id!r} has {len(encoded.ids)} tokens, more than the {checkpoint.context} of "
+                f"queries: {query.id!r} has {encoded.longest} tokens, more than the {checkpoint.context} of "
                 f"{checkpoint.name!r}'s context; shorten its prompt"
             )
         lengths.append(len(encoded.ids))
-        completions.append(sum(encoded.targets))
+        completions.append(encoded.explained)
     return tuple(lengths), tuple(completions)

@@ -9,6 +9,7 @@ from typing import Any
 from msif_ray import __version__, layout
 from msif_ray.config import Detail
 from msif_ray.corpus.census import fingerprint
+from msif_ray.corpus.queries import asked
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
@@ -21,9 +22,11 @@ MEANING = {
     "sign": "score > 0: the document supports the completion (training more on it would have made it likelier)",
     "unit": "nats of completion log-likelihood per unit of weight on the document's summed loss in its stage's "
     "mean loss; leaving one of N documents out changes the log-likelihood by about -score / N",
+    "margin": "of a query about one completion rather than another, log-likelihood is the difference of the two, so "
+    "score > 0: the document supports the completion over the other",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; for several "
     "windows the root of the sum of their squares",
-    "n_tokens": "tokens of the document, with its prompt and an appended EOS",
+    "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
 # What a run.json must have, and of which type.
@@ -151,7 +154,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
             for key, files in resolved.corpora.items()
         },
         "documents": resolved.documents,
-        "queries": [[query.id, query.prompt, query.text] for query in resolved.queries],
+        "queries": [asked(query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
 

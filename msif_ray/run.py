@@ -13,6 +13,7 @@ import ray
 
 from msif_ray import layout, lease, stages
 from msif_ray.carrying import Carrying
+from msif_ray.checkpoint import load_tokenizer
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
@@ -247,8 +248,12 @@ class _Driver:
             if wanted is None:
                 raise ValueError(f"{entry.label} has no candidates")
             key = f"score.{self.config.score.index(entry)}.candidates"
-            by_name = wanted.path is not None
-            table = by_list(blocks, queries, str(wanted.path), key) if by_name else by_bm25(blocks, queries, wanted.top)
+            if wanted.path is not None:
+                table = by_list(blocks, queries, wanted.path, key)
+            else:
+                checkpoint = self.resolved.stages[self.config.stage_index(entry.stage)]
+                tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
+                table = by_bm25(blocks, queries, wanted.top, lambda ids: str(tokenizer.decode(list(ids))))
             write_chosen(path, table)
             self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
         return path

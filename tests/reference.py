@@ -72,7 +72,10 @@ class StageSpec:
 
 def tokenise(tokenizer: Any, document: Document, append_eos: bool | None = None) -> tuple[Ids, Flags]:
     """All tokens of a document and which of them are targets: of a text all but the first, of a prompt and
-    completion the completion's and the EOS, but never the sequence's first, which nothing predicts."""
+    completion the completion's and the EOS, but never the sequence's first, which nothing predicts; or `ids` and
+    `targets` as they are."""
+    if "ids" in document:
+        return list(document["ids"]), list(document["targets"])
     if "completion" in document:
         prompt = list(tokenizer(document["prompt"])["input_ids"])
         ids = prompt + list(tokenizer(document["completion"], add_special_tokens=False)["input_ids"])
@@ -277,7 +280,7 @@ def carry_back(
     """{name: [q, o, i]}: (H_j + c)⁻¹ r_{j+1}(H_{j+1}) ... r_K(H_K) g_q; g_q is the gradient of the query's
     completion's NLL at the last stage's model, in one window whatever that stage's `max_tokens`."""
     model, tokenizer = stages[-1].model, stages[-1].tokenizer
-    gradients = [window_gradients(model, list(fits[-1]), *tokenise(tokenizer, query)) for query in queries]
+    gradients = [query_gradients(model, list(fits[-1]), tokenizer, query) for query in queries]
     carried = {}
     for name in fits[-1]:
         rows = torch.stack([gradient[name] for gradient in gradients])
@@ -286,6 +289,13 @@ def carry_back(
             vectors = stage_respond(stages[k], fits[k][name].hessian(), vectors, scored=k == scored)
         carried[name] = vectors.T.reshape(rows.shape)
     return carried
+
+
+def query_gradients(model: nn.Module, names: Maps, tokenizer: Any, query: Document) -> dict[str, Tensor]:
+    """Of a query's completion's NLL, or of Σ sign · NLL over its `windows`, (sign, ids, is_target) written by hand."""
+    weighed = query.get("windows") or [(1.0, *tokenise(tokenizer, query))]
+    found = [(sign, window_gradients(model, names, ids, is_target)) for sign, ids, is_target in weighed]
+    return {name: torch.stack([sign * each[name] for sign, each in found]).sum(0) for name in names}
 
 
 def scores(

@@ -68,7 +68,5 @@ def query_gradients(
     stage: reference.StageSpec, names: reference.Maps, queries: Sequence[reference.Document]
 ) -> dict[str, Tensor]:
     """Each query's gradient, [q, o, i] by map."""
-    found = [
-        reference.window_gradients(stage.model, names, *reference.tokenise(stage.tokenizer, query)) for query in queries
-    ]
+    found = [reference.query_gradients(stage.model, names, stage.tokenizer, query) for query in queries]
     return {name: torch.stack([each[name] for each in found]) for name in names}

@@ -19,7 +19,7 @@ from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture, Captured
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
-from msif_ray.influence.queries import map_tokens
+from msif_ray.influence.queries import OTHER, map_tokens, sign
 from msif_ray.store import checksums, load_tensors
 
 
@@ -127,12 +127,19 @@ class _CorrectionWork:
 LOG_LIKELIHOODS = "log_likelihoods"
 
 
+def query_parts(query: str, window: int) -> tuple[str, str]:
+    """What a query's window is called in a map's part: its activations and its gradients."""
+    other = "other_" if window == OTHER else ""
+    return f"{other}activations/{query}", f"{other}gradients/{query}"
+
+
 @dataclass(frozen=True)
 class QueryJob:
-    """Every query's gradient as its tokens, and its completion's log-likelihood in nats.
+    """Every query's gradient as its tokens, and its completion's log-likelihood in nats, or the difference of two.
 
-    A map's part holds `activations/<query>` `[tokens, columns]` and `gradients/<query>` `[tokens, out]`;
-    the part `log_likelihoods` one number per query.
+    A map's part holds `activations/<query>` `[tokens, columns]` and `gradients/<query>` `[tokens, out]`, and of a query
+    about two completions `other_activations/<query>` and `other_gradients/<query>`, the latter taken off already; the
+    part `log_likelihoods` one number per query. Ranks that hold one model together may have one completion each.
     """
 
     sampled_labels: bool = False
@@ -147,14 +154,16 @@ class _QueryWork:
     gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, captured: Captured) -> None:
-        queries = [key.document_id for key in captured.batch.keys]
+        keys = captured.batch.keys
         for name in captured.maps:
             part = self.gathered.setdefault(name, {})
-            for query, tokens in zip(queries, map_tokens(captured, name), strict=True):
-                part[f"activations/{query}"] = tokens.activations.cpu().contiguous()
-                part[f"gradients/{query}"] = tokens.gradients.cpu().contiguous()
-        for query, loss in zip(queries, captured.losses.cpu(), strict=True):
-            self.gathered.setdefault(LOG_LIKELIHOODS, {})[query] = -loss
+            for key, tokens in zip(keys, map_tokens(captured, name), strict=True):
+                activations, gradients = query_parts(key.document_id, key.window)
+                part[activations] = tokens.activations.cpu().contiguous()
+                part[gradients] = (sign(key) * tokens.gradients).cpu().contiguous()
+        for key, loss in zip(keys, captured.losses.cpu(), strict=True):
+            found = self.gathered.setdefault(LOG_LIKELIHOODS, {})
+            found[key.document_id] = found.get(key.document_id, 0.0) - sign(key) * loss
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What has gathered, which is dropped: it is large, and nothing is added to it later."""

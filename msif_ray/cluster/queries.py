@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from msif_ray.cluster.jobs import LOG_LIKELIHOODS, QueryJob
+from msif_ray.cluster.jobs import LOG_LIKELIHOODS, QueryJob, query_parts
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block, Document, block_id
 from msif_ray.influence.groups import Shapes
-from msif_ray.influence.queries import QueryTokens
+from msif_ray.influence.queries import OTHER, QueryTokens
 
 # A block of queries is a unit of work and of loss, and its gradients are in a rank's memory together: at most so
 # many queries, and so many bytes of their tokens at all maps. A single query may take more.
@@ -50,7 +50,8 @@ def query_gradients(setup: ModelSetup, blocks: Blocks, step: Path, pool: Replica
 
 
 def log_likelihoods(gradients: Coverage, queries: Sequence[str]) -> dict[str, float]:
-    """Each query's completion log-likelihood under the last stage's model, in nats."""
+    """Each query's completion log-likelihood under the last stage's model, in nats, or how much larger it is than that
+    of the completion that it is asked about rather than."""
     found = gradients.total(LOG_LIKELIHOODS)
     return {query: float(found[query]) for query in queries}
 
@@ -63,6 +64,7 @@ def in_order(gradients: Coverage, map_name: str, queries: Sequence[str]) -> Iter
     left = iter(queries)
     for partial in gradients.partials:
         tensors = {name: tensor for part in partial.tensors(map_name) for name, tensor in part.items()}
-        for _ in range(len(tensors) // 2):
+        for _ in {name.partition("/")[2] for name in tensors}:
             query = next(left)
-            yield QueryTokens(tensors.pop(f"activations/{query}"), tensors.pop(f"gradients/{query}"))
+            parts = (query_parts(query, window) for window in (0, OTHER))
+            yield QueryTokens.of([QueryTokens(tensors.pop(a), tensors.pop(g)) for a, g in parts if a in tensors])

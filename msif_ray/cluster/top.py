@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.score_jobs import TokenJob, WindowShares
 from msif_ray.corpus.blocks import ListedBlocks
 from msif_ray.corpus.chat import chat_text
+from msif_ray.corpus.packed import Part
 from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.corpus.windows import Skipped, encode
@@ -49,7 +50,7 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
     for block, outcome, windows in pool.map(setup, job, ListedBlocks(_blocks(task)), progress):
         for document in block.documents:
             encoded = encode(tokenizer, document, setup.append_eos)
-            texts[document.id] = text_of(document)
+            texts[document.id] = text_of(document, tokenizer)
             ids = () if isinstance(encoded, Skipped) else encoded.ids
             tokens[document.id] = numpy.array(ids, dtype=numpy.int32)
         shares |= join_windows(windows, outcome.tokens)
@@ -73,8 +74,11 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
     )
 
 
-def text_of(document: Document) -> str:
-    """A scored document as one text: its prompt, where it has one, and its content, or its messages."""
+def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A scored document as one text: its prompt, where it has one, and its content, or its messages, or its own tokens
+    of a packed row."""
+    if isinstance(document.text, Part):
+        return str(tokenizer.decode(document.text.own))
     if document.is_chat:
         return chat_text(document.text)
     return f"{document.prompt}{document.text}" if document.has_prompt else str(document.text)

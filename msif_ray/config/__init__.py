@@ -3,6 +3,7 @@
 from msif_ray.config.base import Positive, Strength, Strict
 from msif_ray.config.cluster import Cluster, Replicas
 from msif_ray.config.entries import Candidates, Detail, Index, Queries, Score
+from msif_ray.config.packed import Packed
 from msif_ray.config.run import Run, load_run, parse_run
 from msif_ray.config.stage import (
     CgSolver,
@@ -26,6 +27,7 @@ __all__ = [
     "Fit",
     "IdentityResponse",
     "Index",
+    "Packed",
     "Positive",
     "ProximalResponse",
     "Queries",

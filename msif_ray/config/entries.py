@@ -1,6 +1,6 @@
 """What is asked of the stages: queries, scores and indexes."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,30 +11,52 @@ from msif_ray.config.stage import Documents, Response
 class Queries(Strict):
     """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`.
 
+    `messages` in place of `prompt` and `completion`: conversations whose last turn, the assistant's, is explained.
+    `rather_than` is another completion (of a conversation: another last turn, or the whole conversation with it): then
+    log p(completion) − log p(rather_than) is explained. `span` is [start, end) in characters of the completion or of
+    the last turn: then the tokens that overlap it are explained, and the others are context. A row may have one of the
+    two; one where both are null asks for its whole completion.
+
     `energy` is the share of its squared norm that each query keeps at each map, by the smallest rank that does.
     """
 
     path: Locations
-    prompt: Column = "prompt"
-    completion: Column = "completion"
+    prompt: Column | None = None
+    completion: Column | None = None
+    messages: Column | None = None
+    rather_than: Column | None = None
+    span: Column | None = None
     id: Column | None = None
     append_eos: bool | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_columns(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("messages") is not None:
+            return value
+        columns = {name: value.get(name) or name for name in ("prompt", "completion")}
+        return value | columns
+
     @model_validator(mode="after")
-    def _one_truncation(self) -> Self:
+    def _one_way(self) -> Self:
+        if self.messages is not None and (self.prompt is not None or self.completion is not None):
+            raise ValueError("give `messages`, or `prompt` and `completion`, not both")
+        if self.messages is not None and self.append_eos:
+            raise ValueError("`append_eos` does not go with `messages`: the chat template ends its turns itself")
         if self.rank is not None and self.energy is not None:
             raise ValueError("give `rank` or `energy`, not both")
         return self
 
     @property
     def documents(self) -> Documents:
-        """The queries read as a corpus of prompts and completions."""
+        """The queries read as a corpus of prompts and completions, or of conversations."""
         return Documents(
             path=self.path,
             prompt=self.prompt,
             completion=self.completion,
+            messages=self.messages,
             id=self.id,
             append_eos=self.append_eos,
         )

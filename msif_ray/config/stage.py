@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from msif_ray.config.base import Column, Location, Locations, Name, Positive, Strength, Strict
+from msif_ray.config.packed import Packed
 
 
 class Documents(Strict):
@@ -12,8 +13,10 @@ class Documents(Strict):
 
     One of `text`, `completion` with an optional `prompt`, and `messages`: a conversation, a list of
     `{role, content}`, which the tokenizer's chat template makes one text of, and of which the assistant's
-    turns alone are targets. Without `id`, a document's id is `file:row`. `append_eos` ends the sequence with the EOS
-    token as a target: by default where there is a completion. A chat template ends its turns itself.
+    turns alone are targets; or `packed`, for rows of token ids. Without `id`, a document's id is `file:row`; of several
+    in a row `file:row:number`, or the `id` with the number, unless that is a list of theirs. `append_eos` ends the
+    sequence with the EOS token as a target: by default where there is a completion. A chat template ends its turns
+    itself.
     """
 
     path: Locations
@@ -21,15 +24,20 @@ class Documents(Strict):
     prompt: Column | None = None
     completion: Column | None = None
     messages: Column | None = None
+    packed: Packed | None = None
     id: Column | None = None
     append_eos: bool | None = None
 
     @model_validator(mode="after")
     def _columns(self) -> Self:
-        if sum(column is not None for column in (self.text, self.completion, self.messages)) != 1:
-            raise ValueError("give one of `text`, `completion` with an optional `prompt`, and `messages`")
+        contents = {"text": self.text, "completion": self.completion, "messages": self.messages, "packed": self.packed}
+        given = [name for name, column in contents.items() if column is not None]
+        if len(given) != 1:
+            raise ValueError("give one of `text`, `completion` with an optional `prompt`, `messages`, and `packed`")
         if self.completion is None and self.prompt is not None:
-            raise ValueError(f"`prompt` goes with `completion`, not with `{'text' if self.text else 'messages'}`")
+            raise ValueError(f"`prompt` goes with `completion`, not with `{given[0]}`")
+        if self.packed is not None and self.append_eos:
+            raise ValueError("`append_eos` does not go with `packed`: rows of token ids are used as they are")
         if self.messages is not None and self.append_eos:
             raise ValueError("`append_eos` does not go with `messages`: the chat template ends its turns itself")
         return self

@@ -4,7 +4,7 @@ With models of billions of parameters a pass over a whole corpus costs as much a
 the documents that BM25 finds for a query. What is not a candidate has no score, and is not among those skipped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +18,8 @@ from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.chat import chat_text
+from msif_ray.corpus.packed import Part
+from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of, storage
@@ -115,18 +117,22 @@ def write_chosen(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary)
 
 
-def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int) -> pa.Table:
+def by_bm25(
+    blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Callable[[Sequence[int]], str] | None = None
+) -> pa.Table:
     """The `top` documents of each query's prompt and completion by BM25, those that share no word with it left out.
+
+    `decode` gives the text of tokens, which documents of packed rows are searched by.
 
     The whole corpus's words are in this process's memory, some ten bytes for each.
     """
     documents: list[tuple[str, str]] = []
     words = Tokenizer(splitter=r"(?u)\b\w+\b", stopwords=[])
-    texts = _texts(blocks, documents)
+    texts = _texts(blocks, documents, decode)
     index = bm25s.BM25()
     found = words.tokenize(texts, length=blocks.count, return_as="tuple", show_progress=False, allow_empty=False)
     index.index(found, create_empty_token=False, show_progress=False)
-    wanted = [f"{query.prompt or ''}{query.text}" for query in queries]
+    wanted = [query.words if isinstance(query, Query) else f"{query.prompt or ''}{query.text}" for query in queries]
     asked = words.tokenize(wanted, update_vocab=False, return_as="string", show_progress=False, allow_empty=False)
     count = min(top, len(documents))
     places, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=0)
@@ -142,12 +148,16 @@ def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int) -> pa.T
     return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
 
 
-def _texts(blocks: CorpusBlocks, documents: list[tuple[str, str]]) -> Iterator[str]:
+def _texts(
+    blocks: CorpusBlocks, documents: list[tuple[str, str]], decode: Callable[[Sequence[int]], str] | None
+) -> Iterator[str]:
     """The documents' texts; their ids and blocks go to `documents`."""
     for block in blocks.left(frozenset()):
         for document in block.documents:
             documents.append((document.id, block.id))
             text = chat_text(document.text) if document.is_chat else document.text
+            if isinstance(text, Part) and decode is not None:
+                text = decode(text.own)
             yield f"{document.prompt or ''}{text or ''}" if isinstance(text, str) else ""
 
 

@@ -10,7 +10,16 @@ import numpy
 import xxhash
 
 from msif_ray.config import Documents
-from msif_ray.corpus.reader import CorpusFile, corpus_files, document_columns, read_documents, read_rows, row_id
+from msif_ray.corpus.reader import (
+    CorpusFile,
+    corpus_files,
+    document_columns,
+    id_columns,
+    read_documents,
+    read_rows,
+    row_id,
+    row_ids,
+)
 from msif_ray.errors import UserError
 from msif_ray.paths import is_remote, listing, path_of, storage
 
@@ -91,6 +100,8 @@ class _Ids:
 
 def _count(file: CorpusFile, documents: Documents, key: str, ids: _Ids) -> int:
     """The documents of a file that has all the columns; their ids are added."""
+    if documents.packed is not None:
+        return _count_parts(file, documents, key, ids)
     columns = (
         [documents.completion or documents.text or documents.messages or ""] if documents.id is None else [documents.id]
     )
@@ -106,12 +117,22 @@ def _count(file: CorpusFile, documents: Documents, key: str, ids: _Ids) -> int:
     return count
 
 
+def _count_parts(file: CorpusFile, documents: Documents, key: str, ids: _Ids) -> int:
+    """As `_count`, of packed rows, each of which is read whole."""
+    count = 0
+    for document in read_documents(file, documents, key):
+        if documents.id is not None:
+            ids.add(document.id)
+        count += 1
+    return count
+
+
 def _refuse_repeat(files: Sequence[CorpusFile], documents: Documents, key: str, hashes: AbstractSet[int]) -> None:
     """A second look, at the ids of these hashes alone: UserError for the first that is there twice."""
     seen: dict[str, tuple[CorpusFile, int]] = {}
     for file in files:
-        for number, row in enumerate(read_rows(file, [documents.id or ""], key)):
-            document = row_id(file, number, row, documents, key)
+        rows = enumerate(read_rows(file, id_columns(documents), key))
+        for number, document in ((at, name) for at, row in rows for name in row_ids(file, at, row, documents, key)):
             if hash(document) not in hashes:
                 continue
             if document in seen:

@@ -10,8 +10,11 @@ if TYPE_CHECKING:
 GENERATION = "generation"  # the template's own mark of what the assistant writes
 
 
-def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-    """A conversation's tokens and which of them the assistant wrote.
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], last_alone: bool = False
+) -> tuple[list[int], list[bool]]:
+    """A conversation's tokens and which of them the assistant wrote, or with `last_alone` those of the last turn, which
+    is the assistant's.
 
     Those are what the template marks (`{% generation %}`), where it marks any. Otherwise an assistant's turn is what
     the conversation up to and with it has more than the conversation before it with the generation prompt, and both
@@ -23,10 +26,11 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, A
     whole = _tokens(tokenizer, messages)
     if _marks_generation(tokenizer):
         marked = _apply(tokenizer, messages, return_assistant_tokens_mask=True)["assistant_masks"]
-        return whole, [bool(mark) for mark in marked]
+        first = _last_turn(tokenizer, messages, whole) if last_alone else 0
+        return whole, [bool(mark) and place >= first for place, mark in enumerate(marked)]
     targets = [False] * len(whole)
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and (not last_alone or number == len(messages) - 1):
             before = _tokens(tokenizer, messages[:number], add_generation_prompt=True) if number else []
             after = _tokens(tokenizer, messages[: number + 1])
             if whole[: len(before)] != before or whole[: len(after)] != after or len(after) < len(before):
@@ -36,6 +40,14 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, A
                 )
             targets[len(before) : len(after)] = [True] * (len(after) - len(before))
     return whole, targets
+
+
+def _last_turn(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], whole: list[int]) -> int:
+    """Where the last turn begins among the `whole` conversation's tokens."""
+    before = _tokens(tokenizer, messages[:-1]) if len(messages) > 1 else []
+    if whole[: len(before)] != before:
+        raise ValueError("the last turn does not begin between tokens of the whole conversation")
+    return len(before)
 
 
 def chat_fault(messages: Any) -> str | None:
@@ -57,9 +69,18 @@ def chat_fault(messages: Any) -> str | None:
 
 def chat_text(messages: Any) -> str:
     """A conversation to be read or searched: `role: content`, a paragraph each; empty for what is none."""
-    if chat_fault(messages) is not None:
-        return ""
+    return "" if chat_fault(messages) is not None else turns_text(messages)
+
+
+def turns_text(messages: list[dict[str, Any]]) -> str:
+    """As `chat_text`, of some turns, whoever's they are."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def rendered_turns(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> tuple[str, str]:
+    """A conversation as the template writes it, and what it writes before it lets the assistant take the last turn."""
+    before = _apply(tokenizer, messages[:-1], tokenize=False, add_generation_prompt=True) if len(messages) > 1 else ""
+    return _apply(tokenizer, messages, tokenize=False), before
 
 
 def _marks_generation(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -73,7 +94,8 @@ def _tokens(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]
 
 
 def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> Any:
+    options = {"tokenize": True, "return_dict": True} | options
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(messages, **options)
     except TemplateError as error:
         raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None

@@ -19,11 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_ray.config import Documents
+from msif_ray.corpus.arrow import python_rows
+from msif_ray.corpus.packed import NoParts, Part, part_names, row_parts
 from msif_ray.errors import UserError
 from msif_ray.fetch import fetched
 from msif_ray.paths import exists, find, is_remote, path_of, storage
 
 ROWS_AT_ONCE = 1024
+ROWS_MADE = 64  # of those into Python values
 LINE_BYTES = 2**20  # read ahead of JSON lines from object storage
 
 Row = dict[str, Any]
@@ -41,7 +44,7 @@ class CorpusFile:
 @dataclass(frozen=True)
 class Document:
     """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there; where
-    `is_chat`, `text` is a conversation's messages."""
+    `is_chat`, `text` is a conversation's messages, and of a packed row a `Part` of it or `NoParts`."""
 
     id: str
     prompt: Any
@@ -169,24 +172,8 @@ def _read_parquet(file: CorpusFile, columns: Sequence[str], key: str) -> Iterato
     with _ranges(file.path) as source, pq.ParquetFile(source, memory_map=True) as table:
         _check_columns(file, columns, table.schema_arrow.names, key)
         for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
-            yield from _python_rows(batch)
-
-
-def _python_rows(batch: pa.RecordBatch) -> list[Row]:
-    """The rows as Python values. Writers do not check UTF-8: bytes that are not become lone
-    surrogates, so that one bad document is told apart instead of ending the run."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError:
-        columns = {name: _lenient(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _lenient(column: pa.Array) -> list[Any]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return column.to_pylist()
-    values = column.cast(pa.large_binary()).to_pylist()
-    return [None if value is None else value.decode(errors="surrogateescape") for value in values]
+            for start in range(0, batch.num_rows, ROWS_MADE):  # packed rows are long
+                yield from python_rows(batch.slice(start, ROWS_MADE))
 
 
 def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
@@ -216,13 +203,20 @@ def _one_line(error: Exception) -> str:
 
 def document_columns(documents: Documents) -> list[str]:
     """The columns of a corpus that a run reads."""
-    named = (documents.id, documents.prompt, documents.completion, documents.text, documents.messages)
+    named = [documents.id, documents.prompt, documents.completion, documents.text, documents.messages]
+    named += [] if documents.packed is None else documents.packed.columns
     return list(dict.fromkeys(column for column in named if column is not None))
 
 
+def id_columns(documents: Documents) -> list[str]:
+    """The columns that documents' ids are made of: of packed rows, also those that say how many there are."""
+    return document_columns(documents) if documents.packed is not None else [documents.id] if documents.id else []
+
+
 def row_id(file: CorpusFile, number: int, row: Row, documents: Documents, key: str) -> str:
-    """A row's document id: its `id` column as text, or `file:row` (rows count from 0)."""
-    if documents.id is None:
+    """A row's document id: its `id` column as text, or `file:row` (rows count from 0), as of one whose `id` is a list
+    of the ids of the documents packed in it."""
+    if documents.id is None or (documents.packed is not None and isinstance(row[documents.id], list)):
         return f"{file.name}:{number}"
     value = row[documents.id]
     if value is None or value == "":
@@ -240,11 +234,42 @@ def is_unicode(text: str) -> bool:
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
     """The file's documents in order. Raises UserError as `read_rows`, and for a row without an id."""
-    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
     for number, row in enumerate(read_rows(file, document_columns(documents), key)):
-        prompt = row[documents.prompt] if documents.prompt is not None else None
-        name = row_id(file, number, row, documents, key)
-        yield Document(name, prompt, row[content], documents.prompt is not None, chat)
+        if documents.packed is None:
+            yield document_of(row, documents, row_id(file, number, row, documents, key))
+            continue
+        found = row_parts(row, documents.packed)
+        parts = [found] if isinstance(found, NoParts) else found
+        for name, part in zip(row_ids(file, number, row, documents, key, found), parts, strict=True):
+            yield Document(name, None, part)
+
+
+def row_ids(
+    file: CorpusFile, number: int, row: Row, documents: Documents, key: str, parts: list[Part] | NoParts | None = None
+) -> list[str]:
+    """The ids of a row's documents, in order: of one, unless the rows are packed.
+
+    Raises UserError, naming file and row, where one has none.
+    """
+    name = row_id(file, number, row, documents, key)
+    if documents.packed is None:
+        return [name]
+    found = row_parts(row, documents.packed) if parts is None else parts
+    value = row[documents.id] if documents.id is not None else None
+    try:
+        names = part_names(value, name, None if isinstance(found, NoParts) else len(found))
+    except ValueError as error:
+        raise UserError(f"{key}.id: {file.path} row {number}: {documents.id!r} {error}") from None
+    if not all(map(is_unicode, names)):
+        raise UserError(f"{key}.id: {file.path} row {number}: {documents.id!r} is not valid Unicode")
+    return names
+
+
+def document_of(row: Row, documents: Documents, name: str) -> Document:
+    """A row's document, of that name."""
+    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
+    prompt = row[documents.prompt] if documents.prompt is not None else None
+    return Document(name, prompt, row[content], documents.prompt is not None, chat)
 
 
 def read_file_blocks(

@@ -1,13 +1,16 @@
 """From a document's text to windows of tokens and token-budget batches (DESIGN.md §2, Tokens)."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from msif_ray.corpus.chat import chat_fault, encode_chat
+from msif_ray.corpus.packed import NoParts, Part
+from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document, is_unicode
+from msif_ray.corpus.spans import overlapping, overlapping_turn
 from msif_ray.influence.batch import Batch, WindowKey
 
 if TYPE_CHECKING:
@@ -40,6 +43,39 @@ class Encoded:
             if any(targets):
                 yield Window(WindowKey(self.document_id, number), ids, targets)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model is given without cuts."""
+        return len(self.ids)
+
+    @property
+    def explained(self) -> int:
+        """Targets that the document, as a query, is about."""
+        return sum(self.targets)
+
+
+@dataclass(frozen=True)
+class Margin(Encoded):
+    """A query's completion and another, each after the prompt: two sequences, of which the first has `first` tokens.
+
+    `ids` and `targets` are of both, one after the other. Window 0 is the completion, window 1 (`queries.OTHER`) the
+    other; they are never cut.
+    """
+
+    first: int
+
+    def windows(self, max_tokens: int) -> "Iterator[Window]":
+        for number, part in enumerate((slice(0, self.first), slice(self.first, None))):
+            yield Window(WindowKey(self.document_id, number), self.ids[part], self.targets[part])
+
+    @property
+    def longest(self) -> int:
+        return max(self.first, len(self.ids) - self.first)
+
+    @property
+    def explained(self) -> int:
+        return sum(self.targets[: self.first])
+
 
 @dataclass(frozen=True)
 class Window:
@@ -55,13 +91,20 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
 
     With a prompt, prompt and completion are tokenised separately and joined, the completion
     verbatim and without special tokens; only its tokens are targets. `append_eos` ends the
-    sequence with the EOS token as a target. Of a conversation the assistant's tokens are targets (`chat`).
+    sequence with the EOS token as a target. Of a conversation the assistant's tokens are targets (`chat`). Of a query
+    those are targets that it asks about, of a conversation's the last turn's, and it may be two sequences (`Margin`).
     """
+    if isinstance(document, Query) and document.rather_than is not None:
+        return _encode_margin(tokenizer, document, append_eos)
+    if isinstance(document.text, Part | NoParts):
+        return _encode_part(tokenizer, document.id, document.text)
     if document.is_chat:
         return _encode_chat(tokenizer, document)
     fault = _fault(document)
     if fault is not None:
         return Skipped(document.id, fault)
+    if isinstance(document, Query) and document.span is not None:
+        return _encode_span(tokenizer, document, append_eos)
     if document.has_prompt:
         before = list(tokenizer(document.prompt)["input_ids"])
         after = list(tokenizer(document.text, add_special_tokens=False)["input_ids"])
@@ -69,15 +112,50 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
         before, after = [], list(tokenizer(document.text)["input_ids"])
     if append_eos:
         after.append(tokenizer.eos_token_id)
-    return _encoded(document, [*before, *after], [False] * len(before) + [True] * len(after))
+    return _encoded(document.id, [*before, *after], [False] * len(before) + [True] * len(after))
 
 
-def _encoded(document: Document, ids: Sequence[int], targets: Sequence[bool]) -> Encoded | Skipped:
+def _encode_margin(tokenizer: "PreTrainedTokenizerBase", query: Query, append_eos: bool) -> Encoded | Skipped:
+    completion = encode(tokenizer, replace(query, rather_than=None), append_eos)
+    other = encode(tokenizer, query.other, append_eos)
+    if isinstance(completion, Skipped):
+        return completion
+    if isinstance(other, Skipped):
+        return Skipped(query.id, f"the other completion: {other.reason}")
+    return Margin(query.id, completion.ids + other.ids, completion.targets + other.targets, len(completion.ids))
+
+
+def _encode_span(tokenizer: "PreTrainedTokenizerBase", query: Query, append_eos: bool) -> Encoded | Skipped:
+    """The completion's tokens that overlap the query's span as targets; those after it stay, as training has them."""
+    before = list(tokenizer(query.prompt)["input_ids"])
+    after, inside = overlapping(tokenizer, query.text, query.span)
+    ends = [tokenizer.eos_token_id] if append_eos else []
+    targets = [False] * len(before) + inside + [False] * len(ends)
+    return _of_span(query, _encoded(query.id, [*before, *after, *ends], targets))
+
+
+def _of_span(query: Query, found: Encoded | Skipped) -> Encoded | Skipped:
+    if isinstance(found, Encoded):
+        return found
+    return Skipped(query.id, f"no token that is predicted overlaps the span {list(query.span)} of {query.completion!r}")
+
+
+def _encoded(name: str, ids: Sequence[int], targets: Sequence[bool]) -> Encoded | Skipped:
     if len(ids) < 2:
-        return Skipped(document.id, "fewer than two tokens")
+        return Skipped(name, "fewer than two tokens")
     if not any(targets[1:]):
-        return Skipped(document.id, "no target tokens")
-    return Encoded(document.id, tuple(ids), (False, *targets[1:]))
+        return Skipped(name, "no target tokens")
+    return Encoded(name, tuple(ids), (False, *targets[1:]))
+
+
+def _encode_part(tokenizer: "PreTrainedTokenizerBase", name: str, part: Part | NoParts) -> Encoded | Skipped:
+    """A document of a packed row: its tokens are targets, and those before it context."""
+    if isinstance(part, NoParts):
+        return Skipped(name, part.reason)
+    ids, own = part.sequence
+    if max(ids, default=0) >= len(tokenizer):
+        return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary of {len(tokenizer)}")
+    return _encoded(name, ids, own)
 
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
@@ -87,7 +165,9 @@ def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> En
     if fault is not None:
         return Skipped(document.id, fault)
     try:
-        return _encoded(document, *encode_chat(tokenizer, document.text))
+        if isinstance(document, Query) and document.span is not None:
+            return _of_span(document, _encoded(document.id, *overlapping_turn(tokenizer, document.text, document.span)))
+        return _encoded(document.id, *encode_chat(tokenizer, document.text, last_alone=isinstance(document, Query)))
     except ValueError as error:
         return Skipped(document.id, str(error))
 

@@ -5,15 +5,25 @@ activations and output gradients until it is carried back, one map at a time.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from msif_ray.influence.batch import WindowKey
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.response import Identity, Response
+
+# A query's window 0 is the completion that it is about. Where it is about that rather than another, window 1 is the
+# other: what is measured is log p(completion) − log p(other), so its gradient is taken off.
+OTHER = 1
+
+
+def sign(key: WindowKey) -> float:
+    """How a query's window counts in its measurement, which is the sum of its windows' −log p, each times this."""
+    return -1.0 if key.window == OTHER else 1.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,13 @@ class QueryTokens:
     def gradient(self) -> Tensor:
         """G = Σ_t g_t a_tᵀ, `[out, columns]`."""
         return self.gradients.T @ self.activations
+
+    @classmethod
+    def of(cls, windows: Sequence["QueryTokens"]) -> "QueryTokens":
+        """A query's windows as one: their gradients add up."""
+        if len(windows) == 1:
+            return windows[0]
+        return cls(*(torch.cat([getattr(each, part.name) for each in windows]) for part in fields(cls)))
 
 
 def query_tokens(captured: Captured, row: int) -> dict[str, QueryTokens]:

@@ -1,6 +1,6 @@
 """Influence by a column of the corpus (domain, date, licence): sums over the documents that share its value."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msif_ray.config import Run, Score
-from msif_ray.corpus.reader import block_id, corpus_files, row_id
+from msif_ray.corpus.reader import block_id, corpus_files, id_columns, row_ids
 from msif_ray.corpus.reader import read_rows as read_corpus
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, read_manifest
@@ -101,14 +101,24 @@ def _blocks(run: Run, entry: Score, column: str) -> Iterator[tuple[str, dict[str
     size = run.cluster.documents_per_block
     if entry.index is not None:
         size = read_manifest(index_folder(entry))["documents_per_block"]
-    columns = list(dict.fromkeys(name for name in (documents.id, column) if name is not None))
+    columns = list(dict.fromkeys([*id_columns(documents), column]))
     for index, file in enumerate(corpus_files(documents, key)):
         rows = enumerate(read_corpus(file, columns, key))
+        found = (
+            pair
+            for place, row in rows
+            for pair in _values(row_ids(file, place, row, documents, key), row[column], documents.packed is not None)
+        )
         number = 0
-        while some := list(islice(rows, size)):
-            values = {row_id(file, place, row, documents, key): _text(row[column]) for place, row in some}
-            yield block_id(index, number), values
+        while some := dict(islice(found, size)):
+            yield block_id(index, number), some
             number += 1
+
+
+def _values(names: Sequence[str], value: object, packed: bool) -> Iterator[tuple[str, str]]:
+    """Of each document of a row: the row's value, or of packed ones each its own where there are as many."""
+    each = value if packed and isinstance(value, list) and len(value) == len(names) else [value] * len(names)
+    return zip(names, map(_text, each), strict=True)
 
 
 def _text(value: object) -> str:

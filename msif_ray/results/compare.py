@@ -14,7 +14,7 @@ from rich.text import Text
 
 from msif_ray.errors import UserError
 from msif_ray.results.excerpt import visible
-from msif_ray.results.facts import Facts, Scored, read_facts
+from msif_ray.results.facts import Facts, Query, Scored, read_facts
 from msif_ray.results.parts import query_scores
 
 # Documents at an end that make up the top, and of those that moved, how many are named.
@@ -147,7 +147,7 @@ def _side(run: str | Path, label: str | None) -> tuple[Facts, Scored]:
 
 
 def _common(one: Facts, other: Facts, query: str | None) -> list[str]:
-    asked = [{each.id: (each.prompt, each.completion) for each in facts.queries} for facts in (one, other)]
+    asked = [{each.id: _asked(each) for each in facts.queries} for facts in (one, other)]
     if query is not None and not all(query in each for each in asked):
         raise UserError(f"--query: {query!r} is not a query of both runs")
     common = [each for each in asked[0] if each in asked[1] and query in (None, each)]
@@ -155,8 +155,15 @@ def _common(one: Facts, other: Facts, query: str | None) -> list[str]:
         raise UserError(f"{one.run_dir} and {other.run_dir} have no query in common")
     changed = next((each for each in common if asked[0][each] != asked[1][each]), None)
     if changed is not None:
-        raise UserError(f"{other.run_dir}: the query {changed!r} has another prompt or completion there")
+        raise UserError(
+            f"{other.run_dir}: the query {changed!r} has another prompt or completion there, or "
+            "another span of it, or is about it rather than another"
+        )
     return common
+
+
+def _asked(query: Query) -> tuple[object, ...]:
+    return query.prompt, query.completion, query.rather_than, query.span
 
 
 def _print_moved(console: Console, found: list[Compared], count: int) -> None:

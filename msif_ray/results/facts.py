@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 
 from msif_ray import layout, stages
 from msif_ray.config import IdentityResponse, Run, Score, Strength, UnrolledResponse, parse_run
+from msif_ray.corpus.queries import Query as Asked
+from msif_ray.corpus.queries import query_of
 from msif_ray.errors import UserError
 from msif_ray.paths import exists, path_of, storage
 from msif_ray.record import read_record
@@ -21,13 +23,25 @@ from msif_ray.store import read_json
 @dataclass(frozen=True)
 class Query:
     """A query, its completion's log-likelihood under the last stage's model (nats), and the completion's tokens;
-    None where the run directory does not say."""
+    None where the run directory does not say.
+
+    Where it is about the completion `rather_than` another, `log_likelihood` is how much larger its own is than that
+    one's; with a `span` [start, end) of its characters, both numbers are of the tokens that overlap it.
+    """
 
     id: str
     prompt: str
     completion: str
     log_likelihood: float | None
     tokens: int | None
+    rather_than: str | None = None
+    span: tuple[int, int] | None = None
+
+
+def explained(query: Query) -> tuple[str, str, str]:
+    """The completion in three: before the span, the span, and after it. Without one all of it is the second."""
+    start, stop = query.span or (0, len(query.completion))
+    return query.completion[:start], query.completion[start:stop], query.completion[stop:]
 
 
 @dataclass(frozen=True)
@@ -124,10 +138,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         run=run,
         device=record["device"],
         versions=record["versions"],
-        queries=[
-            Query(query, prompt or "", completion, likelihoods.get(query), tokens.get(query))
-            for query, prompt, completion in identity["queries"]
-        ],
+        queries=[_query(query_of(entry), likelihoods, tokens) for entry in identity["queries"]],
         stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
         scored=[
             _scored(run, entry, identity["documents"][f"score.{i}"], record["strengths"].get(entry.label, {}))
@@ -135,6 +146,18 @@ def read_facts(run_dir: str | Path) -> Facts:
         ],
         maps={name: (shape[0], shape[1]) for name, shape in identity["maps"].items()},
         skipped=_skipped(run),
+    )
+
+
+def _query(query: Asked, likelihoods: Mapping[str, float], tokens: Mapping[str, int]) -> Query:
+    return Query(
+        query.id,
+        query.before,
+        query.completion,
+        likelihoods.get(query.id),
+        tokens.get(query.id),
+        query.other_completion,
+        None if query.span is None else (query.span[0], query.span[1]),
     )
 
 

@@ -31,7 +31,7 @@ UNITS = {
     "sign": "positive: training more on the document would have made the completion more likely (supports it)",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; "
     "for several windows the root of the sum of their squares",
-    "n_tokens": "tokens of the document, with its prompt and an appended EOS",
+    "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
 # Of the list columns that a run with `detail`, and top.parquet, have beside.

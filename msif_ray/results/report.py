@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from msif_ray.paths import path_of
 from msif_ray.results.excerpt import Excerpt, excerpt, visible
-from msif_ray.results.facts import Facts, Query, Scored, read_facts
+from msif_ray.results.facts import Facts, Query, Scored, explained, read_facts
 from msif_ray.results.maps import grid, short_name
 from msif_ray.results.signals import Signals, find_signals
 from msif_ray.results.statistics import read_statistics
@@ -180,6 +180,8 @@ def _query(query: Query) -> Json:
         "id": visible(query.id, QUERY_CHARACTERS),
         "prompt": visible(prompt, None),
         "completion": visible(query.completion, QUERY_CHARACTERS),
+        "explained": [visible(part, QUERY_CHARACTERS) for part in explained(query)],
+        "rather_than": None if query.rather_than is None else visible(query.rather_than, QUERY_CHARACTERS),
         "log_likelihood": None if query.log_likelihood is None else _short(query.log_likelihood),
         "tokens": query.tokens,
     }

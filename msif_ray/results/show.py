@@ -11,7 +11,7 @@ from rich.text import Text
 
 from msif_ray.errors import UserError
 from msif_ray.results.excerpt import excerpt, visible
-from msif_ray.results.facts import Query, read_facts
+from msif_ray.results.facts import Query, explained, read_facts
 from msif_ray.results.statistics import read_statistics
 from msif_ray.results.top import read_top
 
@@ -56,11 +56,15 @@ def _print(
     console: Console, query: Query, label: str, rows: list[dict[str, Any]], statistics: Mapping[str, Any]
 ) -> None:
     console.rule(Text(query.id, style="bold"), align="left")
-    console.print(Text.assemble(visible(query.prompt, None), (visible(query.completion, None), "bold underline")))
+    before, inside, after = (visible(part, None) for part in explained(query))
+    console.print(Text.assemble(visible(query.prompt, None), before, (inside, "bold underline"), after))
+    if query.rather_than is not None:
+        console.print(Text.assemble(("rather than ", "dim"), (visible(query.rather_than, None), "underline")))
     about = [f"scores of {label}"]
     if query.log_likelihood is not None:
-        likelihood = f"log-likelihood {query.log_likelihood:.3g} nats"
-        if query.tokens:
+        margin = query.rather_than is not None
+        likelihood = f"log-likelihood {query.log_likelihood:.3g} nats" + (" above the other's" if margin else "")
+        if query.tokens and not margin:
             likelihood += f" ({exp(query.log_likelihood / query.tokens):.0%} per token)"
         about.append(likelihood)
     if statistics:

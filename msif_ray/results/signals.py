@@ -105,6 +105,15 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
 def _preferred(query: Query) -> Iterator[Signal]:
     if query.log_likelihood is None or not query.tokens:
         return
+    if query.rather_than is not None:
+        if query.log_likelihood < 0:
+            yield Signal(
+                "The model preferred the other completion",
+                f"the log-likelihood of the completion is {-query.log_likelihood:.3g} nats below that of the one it is "
+                "asked about rather than. What would turn that round is another question than why the model said it; "
+                "check which of the two is which.",
+            )
+        return
     probability = exp(query.log_likelihood / query.tokens)
     if probability < LEAST_PROBABILITY:
         yield Signal(

@@ -12,6 +12,7 @@ import pytest
 from msif_ray.config import Documents
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, listed_pairs, read_chosen, write_chosen
+from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document, corpus_files
 from msif_ray.errors import UserError
 
@@ -42,6 +43,19 @@ def bm25(query: str, k1: float = 1.5, b: float = 0.75) -> list[float]:
             count = bag.count(word)
             scores[place] += weight * count / (count + k1 * (1 - b + b * len(bag) / mean))
     return scores
+
+
+def test_what_a_query_asks_is_searched_for_whole(blocks: CorpusBlocks) -> None:
+    """Both completions of a margin, all turns of a conversation without their roles, and what a span is of."""
+    talk = [{"role": "user", "content": "the old king"}, {"role": "assistant", "content": "the sea"}]
+    asked = {
+        "the old king the sea": Query("a", None, talk, is_chat=True),
+        "the river was green": Query("b", "the river", " was", True, rather_than=" green"),
+        "the winter was old": Query("c", "the winter", " was old", True, span=[1, 4]),
+    }
+    for text, query in asked.items():
+        plain = by_bm25(blocks, [Document(query.id, None, text)], 5).to_pylist()
+        assert by_bm25(blocks, [query], 5).to_pylist() == plain and plain
 
 
 @pytest.mark.parametrize("top", [2, 100])

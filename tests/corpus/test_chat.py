@@ -107,7 +107,9 @@ def test_conversations_are_read_and_shown(tmp_path, kind):
     assert not documents.ends_with_eos
     first, second = read_documents(corpus_files(documents, "k")[0], documents, "k")
     assert first == Document("a", None, TALK, is_chat=True) and second.text is None
-    assert text_of(first).startswith("system: the old king\n\nuser: the sea\n\nassistant: the sea")
+    assert text_of(first, models.build_tokenizer()).startswith(
+        "system: the old king\n\nuser: the sea\n\nassistant: the sea"
+    )
 
 
 def test_gradients_are_of_the_assistants_tokens_alone():
@@ -149,7 +151,10 @@ def test_a_tokenizer_without_a_template_is_refused_by_name(tmp_path):
 
 
 CONFIGURATIONS = [
-    ({"messages": "talk", "text": "t"}, "give one of `text`, `completion` with an optional `prompt`, and `messages`"),
+    (
+        {"messages": "talk", "text": "t"},
+        "give one of `text`, `completion` with an optional `prompt`, `messages`, and",
+    ),
     ({"messages": "talk", "prompt": "p"}, "`prompt` goes with `completion`, not with `messages`"),
     ({"messages": "talk", "append_eos": True}, "`append_eos` does not go with `messages`"),
 ]

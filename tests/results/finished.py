@@ -19,12 +19,19 @@ from msif_ray.store import write_json
 LAYERS, KINDS = 3, ("attention.dense", "mlp.up", "mlp.down")
 MAPS = [f"model.layers.{layer}.{kind}" for layer in range(LAYERS) for kind in KINDS]
 
+# A query of each kind, as run.json has them.
+KINDS = (
+    ("margin", "Is it?", " yes", {"rather_than": " no"}),
+    ("span", "Who was it?", " it was Ann.", {"span": [8, 11]}),
+    ("talk", None, [{"role": "user", "content": "Really?"}, {"role": "assistant", "content": "No."}]),
+)
+
 
 @dataclass
 class Finished:
-    """What the run holds. `tokens_of` gives a document's tokens by its number."""
+    """What the run holds. `queries` are as run.json has them. `tokens_of` gives a document's tokens by its number."""
 
-    queries: Sequence[tuple[str, str, str]] = (("q0", "Is it?", " yes"), ("q1", "Or not?", " no"))
+    queries: Sequence[Sequence[Any]] = (("q0", "Is it?", " yes"), ("q1", "Or not?", " no"))
     documents: int = 12
     labels: Sequence[str] = ("pretrain",)
     top: int = 3
@@ -77,7 +84,7 @@ class Finished:
                 "device": "cpu",
                 "versions": {"msif_ray": "0"},
                 "strengths": {label: {"pretrain.damping": {name: 0.5 for name in MAPS}} for label in self.labels},
-                "completion_tokens": {query: 2 for query, _, _ in self.queries},
+                "completion_tokens": {query: 2 for query, *_ in self.queries},
             },
         )
         write_json(
@@ -86,7 +93,7 @@ class Finished:
         )
 
     def _directions(self, run_dir: Path, label: str) -> None:
-        folder, ids = layout.directions(str(run_dir), label), [query for query, _, _ in self.queries]
+        folder, ids = layout.directions(str(run_dir), label), [query for query, *_ in self.queries]
         write_json(layout.directions_manifest(folder), {"log_likelihood": dict.fromkeys(ids, self.log_likelihood)})
         rows = [{"map": m, "query_id": q, "rank": 4, "energy_kept": self.energy} for m in MAPS for q in ids]
         pq.write_table(pa.Table.from_pylist(rows), layout.energy_file(folder))
@@ -99,7 +106,7 @@ class Finished:
         for block, some in enumerate((slice(0, half), slice(half, None))):
             parts.write_part(
                 parts.part_path(run_dir, label, f"00000-000000{block}"),
-                [query for query, _, _ in self.queries],
+                [query for query, *_ in self.queries],
                 ids[some],
                 scores[some],
                 norms[some],

@@ -77,7 +77,9 @@ def test_runs_of_other_queries_are_refused(tmp_path: Path) -> None:
     one = Finished().write(tmp_path / "one")
     changed = Finished(queries=[("q0", "Is it?", " no")]).write(tmp_path / "changed")
     other = Finished(queries=[("x", "Is it?", " yes")]).write(tmp_path / "other")
-    for run, said in ((changed, "'q0' has another prompt or completion"), (other, "no query in common")):
+    margin = Finished(queries=[("q0", "Is it?", " yes", {"rather_than": " no"})]).write(tmp_path / "margin")
+    another = "'q0' has another prompt or completion there, or another span"
+    for run, said in ((changed, another), (margin, another), (other, "no query in common")):
         with pytest.raises(UserError, match=said):
             compare(one, run, Console())
     with pytest.raises(UserError, match="'q9' is not a query of both"):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from results import browser
-from results.finished import MAPS, Finished, page_data
+from results.finished import KINDS, MAPS, Finished, page_data
 from typer.testing import CliRunner
 
 from msif_ray.cli import app
@@ -68,6 +68,22 @@ def test_the_page_stays_small(large: Path) -> None:
     assert large.stat().st_size < 5e6
     results = page_data(large.read_text(encoding="utf-8"))["scored"][0]["queries"][0]
     assert [each["rank"] for each in results["supports"]] == list(range(1, 21))
+
+
+def test_what_queries_ask_is_told_apart(chromium: Any, tmp_path: Path) -> None:
+    path = write_report(Finished(queries=KINDS).write(tmp_path))[0]
+    page = browser.Watched(chromium, path).page
+    assert page.locator(".said").inner_text() == "Is it? yes"
+    facts = page.locator("#query-facts").inner_text()
+    assert "rather than\nno\n" in facts and "log-likelihood above the other's" in facts and "mean prob" not in facts
+    page.locator("#queries button").nth(1).click()
+    assert page.locator(".said").inner_text() == "Who was it? it was Ann."
+    assert page.locator("#completion").inner_text() == "Ann"
+    assert "rather" not in page.locator("#query-facts").inner_text()
+    page.locator("#queries button").nth(2).click()
+    assert page.locator(".said").inner_text() == "user: Really?↵↵assistant: No."
+    page.locator("#find-query").fill(" no")
+    assert page.locator("#queries-found").inner_text() == "2 found"
 
 
 def test_it_asks_for_nothing_and_shows_the_first_query(chromium: Any, large: Path) -> None:

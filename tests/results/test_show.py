@@ -1,9 +1,11 @@
 """`msif show`: queries and their documents in the terminal."""
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from results.finished import Finished
+from results.finished import KINDS, Finished
+from rich.console import Console
 from typer.testing import CliRunner
 
 from msif_ray.cli import app
@@ -41,6 +43,19 @@ def test_one_query_of_other_scores(run_dir: Path) -> None:
     assert f"{scores.max():+.4g}" in printed and f"{scores.min():+.4g}" in printed
 
 
+def test_what_queries_ask_is_shown(tmp_path: Path) -> None:
+    run_dir = str(Finished(queries=KINDS).write(tmp_path))
+    printed = shown(run_dir, "--query", "margin")
+    assert "Is it? yes\nrather than  no\n" in printed.replace(" \n", "\n")
+    assert "log-likelihood -1 nats above the other's" in printed and "per token" not in printed
+    printed = shown(run_dir, "--query", "span")
+    assert "Who was it? it was Ann." in printed and "log-likelihood -1 nats (61% per token)" in printed
+    assert "user: Really?↵↵assistant: No." in shown(run_dir, "--query", "talk")
+    console = Console(record=True, width=100, force_terminal=True, file=StringIO())
+    show(run_dir, console, "span")
+    assert "\x1b[1;4mAnn\x1b[0m." in console.export_text(styles=True)
+
+
 def test_escapes_of_a_terminal_and_markup_are_text(tmp_path: Path) -> None:
     run = Finished(tokens_of=lambda number: ["\x1b[31mred", " [bold]b[/bold]"])
     printed = shown(str(run.write(tmp_path)))
@@ -49,7 +64,5 @@ def test_escapes_of_a_terminal_and_markup_are_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("query", "label", "said"), [("q9", None, "--query"), (None, "x", "no scores are called")])
 def test_what_is_not_there_is_said(run_dir: Path, query: str | None, label: str | None, said: str) -> None:
-    from rich.console import Console
-
     with pytest.raises(UserError, match=said):
         show(run_dir, Console(), query, label)

@@ -48,6 +48,18 @@ def test_a_query_that_the_model_did_not_prefer(tmp_path: Path) -> None:
         assert found_titles == (["The model did not prefer this completion"] if expected else [])
 
 
+def test_a_margin_on_the_wrong_side(tmp_path: Path) -> None:
+    queries = (("q0", "Is it?", " yes", {"rather_than": " no"}), ("q1", "Or not?", " no"))
+    for likelihood, expected in ((0.1, []), (-0.1, ["The model preferred the other completion"])):
+        run = Finished(queries=queries, log_likelihood=likelihood)
+        facts = read_facts(run.write(tmp_path / str(likelihood)))
+        assert titles(find_signals(facts, {}, {}))[1] == expected
+    # Half as likely per token as would be doubted of a completion alone.
+    run = Finished(queries=queries, log_likelihood=float(2 * np.log(0.02)))
+    (signal,) = find_signals(read_facts(run.write(tmp_path / "far")), {}, {}).queries[KEY]
+    assert signal.title == "The model preferred the other completion" and "7.82 nats below" in signal.detail
+
+
 def test_energy_lost_to_low_rank(tmp_path: Path) -> None:
     facts = read_facts(Finished(energy=0.7).write(tmp_path))
     (signal,) = find_signals(facts, {}, {}).queries[KEY]

@@ -47,7 +47,7 @@
     const wanted = at("find-query").value.toLowerCase();
     let found = 0;
     data.queries.forEach((query, index) => {
-      const hit = `${query.id}\n${query.prompt}${query.completion}`.toLowerCase().includes(wanted);
+      const hit = `${query.id}\n${query.prompt}${query.completion}`.toLowerCase().includes(wanted) || (query.rather_than || "").toLowerCase().includes(wanted);
       buttons[index].parentNode.hidden = !hit;
       found += hit;
     });
@@ -67,12 +67,15 @@
   const showQuery = () => {
     const query = data.queries[state.query], found = results();
     at("query-title").textContent = query.id;
-    at("prompt").textContent = query.prompt;
-    at("completion").textContent = query.completion;
+    const [before, inside, after] = query.explained, margin = query.rather_than !== null;
+    at("prompt").textContent = query.prompt + before;
+    at("completion").textContent = inside;
+    at("after").textContent = after;
     const facts = [];
+    if (margin) facts.push(...fact("rather than", query.rather_than));
     if (query.log_likelihood !== null) {
-      facts.push(...fact("log-likelihood", `${number(query.log_likelihood)} nats`));
-      if (query.tokens) facts.push(...fact("mean probability of its tokens", `${percent(Math.exp(query.log_likelihood / query.tokens))}, ${query.tokens} tokens`));
+      facts.push(...fact(margin ? "log-likelihood above the other's" : "log-likelihood", `${number(query.log_likelihood)} nats`));
+      if (query.tokens && !margin) facts.push(...fact("mean probability of its tokens", `${percent(Math.exp(query.log_likelihood / query.tokens))}, ${query.tokens} tokens`));
     }
     if (found.documents) {
       facts.push(...fact("documents scored", found.documents.toLocaleString("en")));

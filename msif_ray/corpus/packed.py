@@ -1,0 +1,123 @@
+"""Documents in packed rows of token ids: which tokens of the row are each one's, and what each is called."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from msif_ray.config import Packed
+
+
+@dataclass(frozen=True)
+class Part:
+    """A document in a packed row: the tokens from `start` to before `stop` of the row's `ids`. The model reads it
+    `alone`, or after all that comes before it in the row."""
+
+    ids: tuple[int, ...]
+    start: int
+    stop: int
+    alone: bool
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        return self.ids[self.start : self.stop]
+
+    @property
+    def sequence(self) -> tuple[tuple[int, ...], list[bool]]:
+        """The tokens that the model is given, and which of them are the document's own.
+
+        After others, a document's first token is predicted by the last one of the document before: every token of the
+        row but its first is some document's target once, and the documents' losses add up to the row's.
+        """
+        if self.alone:
+            return self.own, [True] * len(self.own)
+        return self.ids[: self.stop], [False] * self.start + [True] * len(self.own)
+
+
+@dataclass(frozen=True)
+class NoParts:
+    """A row that cannot be told apart into documents, and why."""
+
+    reason: str
+
+
+def row_parts(row: Mapping[str, Any], packed: Packed) -> list[Part] | NoParts:
+    """The documents of a row, in order."""
+    try:
+        ids = _numbers(row[packed.ids], packed.ids)
+        if not len(ids):
+            return NoParts(f"{packed.ids} is empty")
+        alone = packed.attention == "document"
+        values = tuple(ids.tolist())
+        return [Part(values, start, stop, alone) for start, stop in _spans(ids, row, packed)]
+    except ValueError as error:
+        return NoParts(str(error))
+
+
+def part_names(value: Any, row: str, count: int | None) -> list[str]:
+    """The ids of a row's `count` documents (None: of one that cannot be told apart), from the value of the id column,
+    `row` being what the row is called: a list names each, and of anything else each is a numbered part.
+
+    Raises ValueError for a list that does not name each.
+    """
+    if count is None:
+        return [row]
+    if not isinstance(value, list):
+        return [f"{row}:{number}" for number in range(count)]
+    if len(value) != count:
+        raise ValueError(f"has {len(value)} ids for {count} documents")
+    if any(each is None or each == "" for each in value):
+        raise ValueError("has an empty id")
+    return [str(each) for each in value]
+
+
+def _spans(ids: numpy.ndarray, row: Mapping[str, Any], packed: Packed) -> list[tuple[int, int]]:
+    if packed.lengths is not None:
+        lengths = _numbers(row[packed.lengths], packed.lengths)
+        if (lengths < 1).any() or lengths.sum() != len(ids):
+            raise ValueError(f"{packed.lengths} are not the lengths of documents that {packed.ids} consists of")
+        stops = lengths.cumsum().tolist()
+        return list(zip([0, *stops[:-1]], stops, strict=True))
+    if packed.eos is not None:
+        return _ended(ids == packed.eos)
+    if packed.positions is not None:
+        positions = _each_token(_numbers(row[packed.positions], packed.positions), len(ids), packed.positions)
+        begins = positions[1:] != positions[:-1] + 1
+    else:
+        names = row[str(packed.documents)]
+        if not isinstance(names, list):
+            raise ValueError(f"{packed.documents} is not a list")
+        names = _each_token(names, len(ids), str(packed.documents))
+        begins = numpy.array([one != other for one, other in zip(names[1:], names[:-1], strict=True)], dtype=bool)
+    starts = [0, *(numpy.flatnonzero(begins) + 1).tolist()]
+    return list(zip(starts, [*starts[1:], len(ids)], strict=True))
+
+
+def _ended(ends: numpy.ndarray) -> list[tuple[int, int]]:
+    """Documents that end with a token marked in `ends`, or with the row; such tokens alone are none."""
+    stops = (numpy.flatnonzero(ends) + 1).tolist()
+    stops += [] if stops and stops[-1] == len(ends) else [len(ends)]
+    spans = zip([0, *stops[:-1]], stops, strict=True)
+    found = [(start, stop) for start, stop in spans if not ends[start]]
+    if not found:
+        raise ValueError("there is no document between its EOS tokens")
+    return found
+
+
+def _numbers(value: Any, column: str) -> numpy.ndarray:
+    if not isinstance(value, list):
+        raise ValueError(f"{column} is {'null' if value is None else f'not a list but {type(value).__name__}'}")
+    try:
+        found = numpy.asarray(value)
+    except ValueError:  # lists of several lengths
+        found = numpy.zeros(0)
+    if value and (found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any()):
+        raise ValueError(f"{column} are not whole numbers from zero on")
+    return found.astype(numpy.int64)
+
+
+def _each_token(values: Any, tokens: int, column: str) -> Any:
+    if len(values) != tokens:
+        raise ValueError(f"{column} has {len(values)} values for {tokens} tokens")
+    return values
