@@ -70,9 +70,9 @@ def missing_files(folder: Path, blocks: CorpusBlocks) -> bool:
 
 def corpus_identity(documents: Documents, census: Census, max_tokens: int | None) -> dict[str, Any]:
     """What two corpora have in common that are the same documents in the same windows, wherever they lie."""
-    messages = {} if documents.messages is None else {"messages": documents.messages}
+    optional = documents.model_dump(mode="json", include={"messages", "label"}, exclude_none=True)
     return {
-        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}) | messages,
+        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}) | optional,
         "append_eos": documents.ends_with_eos,
         "max_tokens": max_tokens,
         "files": [

@@ -6,13 +6,15 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.census import Census, take_census
+from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.reader import CorpusFile, Document, read_documents
-from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
 from msif_ray.paths import exists, is_remote, missing, path_of
@@ -29,8 +31,8 @@ class Resolved:
     `run` has absolute paths and every `max_tokens` filled in; `corpora`, `rows` (documents of each file) and
     `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted or solved,
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
-    queries, `completion_tokens` how many of those are targets. `reused` has the hash of the manifest of each stage's
-    `factors`.
+    queries, `completion_tokens` how many of those are targets (a class counts as one). `reused` has the hash of the
+    manifest of each stage's `factors`.
     """
 
     run: Run
@@ -47,6 +49,12 @@ class Resolved:
     def census(self, key: str) -> Census:
         """The files of one corpus, their documents' numbers and their contents."""
         return Census(self.corpora[key], self.rows[key], self.contents[key])
+
+    @property
+    def query_objective(self) -> Objective:
+        """How the last stage's model reads the queries."""
+        last = len(self.run.stages) - 1
+        return stages.objective_of(self.run, last, self.run.queries.documents, self.stages[last].classes)
 
     @property
     def documents(self) -> dict[str, int]:
@@ -140,16 +148,24 @@ def _read_queries(run: Run) -> list[Document]:
     queries = []
     for file in take_census(documents, key).files:
         for number, query in enumerate(read_documents(file, documents, key)):
-            for column, value in ((run.queries.prompt, query.prompt), (run.queries.completion, query.text)):
+            for column, value in _texts_of(run, query):
                 if not isinstance(value, str):
                     found = "null" if value is None else type(value).__name__
                     raise UserError(
                         f"{key}: {file.path} row {number} (id {query.id!r}): {column!r} is {found}, not text"
                     )
             if not query.text:
-                raise UserError(f"{key}: {file.path} row {number} (id {query.id!r}): the completion is empty")
+                what = "completion" if run.queries.label is None else "text"
+                raise UserError(f"{key}: {file.path} row {number} (id {query.id!r}): the {what} is empty")
             queries.append(query)
     return queries
+
+
+def _texts_of(run: Run, query: Document) -> list[tuple[str | None, Any]]:
+    """The columns of a query that must hold text, and what they hold."""
+    if run.queries.label is not None:
+        return [(run.queries.text, query.text)]
+    return [(run.queries.prompt, query.prompt), (run.queries.completion, query.text)]
 
 
 def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
@@ -256,17 +272,18 @@ def _check_queries_fit(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens of each query, and of its completion. Queries are not cut into windows, so each must fit the last
     model's context."""
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
+    tokenizer, asked = load_tokenizer(checkpoint.tokenizer_path, "tokenizer"), run.queries.documents
+    objective = stages.objective_of(run, len(run.stages) - 1, asked, checkpoint.classes)
     lengths, completions = [], []
     for query in queries:
-        encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)
+        encoded = encode_for(objective, tokenizer, query, asked.ends_with_eos, stages.query_tokens(run))
         if isinstance(encoded, Skipped):
             raise UserError(f"queries: {query.id!r}: {encoded.reason}")
         if checkpoint.context is not None and len(encoded.ids) > checkpoint.context:
             raise UserError(
                 f"queries: {query.id!r} has {len(encoded.ids)} tokens, more than the {checkpoint.context} of "
-                f"{checkpoint.name!r}'s context; shorten its prompt"
+                f"{checkpoint.name!r}'s context; shorten its {'prompt' if objective is None else 'text'}"
             )
         lengths.append(len(encoded.ids))
-        completions.append(sum(encoded.targets))
+        completions.append(sum(encoded.targets) if objective is None else 1)
     return tuple(lengths), tuple(completions)

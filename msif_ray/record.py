@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
-from msif_ray.config import Detail
+from msif_ray.config import Detail, Run
 from msif_ray.corpus.census import fingerprint
+from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
@@ -42,6 +43,17 @@ _PLACEMENT = (
 )
 
 
+def meaning(run: Run) -> dict[str, str]:
+    """What the columns of scores mean; of queries that are classes, of those."""
+    if run.queries.label is None:
+        return MEANING
+    words = (("completion log-likelihood", "log-likelihood of the query's class"), ("the completion", "the class"))
+    found = dict(MEANING)
+    for old, new in words:
+        found = {key: text.replace(old, new) for key, text in found.items()}
+    return found
+
+
 def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     """Writes run.json, or checks it against the one that is there; other versions of libraries are said.
 
@@ -54,7 +66,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if not exists(path):
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
-        about = {"meaning": MEANING, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
+        about = {"meaning": meaning(resolved.run), "versions": versions(), "strengths": {}, "completion_tokens": tokens}
         write_json(path, {"identity": identity, "device": device} | about)
         return
     record = read_record(path)
@@ -151,9 +163,17 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
             for key, files in resolved.corpora.items()
         },
         "documents": resolved.documents,
-        "queries": [[query.id, query.prompt, query.text] for query in resolved.queries],
+        "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
+
+
+def _asked(resolved: Resolved, query: Document) -> list[Any]:
+    """A query's id, prompt and completion; or its text and its class."""
+    classes = resolved.query_objective
+    if classes is None:
+        return [query.id, query.prompt, query.text]
+    return [query.id, query.text, classes.name(query.label)]
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:

@@ -32,7 +32,7 @@ from msif_ray.machines import check_room, cluster_address, with_gpus
 from msif_ray.paths import exists, path_of, reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
-from msif_ray.record import MEANING, keep_index, keep_record
+from msif_ray.record import keep_index, keep_record, meaning
 from msif_ray.results.parts import write_skipped
 from msif_ray.results.report import write_report
 from msif_ray.results.signals import signal_lines
@@ -227,7 +227,7 @@ class _Driver:
             labels=tuple(entry.label for entry in entries),
             maps=maps,
             detail=detail,
-            metadata=MEANING | about,
+            metadata=meaning(self.config) | about,
             candidates=chosen,
         )
 

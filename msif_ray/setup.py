@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from msif_ray import layout
+from msif_ray import layout, stages
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.config import Documents, Run
 from msif_ray.corpus.blocks import CorpusBlocks
@@ -27,7 +27,14 @@ def model_setup(resolved: Resolved, index: int, documents: Documents, max_tokens
         threads=cluster.cpus_per_rank,
         cuda=bool(cluster.gpus_per_rank),
         offload=cluster.offload,
+        objective=stages.objective_of(run, index, documents, model.classes),
     )
+
+
+def query_setup(resolved: Resolved) -> ModelSetup:
+    """How the last stage's model reads the queries: as one window each."""
+    run = resolved.run
+    return model_setup(resolved, len(run.stages) - 1, run.queries.documents, stages.query_tokens(run))
 
 
 def factors_folder(run: Run, index: int) -> Path:

@@ -26,6 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GPTNeoXConfig,
@@ -163,6 +164,26 @@ def perturb(model: PreTrainedModel, seed: int, scale: float = 0.1) -> PreTrained
             step = scale * parameter.std() * torch.randn(parameter.shape, generator=generator)
             parameter.copy_((parameter + step).float())
     return tuned
+
+
+def classifier(backbone: PreTrainedModel, seed: int, labels: int = 3, **config: object) -> PreTrainedModel:
+    """A model with the backbone's weights and a random classification head, `config` changing its configuration."""
+    own = copy.deepcopy(backbone.config)
+    own.num_labels = labels
+    for name, value in config.items():
+        setattr(own, name, value)
+    with torch.random.fork_rng():
+        made = AutoModelForSequenceClassification.from_config(own, attn_implementation="sdpa")
+    made = randomise(made, seed)
+    made.base_model.load_state_dict(backbone.base_model.state_dict())
+    return made
+
+
+def random_texts(seed: int, count: int, words: tuple[int, int] = (1, 20), labels: int = 3) -> list[dict[str, object]]:
+    """Texts of ragged length with a class's number: {"id", "text", "label"}."""
+    rng = random.Random(seed)
+    texts = [random_text(rng, rng.randint(*words)) for _ in range(count)]
+    return [{"id": f"text-{seed}-{i}", "text": text, "label": rng.randrange(labels)} for i, text in enumerate(texts)]
 
 
 def save(

@@ -3,6 +3,7 @@
 from msif_ray.config.base import Positive, Strength, Strict
 from msif_ray.config.cluster import Cluster, Replicas
 from msif_ray.config.entries import Candidates, Detail, Index, Queries, Score
+from msif_ray.config.objective import Classification
 from msif_ray.config.run import Run, load_run, parse_run
 from msif_ray.config.stage import (
     CgSolver,
@@ -19,6 +20,7 @@ from msif_ray.config.stage import (
 __all__ = [
     "Candidates",
     "CgSolver",
+    "Classification",
     "Cluster",
     "Detail",
     "Documents",

@@ -11,12 +11,16 @@ from msif_ray.config.stage import Documents, Response
 class Queries(Strict):
     """Prompts and completions to explain, one per row; low rank by a fixed `rank` or kept `energy`.
 
+    Where the last stage classifies, a query is a `text` and its class in the column `label`.
+
     `energy` is the share of its squared norm that each query keeps at each map, by the smallest rank that does.
     """
 
     path: Locations
     prompt: Column = "prompt"
     completion: Column = "completion"
+    text: Column | None = None
+    label: Column | None = None
     id: Column | None = None
     append_eos: bool | None = None
     rank: Annotated[int, Field(ge=1)] | None = None
@@ -26,11 +30,15 @@ class Queries(Strict):
     def _one_truncation(self) -> Self:
         if self.rank is not None and self.energy is not None:
             raise ValueError("give `rank` or `energy`, not both")
+        if (self.text is None) != (self.label is None):
+            raise ValueError("`text` and `label` go together: a text and its class")
         return self
 
     @property
     def documents(self) -> Documents:
-        """The queries read as a corpus of prompts and completions."""
+        """The queries read as a corpus of prompts and completions, or of texts and classes."""
+        if self.label is not None:
+            return Documents(path=self.path, text=self.text, label=self.label, id=self.id, append_eos=self.append_eos)
         return Documents(
             path=self.path,
             prompt=self.prompt,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from msif_ray.config.base import Column, Location, Locations, Name, Positive, Strength, Strict
+from msif_ray.config.objective import Kind, Objective
 
 
 class Documents(Strict):
@@ -12,7 +13,8 @@ class Documents(Strict):
 
     One of `text`, `completion` with an optional `prompt`, and `messages`: a conversation, a list of
     `{role, content}`, which the tokenizer's chat template makes one text of, and of which the assistant's
-    turns alone are targets. Without `id`, a document's id is `file:row`. `append_eos` ends the sequence with the EOS
+    turns alone are targets. A stage that classifies has a `label` beside its `text`: a class's name or number.
+    Without `id`, a document's id is `file:row`. `append_eos` ends the sequence with the EOS
     token as a target: by default where there is a completion. A chat template ends its turns itself.
     """
 
@@ -21,6 +23,7 @@ class Documents(Strict):
     prompt: Column | None = None
     completion: Column | None = None
     messages: Column | None = None
+    label: Column | None = None
     id: Column | None = None
     append_eos: bool | None = None
 
@@ -30,6 +33,8 @@ class Documents(Strict):
             raise ValueError("give one of `text`, `completion` with an optional `prompt`, and `messages`")
         if self.completion is None and self.prompt is not None:
             raise ValueError(f"`prompt` goes with `completion`, not with `{'text' if self.text else 'messages'}`")
+        if self.label is not None and self.text is None:
+            raise ValueError("`label` goes with `text`")
         if self.messages is not None and self.append_eos:
             raise ValueError("`append_eos` does not go with `messages`: the chat template ends its turns itself")
         return self
@@ -37,6 +42,16 @@ class Documents(Strict):
     @property
     def ends_with_eos(self) -> bool:
         return self.completion is not None if self.append_eos is None else self.append_eos
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The columns of what a document says, without its prompt."""
+        return tuple(column for column in (self.completion, self.text, self.messages) if column is not None)
+
+    @property
+    def objective(self) -> Kind | None:
+        """The kind of the objective that these columns are for; None: a language model's."""
+        return None if self.label is None else "classification"
 
 
 class Fit(Strict):
@@ -99,6 +114,8 @@ Solver = Annotated[EkfacSolver | CgSolver, Field(discriminator="kind")]
 class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds.
 
+    Without an `objective`, it is a language model's: the tokens of its documents, or those of their completions.
+
     The default damping predicted retraining of a tiny model better than the customary 0.1 × mean did, and no worse than
     smaller ones (docs/validation.md).
     """
@@ -108,6 +125,7 @@ class Stage(Strict):
     revision: str | None = None
     tokenizer: Location | None = None
     documents: Documents | None = None
+    objective: Objective | None = None
     fit: Fit = Fit()
     factors: Location | None = None
     damping: Strength = Strength(relative=0.01)

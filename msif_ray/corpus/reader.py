@@ -41,13 +41,14 @@ class CorpusFile:
 @dataclass(frozen=True)
 class Document:
     """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there; where
-    `is_chat`, `text` is a conversation's messages."""
+    `is_chat`, `text` is a conversation's messages. `label` is a text's class, where the corpus has classes."""
 
     id: str
     prompt: Any
     text: Any
     has_prompt: bool = False
     is_chat: bool = False
+    label: Any = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def _one_line(error: Exception) -> str:
 
 def document_columns(documents: Documents) -> list[str]:
     """The columns of a corpus that a run reads."""
-    named = (documents.id, documents.prompt, documents.completion, documents.text, documents.messages)
+    named = (documents.id, documents.prompt, *documents.content, documents.label)
     return list(dict.fromkeys(column for column in named if column is not None))
 
 
@@ -240,11 +241,12 @@ def is_unicode(text: str) -> bool:
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
     """The file's documents in order. Raises UserError as `read_rows`, and for a row without an id."""
-    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
+    (content,), chat, label = documents.content, documents.messages is not None, documents.label
     for number, row in enumerate(read_rows(file, document_columns(documents), key)):
         prompt = row[documents.prompt] if documents.prompt is not None else None
         name = row_id(file, number, row, documents, key)
-        yield Document(name, prompt, row[content], documents.prompt is not None, chat)
+        of_class = None if label is None else row[label]
+        yield Document(name, prompt, row[content], documents.prompt is not None, chat, of_class)
 
 
 def read_file_blocks(

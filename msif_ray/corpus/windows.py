@@ -48,6 +48,7 @@ class Window:
     key: WindowKey
     ids: tuple[int, ...]
     targets: tuple[bool, ...]
+    label: int | None = None  # the class of a text to be classified, all of whose tokens count
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos: bool) -> Encoded | Skipped:
@@ -59,7 +60,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
     """
     if document.is_chat:
         return _encode_chat(tokenizer, document)
-    fault = _fault(document)
+    fault = text_fault(document)
     if fault is not None:
         return Skipped(document.id, fault)
     if document.has_prompt:
@@ -92,7 +93,8 @@ def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> En
         return Skipped(document.id, str(error))
 
 
-def _fault(document: Document) -> str | None:
+def text_fault(document: Document) -> str | None:
+    """What is wrong with a document that should be text, or None."""
     named = {"completion" if document.has_prompt else "text": document.text}
     if document.has_prompt:
         named = {"prompt": document.prompt} | named
@@ -135,4 +137,6 @@ def to_batch(windows: Sequence[Window]) -> Batch:
         input_ids[row, :length] = torch.tensor(window.ids)
         attention_mask[row, :length] = True
         targets[row, :length] = torch.tensor(window.targets)
-    return Batch(input_ids, attention_mask, targets, tuple(window.key for window in windows))
+    labels = [window.label for window in windows if window.label is not None]
+    classes = torch.tensor(labels) if labels else None
+    return Batch(input_ids, attention_mask, targets, tuple(window.key for window in windows), classes)

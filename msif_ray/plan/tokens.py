@@ -8,8 +8,9 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from msif_ray.config import Documents
+from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.reader import CorpusFile, Document, read_documents
-from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.corpus.windows import Skipped
 from msif_ray.paths import path_of, size_of
 
 # Documents that are counted one by one; of a larger corpus as many are sampled.
@@ -50,14 +51,18 @@ class Tally:
 
 
 def tally(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, append_eos: bool, max_tokens: int | None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool,
+    max_tokens: int | None,
+    objective: Objective = None,
 ) -> Tally:
     """Counts documents, cut into windows of `max_tokens` (None: one each)."""
     count = skipped = tokens = targets = 0
     lengths: Counter[int] = Counter()
     for document in documents:
         count += 1
-        encoded = encode(tokenizer, document, append_eos)
+        encoded = encode_for(objective, tokenizer, document, append_eos, max_tokens)
         if isinstance(encoded, Skipped):
             skipped += 1
             continue
@@ -75,10 +80,11 @@ def corpus_tally(
     key: str,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
+    objective: Objective = None,
 ) -> Tally:
     """Counts the first `count` documents of a corpus, or estimates them from a sample."""
     sample = spread_documents(files, documents, count, key)
-    counted = tally(sample, tokenizer, documents.ends_with_eos, max_tokens)
+    counted = tally(sample, tokenizer, documents.ends_with_eos, max_tokens, objective)
     return counted if counted.documents == count else counted.scaled(count)
 
 

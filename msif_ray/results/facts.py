@@ -125,7 +125,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         device=record["device"],
         versions=record["versions"],
         queries=[
-            Query(query, prompt or "", completion, likelihoods.get(query), tokens.get(query))
+            Query(query, *_asked(run, prompt, completion), likelihoods.get(query), tokens.get(query))
             for query, prompt, completion in identity["queries"]
         ],
         stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
@@ -136,6 +136,11 @@ def read_facts(run_dir: str | Path) -> Facts:
         maps={name: (shape[0], shape[1]) for name, shape in identity["maps"].items()},
         skipped=_skipped(run),
     )
+
+
+def _asked(run: Run, prompt: str | None, completion: str) -> tuple[str, str]:
+    """A query as prompt and completion; a text and its class as such."""
+    return (prompt or "", completion) if run.queries.label is None else (f"{prompt} → ", completion)
 
 
 def _carried(run: Run, entry: Score) -> dict[str, Any] | None:

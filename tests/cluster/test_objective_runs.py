@@ -1,0 +1,115 @@
+"""Whole runs of stages with other objectives on a real local Ray cluster, against their dense reference."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pyarrow.parquet as pq
+import pytest
+import reference
+import reference_objectives
+from cluster import runs
+from results.finished import page_data
+
+from msif_ray.config import parse_run
+from msif_ray.run import run
+from msif_ray.store import read_json
+
+# Scores are written as float32, whatever they were computed in.
+FLOAT32 = 2e-7
+NAMES = ("no", "maybe", "yes")
+LABELLED = models.random_texts(2, 24, (2, 14))
+ASKED = models.random_texts(5, 3, (3, 6))
+BAD = {
+    "long": {"text": "the" + " sea" * 40, "label": 1},
+    "odd": {"text": "the sea", "label": "perhaps"},
+}
+SMALL: dict[str, Any] = {"seed": 3, "strength": 0.01, "damping": 0.001}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with runs.local_cluster():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("objectives")
+
+
+def named(text: dict[str, Any]) -> dict[str, Any]:
+    return text | {"label": NAMES[text["label"]]}
+
+
+def classifying(folder: Path, run_dir: str) -> dict[str, Any]:
+    """A run of a language model and a classifier tuned from it; labels are names, numbers in one document."""
+    description = runs.two_stages(folder, run_dir)
+    if not (folder / "classifier").exists():
+        tuned, tokenizer = models.load(folder / "stage1")
+        config = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
+        models.save(models.classifier(tuned, 2, **config), tokenizer, folder / "classifier")
+    documents = [LABELLED[0], *map(named, LABELLED[1:]), *({"id": name} | row for name, row in BAD.items())]
+    description["stages"][1] |= {
+        "model": str(folder / "classifier"),
+        "objective": "classification",
+        "documents": {
+            "path": runs.write_lines(folder / "labelled.jsonl", documents),
+            "text": "text",
+            "label": "label",
+            "id": "id",
+        },
+        "fit": {"max_tokens": 16},
+        "damping": {"relative": 0.001},
+    }
+    path = runs.write_lines(folder / "asked.jsonl", [named(text) for text in ASKED])
+    return description | {"queries": {"path": path, "text": "text", "label": "label", "id": "id"}}
+
+
+def dense_classifying(folder: Path) -> list[reference.StageSpec]:
+    """The stages of that run; `spec` of the language model as the other runs have it."""
+    first, _ = runs.specs(folder)
+    tuned, tokenizer = models.load(folder / "stage1")
+    config = {"id2label": dict(enumerate(NAMES))}
+    second = models.classifier(tuned, 2, **config)
+    return [first, reference_objectives.Classified("tune", second, tokenizer, LABELLED, 16, **SMALL)]
+
+
+@pytest.fixture(scope="module")
+def classified(folder: Path) -> str:
+    description = classifying(folder, "classified")
+    run(parse_run(description))
+    return str(description["run_dir"])
+
+
+@pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
+def test_scores_of_a_class_equal_the_dense_reference(folder: Path, classified: str, stage: str, scored: int) -> None:
+    stages = dense_classifying(folder)
+    expected = reference_objectives.scores(stages, ASKED, stages[scored].documents, scored)
+    assert runs.largest_error(runs.read_scores(classified, stage), expected) < FLOAT32
+
+
+def test_texts_that_cannot_be_read_are_skipped_with_a_reason(classified: str) -> None:
+    skipped = {row["doc_id"]: row["reason"] for row in pq.read_table(f"{classified}/skipped.parquet").to_pylist()}
+    assert {name: skipped[name] for name in BAD} == {
+        "long": "longer than max_tokens (16), and a classifier reads a text whole",
+        "odd": "label 'perhaps' is no class of the model: no, maybe, yes",
+    }
+
+
+def test_what_a_classified_text_and_a_class_look_like(classified: str) -> None:
+    rows = [row for row in pq.read_table(f"{classified}/top.parquet").to_pylist() if row["stage"] == "tune"]
+    texts = {text["id"]: text for text in LABELLED}
+    for row in rows:
+        text = texts[row["doc_id"]]
+        assert row["text"] == "".join(row["tokens"]) == f"{text['text']}\n\n[label: {NAMES[text['label']]}]"
+        assert len(row["tokens"]) == len(row["token_scores"]) == row["n_tokens"]
+        assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
+    record = read_json(Path(classified) / "run.json")
+    assert record["identity"]["queries"] == [[text["id"], text["text"], NAMES[text["label"]]] for text in ASKED]
+    assert record["identity"]["run"]["stages"][1]["objective"] == {"kind": "classification", "truncate": False}
+    assert record["meaning"]["sign"].startswith("score > 0: the document supports the class")
+    data = page_data((Path(classified) / "report.html").read_text(encoding="utf-8"))
+    assert data["queries"][0]["prompt"] == f"{ASKED[0]['text']} → "
+    assert data["queries"][0]["completion"] == NAMES[ASKED[0]["label"]] and data["queries"][0]["tokens"] == 1
