@@ -38,7 +38,7 @@ class Checkpoint:
 
     Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
     `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on. `classes`
-    are the names of a classifier's, by number.
+    are the names of a classifier's, by number; `vocabulary` counts the tokens that it has embeddings of.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Checkpoint:
     context: int | None
     maps: dict[str, tuple[int, int]]
     classes: tuple[str, ...] = ()
+    vocabulary: int = 0
 
 
 def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: Blocks | None = None) -> Checkpoint:
@@ -85,6 +86,7 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: 
         context=described.context,
         maps=described.maps,
         classes=described.classes,
+        vocabulary=described.vocabulary,
     )
 
 
@@ -126,6 +128,7 @@ class _Described:
     maps: dict[str, tuple[int, int]]
     classes: tuple[str, ...]
     head: frozenset[str]
+    vocabulary: int
 
 
 def _describe(folder: Path, modules: list[str] | None, key: str, blocks: Blocks | None, classifies: bool) -> _Described:
@@ -143,7 +146,7 @@ def _describe(folder: Path, modules: list[str] | None, key: str, blocks: Blocks 
     heads = classification_head(model).items()
     head = frozenset(f"{name}.{own}" for name, module in heads for own, _ in module.named_parameters())
     classes = tuple(str(config.id2label[number]) for number in range(config.num_labels)) if classifies else ()
-    return _Described(context, maps, classes, head)
+    return _Described(context, maps, classes, head, model.get_input_embeddings().weight.shape[0])
 
 
 def _check_kind(config: Any, key: str, classifies: bool) -> None:

@@ -17,6 +17,7 @@ from msif_ray.corpus.reader import CorpusFile, Document, read_documents
 from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
+from msif_ray.objectives import check_references, objective_identity
 from msif_ray.paths import exists, is_remote, missing, path_of
 from msif_ray.store import delete, read_json, write_atomic
 
@@ -32,7 +33,7 @@ class Resolved:
     `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted or solved,
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
     queries, `completion_tokens` how many of those are targets (a class counts as one). `reused` has the hash of the
-    manifest of each stage's `factors`.
+    manifest of each stage's `factors`, `references` the reference model of each stage of preferences.
     """
 
     run: Run
@@ -45,6 +46,7 @@ class Resolved:
     completion_tokens: tuple[int, ...]
     maps: dict[str, tuple[int, int]]
     reused: dict[str, str]
+    references: dict[int, Checkpoint]
 
     def census(self, key: str) -> Census:
         """The files of one corpus, their documents' numbers and their contents."""
@@ -76,10 +78,11 @@ def check(run: Run) -> Resolved:
     ]
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
-    reused = _check_reused_factors(run, checkpoints)
+    references = check_references(run, checkpoints)
+    reused = _check_reused_factors(run, checkpoints, references)
     for position, score in enumerate(run.score):
         if score.index is not None:
-            check_index(run, position, checkpoints, corpora[f"score.{position}"])
+            check_index(run, position, checkpoints, corpora[f"score.{position}"], references)
     _check_tokenizers(run, checkpoints, wanted)
     lengths, completions = _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(
@@ -93,6 +96,7 @@ def check(run: Run) -> Resolved:
         completion_tokens=completions,
         maps=checkpoints[0].maps,
         reused=reused,
+        references=references,
     )
 
 
@@ -180,7 +184,7 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
                 )
 
 
-def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> dict[str, str]:
+def _check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
     """Checks the factors of other runs that are needed; the hash of each stage's manifest."""
     reused = {}
     for index in stages.stages_with_factors(run):
@@ -188,13 +192,14 @@ def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> dict[str, 
         if stage.factors is not None:
             folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
             try:
-                reused[stage.name] = _check_factors(folder, checkpoints[index], mend)
+                objective = objective_identity(run, index, references)
+                reused[stage.name] = _check_factors(folder, checkpoints[index], objective, mend)
             except UserError as error:
                 raise UserError(f"stages.{index}.factors: {error}") from None
     return reused
 
 
-def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
+def _check_factors(folder: Path, checkpoint: Checkpoint, objective: dict[str, Any] | None, mend: str) -> str:
     """Factors are whole, and fitted to this model over these maps; the hash of their manifest."""
     path = layout.factors_manifest(folder)
     if not exists(path):
@@ -208,6 +213,8 @@ def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
     if maps != checkpoint.maps:
         raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
+    if manifest.get("objective") != objective:
+        raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
     gone = missing(layout.factor_files(folder, maps))
     if gone:
         raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")

@@ -9,6 +9,7 @@ from typing import Any
 from msif_ray import __version__, layout
 from msif_ray.config import Detail, Run
 from msif_ray.corpus.census import fingerprint
+from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
@@ -150,7 +151,11 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         for i, entry in enumerate(resolved.run.score)
         if entry.candidates is not None and entry.candidates.path is not None
     }
-    optional = {"indexes": indexes, "candidates": listed}
+    references = {
+        resolved.run.stages[index].name: {"revision": model.revision, "sha256": model.model_hash}
+        for index, model in resolved.references.items()
+    }
+    optional = {"indexes": indexes, "candidates": listed, "references": references}
     return {key: found for key, found in optional.items() if found} | {
         "run": run,
         "models": {
@@ -171,7 +176,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
 def _asked(resolved: Resolved, query: Document) -> list[Any]:
     """A query's id, prompt and completion; or its text and its class."""
     classes = resolved.query_objective
-    if classes is None:
+    if not isinstance(classes, Classes):
         return [query.id, query.prompt, query.text]
     return [query.id, query.text, classes.name(query.label)]
 

@@ -29,10 +29,12 @@ from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.machines import check_room, cluster_address, with_gpus
+from msif_ray.objectives import objective_identity
 from msif_ray.paths import exists, path_of, reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import keep_index, keep_record, meaning
+from msif_ray.referring import Referring
 from msif_ray.results.parts import write_skipped
 from msif_ray.results.report import write_report
 from msif_ray.results.signals import signal_lines
@@ -132,6 +134,9 @@ class _Driver:
         only_index = until == "index"
         if until in (None, "score"):
             self._choose_candidates()
+        kinds = {"fit": ("stages",), "index": ("stages", "index")}
+        referring = Referring(self.resolved, self.reporter, lambda entry: self._score_task([entry]).blocks)
+        referring.run(kinds.get(until or "", ("stages", "index", "score")))
         with ReplicaPool(self.config.cluster) as pool:
             fitted = stages.indexed_stages(self.config) if only_index else stages.stages_with_factors(self.config)
             for index in fitted:
@@ -150,6 +155,8 @@ class _Driver:
         write_skipped(self.config.run_dir, [entries[0].label for entries in passes])
         if until == "score":
             return
+        if not has_top(self.config.run_dir, self.config.top):
+            referring.run_late()
         self._top()
         self._report()
 
@@ -168,6 +175,7 @@ class _Driver:
         if documents is None:
             raise UserError(f"stages.{index}.documents: {stage.name!r} needs documents to fit its factors")
         blocks = corpus_blocks(self.resolved, f"stages.{index}", documents, stage.fit.documents)
+        objective = objective_identity(self.config, index, self.resolved.references)
         task = FitTask(
             self._setup(index, documents, stage.fit.max_tokens),
             stage.fit.labels,
@@ -183,7 +191,8 @@ class _Driver:
                 "stage": stage.name,
                 "seed": self.config.seed,
                 "dtype": cluster.dtype,
-            },
+            }
+            | ({} if objective is None else {"objective": objective}),
         )
         fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count), self.reporter.say)
 
@@ -247,7 +256,7 @@ class _Driver:
             if wanted is None:
                 raise ValueError(f"{entry.label} has no candidates")
             key = f"score.{self.config.score.index(entry)}.candidates"
-            by_name = wanted.path is not None
+            by_name, blocks = wanted.path is not None, replace(blocks, references=None)  # which come later
             table = by_list(blocks, queries, str(wanted.path), key) if by_name else by_bm25(blocks, queries, wanted.top)
             write_chosen(path, table)
             self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
@@ -281,7 +290,12 @@ class _Driver:
             record={
                 "stage": entry.stage,
                 "model_sha256": self.resolved.stages[stage].model_hash,
-                "corpus": corpus_identity(documents, self.resolved.census(key), entry.max_tokens),
+                "corpus": corpus_identity(
+                    documents,
+                    self.resolved.census(key),
+                    entry.max_tokens,
+                    objective_identity(config, stage, self.resolved.references),
+                ),
             },
         )
         build(plan, config.cluster, lambda step: self.reporter.step(f"{entry.stage}: {step}", blocks.count))

@@ -5,6 +5,7 @@ from msif_ray.config import (
     Classification,
     Documents,
     IdentityResponse,
+    Preference,
     ProximalResponse,
     Run,
     Score,
@@ -12,6 +13,7 @@ from msif_ray.config import (
     UnrolledResponse,
 )
 from msif_ray.corpus.objectives import Classes, Objective
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.errors import UserError
 from msif_ray.influence.linear import is_routed
 from msif_ray.influence.response import (
@@ -32,9 +34,11 @@ def is_identity(run: Run, index: int) -> bool:
 def objective_of(run: Run, index: int, documents: Documents, classes: tuple[str, ...]) -> Objective:
     """How a stage whose model has these classes reads documents, or queries."""
     objective = run.stages[index].objective
-    if documents.label is None or not isinstance(objective, Classification):
-        return None
-    return Classes(classes, objective.truncate)
+    if documents.label is not None and isinstance(objective, Classification):
+        return Classes(classes, objective.truncate)
+    if documents.chosen is not None and isinstance(objective, Preference):
+        return Pairs(objective.beta)
+    return None
 
 
 def query_tokens(run: Run) -> int | None:

@@ -186,6 +186,20 @@ def random_texts(seed: int, count: int, words: tuple[int, int] = (1, 20), labels
     return [{"id": f"text-{seed}-{i}", "text": text, "label": rng.randrange(labels)} for i, text in enumerate(texts)]
 
 
+def random_pairs(seed: int, count: int, words: tuple[int, int] = (2, 12)) -> list[dict[str, str]]:
+    """Prompts with two completions of ragged length, {"id", "prompt", "chosen", "rejected"}; a third begin alike."""
+    rng = random.Random(seed)
+    pairs = []
+    for i in range(count):
+        prompt, *both = (random_text(rng, rng.randint(*words)) for _ in range(3))
+        alike = " the old" if i % 3 == 0 else ""
+        pairs.append(
+            {"id": f"pair-{seed}-{i}", "prompt": prompt}
+            | {what: f"{alike} {text}" for what, text in zip(("chosen", "rejected"), both, strict=True)}
+        )
+    return pairs
+
+
 def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

@@ -1,5 +1,5 @@
-"""The dense float64 reference of stages that classify texts. Beside tests/reference.py, and like it slow, simple and
-sharing no code with msif_ray: a text at a time, unpadded, gradients by autograd on the weights.
+"""The dense float64 reference of stages that classify texts or learn preferences. Beside tests/reference.py, and like
+it slow, simple and sharing no code with msif_ray: a sequence at a time, unpadded, gradients by autograd on the weights.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ class Classified(reference.StageSpec):
     """Documents and queries are {"id", "text", "label"}, the label a class's number."""
 
 
+@dataclass
+class Preferred(reference.StageSpec):
+    """Documents are {"id", "prompt", "chosen", "rejected"}, texts; without a prompt both begin alike."""
+
+    beta: float = 0.1
+    reference_model: nn.Module | None = None
+
+
 def uniform(stage: reference.StageSpec, document: reference.Document) -> float:
     """The number that a document's label is drawn by: the first of Philox keyed by (seed, stage, id, window 0)."""
     name = json.dumps([stage.seed, stage.name, document["id"], 0]).encode("utf-8")
@@ -39,8 +47,44 @@ def log_classes(stage: reference.StageSpec, document: reference.Document) -> Ten
     return torch.log_softmax(stage.model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
 
 
+def sequences(stage: reference.StageSpec, document: reference.Document) -> list[tuple[list[int], Flags]]:
+    """The tokens of the chosen and of the rejected sequence, with EOS, and which are targets: those of the completion,
+    from where the two differ."""
+    found = []
+    for what in ("chosen", "rejected"):
+        before = list(stage.tokenizer(document["prompt"])["input_ids"]) if "prompt" in document else []
+        after = list(stage.tokenizer(document[what], add_special_tokens="prompt" not in document)["input_ids"])
+        ids = [*before, *after, stage.tokenizer.eos_token_id]
+        found.append((ids, [t > 0 and t >= len(before) for t in range(len(ids))]))
+    alike = 0
+    while alike < min(len(ids) for ids, _ in found) and found[0][0][alike] == found[1][0][alike]:
+        alike += 1
+    return [(ids, [flag and t >= alike for t, flag in enumerate(flags)]) for ids, flags in found]
+
+
+def log_ratio(model: nn.Module, pair: list[tuple[list[int], Flags]]) -> Tensor:
+    """log π(chosen) − log π(rejected)."""
+    of_each = []
+    for ids, flags in pair:
+        table = reference.log_probabilities(model, ids)
+        of_each.append(sum((table[t - 1, ids[t]] for t in range(1, len(ids)) if flags[t]), torch.zeros(())))
+    return of_each[0] - of_each[1]
+
+
+def margin(stage: Preferred, document: reference.Document) -> Tensor:
+    """β times what the model prefers the chosen sequence by, beyond the reference model."""
+    pair = sequences(stage, document)
+    with torch.no_grad():
+        before = log_ratio(stage.reference_model, pair)
+    return stage.beta * (log_ratio(stage.model, pair) - before)
+
+
 def loss(stage: reference.StageSpec, document: reference.Document, sampled: bool = False) -> Tensor:
     """−log p(label) of a document, its own label or one drawn from the model."""
+    if isinstance(stage, Preferred):
+        found = margin(stage, document)
+        flipped = sampled and uniform(stage, document) >= float(found.detach().sigmoid())
+        return -torch.nn.functional.logsigmoid(-found if flipped else found)
     table = log_classes(stage, document)
     label = document["label"]
     if sampled:
@@ -50,7 +94,10 @@ def loss(stage: reference.StageSpec, document: reference.Document, sampled: bool
 
 
 def counted(stage: reference.StageSpec, document: reference.Document) -> list[Flags]:
-    """Which tokens of each sequence of a document count in A and S: all of a text."""
+    """Which tokens of each sequence of a document count in A and S: all of a text, those of a pair that predict a
+    target."""
+    if isinstance(stage, Preferred):
+        return [[*flags[1:], False] for _, flags in sequences(stage, document)]
     return [[True] * len(stage.tokenizer(document["text"])["input_ids"])]
 
 
@@ -84,7 +131,8 @@ def token_vectors(model: nn.Module, names: reference.Maps, value: Callable[[], T
         handle.remove()
     found = iter(torch.autograd.grad(total, [output for module in modules for _, output in seen[module]]))
     gradients = [[next(found).flatten(0, -2) for _ in seen[module]] for module in modules]
-    masks = [torch.tensor(own) for own in flags]
+    uses = len(seen[modules[0]]) // len(flags)
+    masks = [torch.tensor(own) for own in flags for _ in range(uses)]
     return {
         name: (
             torch.cat([a[mask] for (a, _), mask in zip(seen[module], masks, strict=True)]),
@@ -168,10 +216,14 @@ def n_tokens(stage: reference.StageSpec, document: reference.Document) -> int:
 
 
 def gauss_newton(stage: reference.StageSpec, names: reference.Maps) -> Tensor:
-    """(1/N) Σ_documents Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ, [P, P] over all maps."""
+    """(1/N) Σ_documents Σ_y p(y) ∇log p(y) ∇log p(y)ᵀ, [P, P] over all maps; y is a class, or which is preferred."""
     total = torch.zeros(())
     for document in stage.documents:
-        table = log_classes(stage, document)
+        if isinstance(stage, Preferred):
+            found = margin(stage, document)
+            table = torch.nn.functional.logsigmoid(torch.stack([found, -found]))
+        else:
+            table = log_classes(stage, document)
         slopes = reference_solve.weight_gradients(stage, names, table)
         total = total + slopes.T @ (table.detach().exp()[:, None] * slopes)
     return total / len(stage.documents)

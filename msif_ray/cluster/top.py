@@ -11,7 +11,7 @@ from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.score_jobs import TokenJob, WindowShares
 from msif_ray.corpus.blocks import ListedBlocks
-from msif_ray.corpus.objectives import as_pieces, as_text
+from msif_ray.corpus.objectives import Frame, as_text, frame, framed
 from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.corpus.windows import Skipped
@@ -45,11 +45,13 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
     tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(setup.tokenizer), trust_remote_code=False)
     documents: dict[str, Document] = {}
     tokens: dict[str, numpy.ndarray] = {}
+    frames: dict[str, Frame] = {}
     shares: dict[tuple[str, int], JoinedShares] = {}
     for block, outcome, windows in pool.map(setup, job, ListedBlocks(_blocks(task)), progress):
         for document in block.documents:
             encoded = setup.encode(tokenizer, document)
             documents[document.id] = document
+            frames[document.id] = frame(setup.objective, document, encoded)
             ids = () if isinstance(encoded, Skipped) else encoded.ids
             tokens[document.id] = numpy.array(ids, dtype=numpy.int32)
         shares |= join_windows(windows, outcome.tokens)
@@ -64,7 +66,7 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
             "norm": pair.norm,
             "n_tokens": pair.n_tokens,
             "text": as_text(setup.objective, document),
-            "tokens": as_pieces(setup.objective, document, pieces(tokenizer, tokens[pair.doc_id].tolist())),
+            "tokens": framed(pieces(tokenizer, tokens[pair.doc_id].tolist()), frames[pair.doc_id]),
             "token_scores": share.by_token.astype(numpy.float32),
             "modules": task.score.maps,
             "module_scores": share.by_map.astype(numpy.float32),

@@ -3,7 +3,7 @@
 from msif_ray.config.base import Positive, Strength, Strict
 from msif_ray.config.cluster import Cluster, Replicas
 from msif_ray.config.entries import Candidates, Detail, Index, Queries, Score
-from msif_ray.config.objective import Classification
+from msif_ray.config.objective import Classification, Preference
 from msif_ray.config.run import Run, load_run, parse_run
 from msif_ray.config.stage import (
     CgSolver,
@@ -29,6 +29,7 @@ __all__ = [
     "IdentityResponse",
     "Index",
     "Positive",
+    "Preference",
     "ProximalResponse",
     "Queries",
     "Replicas",

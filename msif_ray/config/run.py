@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from msif_ray.config.base import Location, Strict
 from msif_ray.config.cluster import Cluster
 from msif_ray.config.entries import Detail, Index, Queries, Score
-from msif_ray.config.objective import DOCUMENTS
+from msif_ray.config.objective import DOCUMENTS, Classification, Preference
 from msif_ray.config.stage import (
     CgSolver,
     Documents,
@@ -95,8 +95,15 @@ class Run(Strict):
                 f"{key}: these are of the objective {documents.objective}, which {stage.name!r} has not; give the "
                 "stage `objective`, or name other columns"
             )
+        before: Stage | None = None
+        for index, stage in enumerate(self.stages):
+            if isinstance(stage.objective, Preference) and stage.objective.reference is None:
+                why = "is the first stage" if before is None else f"follows {before.name!r}, which classifies"
+                if before is None or isinstance(before.objective, Classification):
+                    raise ValueError(f"stages.{index}.objective: {stage.name!r} {why}; name a `reference` model")
+            before = stage
         last = self.stages[-1]
-        classifies = last.objective is not None and last.objective.kind == "classification"
+        classifies = isinstance(last.objective, Classification)
         if classifies != (self.queries.label is not None):
             raise ValueError(
                 f"queries: the last stage, {last.name!r}, classifies; name `text` and `label` (a query is a text and "

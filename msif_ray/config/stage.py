@@ -13,7 +13,8 @@ class Documents(Strict):
 
     One of `text`, `completion` with an optional `prompt`, and `messages`: a conversation, a list of
     `{role, content}`, which the tokenizer's chat template makes one text of, and of which the assistant's
-    turns alone are targets. A stage that classifies has a `label` beside its `text`: a class's name or number.
+    turns alone are targets. A stage that classifies has a `label` beside its `text`: a class's name or number. One of
+    preferences has `chosen` and `rejected` in place of a completion, each a text or messages as the prompt is.
     Without `id`, a document's id is `file:row`. `append_eos` ends the sequence with the EOS
     token as a target: by default where there is a completion. A chat template ends its turns itself.
     """
@@ -24,14 +25,18 @@ class Documents(Strict):
     completion: Column | None = None
     messages: Column | None = None
     label: Column | None = None
+    chosen: Column | None = None
+    rejected: Column | None = None
     id: Column | None = None
     append_eos: bool | None = None
 
     @model_validator(mode="after")
     def _columns(self) -> Self:
-        if sum(column is not None for column in (self.text, self.completion, self.messages)) != 1:
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("`chosen` and `rejected` go together")
+        if sum(column is not None for column in (self.text, self.completion, self.messages, self.chosen)) != 1:
             raise ValueError("give one of `text`, `completion` with an optional `prompt`, and `messages`")
-        if self.completion is None and self.prompt is not None:
+        if self.completion is None and self.chosen is None and self.prompt is not None:
             raise ValueError(f"`prompt` goes with `completion`, not with `{'text' if self.text else 'messages'}`")
         if self.label is not None and self.text is None:
             raise ValueError("`label` goes with `text`")
@@ -41,16 +46,20 @@ class Documents(Strict):
 
     @property
     def ends_with_eos(self) -> bool:
-        return self.completion is not None if self.append_eos is None else self.append_eos
+        ended = self.completion is not None or self.chosen is not None
+        return ended if self.append_eos is None else self.append_eos
 
     @property
     def content(self) -> tuple[str, ...]:
         """The columns of what a document says, without its prompt."""
-        return tuple(column for column in (self.completion, self.text, self.messages) if column is not None)
+        named = (self.completion, self.text, self.messages, self.chosen, self.rejected)
+        return tuple(column for column in named if column is not None)
 
     @property
     def objective(self) -> Kind | None:
         """The kind of the objective that these columns are for; None: a language model's."""
+        if self.chosen is not None:
+            return "dpo"
         return None if self.label is None else "classification"
 
 

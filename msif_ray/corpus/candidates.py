@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.chat import chat_text
+from msif_ray.corpus.chat import chat_text, spoken, turns_fault
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of, storage
@@ -147,8 +148,22 @@ def _texts(blocks: CorpusBlocks, documents: list[tuple[str, str]]) -> Iterator[s
     for block in blocks.left(frozenset()):
         for document in block.documents:
             documents.append((document.id, block.id))
-            text = chat_text(document.text) if document.is_chat else document.text
-            yield f"{document.prompt or ''}{text or ''}" if isinstance(text, str) else ""
+            yield _words(document)
+
+
+def _words(document: Document) -> str:
+    """What a document says, to be searched; nothing of one that is neither text nor a conversation."""
+    if document.rejected is None:
+        text = chat_text(document.text) if document.is_chat else document.text
+        return f"{document.prompt or ''}{text or ''}" if isinstance(text, str) else ""
+    prompt, chosen, rejected = (_told(part) for part in (document.prompt, document.text, document.rejected))
+    return f"{prompt}{chosen} {rejected}"
+
+
+def _told(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    return "" if turns_fault(part) is not None else spoken(part)
 
 
 def by_list(blocks: CorpusBlocks, queries: Sequence[Document], path: str, key: str) -> pa.Table:

@@ -39,7 +39,16 @@ def encode_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, A
 
 
 def chat_fault(messages: Any) -> str | None:
-    """What is wrong with the messages of one document, or None: a list of `{role, content}`, both text."""
+    """What is wrong with the messages of one document, or None: a list of `{role, content}`, both text, and an
+    assistant's among them."""
+    fault = turns_fault(messages)
+    if fault is None and not any(message["role"] == "assistant" for message in messages):
+        return "no message is the assistant's"
+    return fault
+
+
+def turns_fault(messages: Any) -> str | None:
+    """The same of some turns of a conversation, whoever's they are."""
     if messages is None:
         return "messages is null"
     if not isinstance(messages, list):
@@ -50,15 +59,16 @@ def chat_fault(messages: Any) -> str | None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 return f"the {key} of message {number} is not text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no message is the assistant's"
     return None
 
 
 def chat_text(messages: Any) -> str:
     """A conversation to be read or searched: `role: content`, a paragraph each; empty for what is none."""
-    if chat_fault(messages) is not None:
-        return ""
+    return "" if chat_fault(messages) is not None else spoken(messages)
+
+
+def spoken(messages: list[dict[str, Any]]) -> str:
+    """Messages to be read, be they a conversation or part of one."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 

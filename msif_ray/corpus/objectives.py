@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from msif_ray.corpus.chat import chat_text
+from msif_ray.corpus.chat import chat_text, spoken
+from msif_ray.corpus.preferences import EncodedPair, Pairs, encode_pair
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, text_fault
+from msif_ray.corpus.windows import Encoded, Preferred, Skipped, Window, encode, text_fault
 from msif_ray.influence.batch import WindowKey
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Classes:
         return self.names[self.number(label)]
 
 
-Objective = Classes | None
+Objective = Classes | Pairs | None
 """None: a language model's, whose documents are windows of tokens."""
 
 
@@ -62,30 +63,61 @@ def encode_for(
     """A document as the objective reads it, or the reason why it cannot; `max_tokens` None: however long it is."""
     if objective is None:
         return encode(tokenizer, document, append_eos)
+    if isinstance(objective, Pairs):
+        return encode_pair(objective, tokenizer, document, append_eos, max_tokens)
     return _encode_text(objective, tokenizer, document, append_eos, max_tokens)
 
 
 def as_text(objective: Objective, document: Document) -> str:
-    """A document to be read: a text with its class, its prompt with its completion, or its messages."""
-    if objective is not None:
-        return f"{document.text}\n\n[label: {objective.name(document.label)}]"
+    """A document to be read: a text with its class, its prompt with its completion or with two, or its messages."""
+    if isinstance(objective, Classes):
+        return f"{document.text}{_label(objective, document)}"
+    if isinstance(objective, Pairs):
+        prompt = _read(document.prompt) if document.has_prompt else ""
+        return f"{prompt}{CHOSEN}{_read(document.text)}{REJECTED}{_read(document.rejected)}".lstrip("\n")
     if document.is_chat:
         return chat_text(document.text)
     return f"{document.prompt}{document.text}" if document.has_prompt else str(document.text)
 
 
-def as_pieces(objective: Objective, document: Document, shown: list[str]) -> list[str]:
-    """The same by token, from what each token stands for: what is no token stands with the one beside it."""
-    if objective is None:
-        return shown
-    return [*shown[:-1], f"{shown[-1]}\n\n[label: {objective.name(document.label)}]"]
+Frame = dict[int, tuple[str, str]]
+"""What is put before and after some tokens to be read: what is no token stands with the one beside it."""
+
+
+def frame(objective: Objective, document: Document, encoded: Encoded | Skipped) -> Frame:
+    """What tells a document's sequences apart, or its label, where its tokens are shown."""
+    if isinstance(objective, Classes) and isinstance(encoded, Encoded):
+        return {len(encoded.ids) - 1: ("", _label(objective, document))}
+    if isinstance(encoded, EncodedPair):
+        return {0: (CHOSEN.lstrip("\n"), ""), encoded.split: (REJECTED, "")}
+    return {}
+
+
+def framed(shown: list[str], around: Frame) -> list[str]:
+    """What each token stands for, with what is put around some of them."""
+    none = ("", "")
+    return [f"{(put := around.get(place, none))[0]}{piece}{put[1]}" for place, piece in enumerate(shown)]
+
+
+CHOSEN, REJECTED = "\n\n[chosen] ", "\n\n[rejected] "
+
+
+def _label(classes: Classes, document: Document) -> str:
+    return f"\n\n[label: {classes.name(document.label)}]"
+
+
+def _read(value: Any) -> str:
+    return spoken(value) if isinstance(value, list) else str(value)
 
 
 def empty_window(objective: Objective) -> Window:
     """What a rank without work runs beside others."""
-    if objective is None:
-        return Window(WindowKey("", 0), (0, 0), (False, True))
-    return Window(WindowKey("", 0), (0, 0), (True, True), 0)
+    key = WindowKey("", 0)
+    if isinstance(objective, Classes):
+        return Window(key, (0, 0), (True, True), 0)
+    if isinstance(objective, Pairs) and not objective.apart:
+        return Window(key, (0, 0, 0, 0), (False, True, False, True), preference=Preferred(2, objective.beta, 0.0))
+    return Window(key, (0, 0), (False, True))
 
 
 def _encode_text(

@@ -41,7 +41,11 @@ class CorpusFile:
 @dataclass(frozen=True)
 class Document:
     """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there; where
-    `is_chat`, `text` is a conversation's messages. `label` is a text's class, where the corpus has classes."""
+    `is_chat`, `text` is a conversation's messages. `label` is a text's class, where the corpus has classes.
+
+    Of a preference `text` was chosen over `rejected`, each a text or messages, as `prompt` is; `reference` is the
+    logarithm of the ratio of their probabilities under the reference model, where that is known.
+    """
 
     id: str
     prompt: Any
@@ -49,6 +53,8 @@ class Document:
     has_prompt: bool = False
     is_chat: bool = False
     label: Any = None
+    rejected: Any = None
+    reference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -241,12 +247,13 @@ def is_unicode(text: str) -> bool:
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:
     """The file's documents in order. Raises UserError as `read_rows`, and for a row without an id."""
-    (content,), chat, label = documents.content, documents.messages is not None, documents.label
+    content, chat, label = documents.content, documents.messages is not None, documents.label
     for number, row in enumerate(read_rows(file, document_columns(documents), key)):
         prompt = row[documents.prompt] if documents.prompt is not None else None
         name = row_id(file, number, row, documents, key)
         of_class = None if label is None else row[label]
-        yield Document(name, prompt, row[content], documents.prompt is not None, chat, of_class)
+        rejected = row[content[1]] if len(content) > 1 else None
+        yield Document(name, prompt, row[content[0]], documents.prompt is not None, chat, of_class, rejected)
 
 
 def read_file_blocks(

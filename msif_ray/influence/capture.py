@@ -90,8 +90,8 @@ class Captured:
 
 @dataclass
 class _Targets:
-    """The positions of a batch of `shape` that predict a target, counted row after row, and whether the head
-    saw these alone."""
+    """The positions that predict a target of what the model is given, which is of `shape`, counted row after row, and
+    whether the head saw these alone."""
 
     shape: torch.Size
     positions: Tensor
@@ -202,10 +202,11 @@ class Capture:
         self._uses = {each.source: [] for each in self.maps.values()}
         mask = batch.predicts
         rows, columns = mask.nonzero(as_tuple=True)
-        self._targets = _Targets(mask.shape, rows * mask.shape[1] + columns)
+        input_ids, attention_mask = batch.apart(batch.input_ids), batch.apart(batch.attention_mask)
+        self._targets = _Targets(input_ids.shape, rows * mask.shape[1] + columns)
         if self._pooling is not None:
-            self._pooling.read(batch.input_ids, batch.attention_mask)
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+            self._pooling.read(input_ids, attention_mask)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False)
         if batch.classes is not None:
             return output.logits
         logits = output.logits.flatten(0, 1)
@@ -218,7 +219,7 @@ class Capture:
         shape, seen, like = batch.input_ids.shape, {}, next(self.model.parameters())
         nothing = {each.source: each.nothing(like) for each in self.maps.values()}
         for source, calls in uses.items():
-            seen[source] = gather(source, calls, shape, nothing[source])
+            seen[source] = gather(source, calls, shape, nothing[source], batch.sequences)
         return Captured(batch, found.of_rows, found.labels, self.maps, seen, (rows, columns))
 
     def _select_targets(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

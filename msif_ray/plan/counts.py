@@ -83,6 +83,13 @@ def pass_flops(size: ModelSize, tally: Tally) -> float:
     return maps + 12.0 * size.attention * tally.squared_lengths
 
 
+def forward_flops(size: ModelSize, tally: Tally) -> float:
+    """The forward pass alone."""
+    return 2.0 * (size.multiplied * tally.positions + size.head * tally.targets) + (
+        4.0 * size.attention * tally.squared_lengths
+    )
+
+
 def product_flops(size: ModelSize, shapes: Shapes, tally: Tally) -> float:
     """The Gauss-Newton Hessian of so many documents times one vector.
 

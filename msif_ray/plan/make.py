@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,9 @@ def _first_block(resolved: Resolved, key: str) -> list[Document]:
     entry = run.index[int(number)] if kind == "index" else run.score[int(number) if kind == "score" else 0]
     documents = stage_documents or run.scored_documents(entry)
     rows = (row for file in resolved.corpora[key] for row in read_documents(file, documents, f"{key}.documents"))
-    return list(islice(rows, run.cluster.documents_per_block))
+    first = islice(rows, run.cluster.documents_per_block)
+    # What the reference model makes of a pair is a number that costs nothing to be with.
+    return [document if document.rejected is None else replace(document, reference=0.0) for document in first]
 
 
 def _calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]:

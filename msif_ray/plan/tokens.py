@@ -22,8 +22,8 @@ FILES, ROWS = 32, 5000
 
 @dataclass(frozen=True)
 class Tally:
-    """Documents as the models see them: `lengths` counts windows by their positions, `targets` the positions that
-    predict one. `sampled` documents stand for the rest; None: all were counted.
+    """Documents as the models see them: `lengths` counts windows, or the sequences of pairs, by their positions,
+    `targets` the positions that predict one. `sampled` documents stand for the rest; None: all were counted.
 
     Windows share a token, so positions are more than tokens; skipped documents have neither.
     """
@@ -68,7 +68,8 @@ def tally(
             continue
         tokens += len(encoded.ids)
         for window in encoded.windows(max_tokens or len(encoded.ids)):
-            lengths[len(window.ids)] += 1
+            for start, stop in window.spans:
+                lengths[stop - start] += 1
             targets += sum(window.targets)
     return Tally(count, skipped, tokens, targets, dict(lengths))
 

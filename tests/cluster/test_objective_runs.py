@@ -13,6 +13,7 @@ from cluster import runs
 from results.finished import page_data
 
 from msif_ray.config import parse_run
+from msif_ray.errors import UserError
 from msif_ray.run import run
 from msif_ray.store import read_json
 
@@ -113,3 +114,94 @@ def test_what_a_classified_text_and_a_class_look_like(classified: str) -> None:
     data = page_data((Path(classified) / "report.html").read_text(encoding="utf-8"))
     assert data["queries"][0]["prompt"] == f"{ASKED[0]['text']} → "
     assert data["queries"][0]["completion"] == NAMES[ASKED[0]["label"]] and data["queries"][0]["tokens"] == 1
+
+
+PAIRED = models.random_pairs(4, 16, (2, 10))
+NO_PAIRS = {
+    "far": {"prompt": "the", "chosen": " sea" * 40, "rejected": " old"},
+    "same": {"prompt": "the", "chosen": " sea", "rejected": " sea"},
+}
+BETA = 0.05
+
+
+def preferring(folder: Path, run_dir: str) -> dict[str, Any]:
+    """A run of a language model, one tuned from it, and one that learned preferences."""
+    description = runs.two_stages(folder, run_dir)
+    if not (folder / "preferring").exists():
+        tuned, tokenizer = models.load(folder / "stage1")
+        models.save(models.perturb(tuned, 7), tokenizer, folder / "preferring")
+    rows = [*PAIRED, *({"id": name} | row for name, row in NO_PAIRS.items())]
+    stage = {
+        "name": "prefer",
+        "model": str(folder / "preferring"),
+        "objective": {"kind": "dpo", "beta": BETA},
+        "documents": {
+            "path": runs.write_lines(folder / "pairs.jsonl", rows),
+            "prompt": "prompt",
+            "chosen": "chosen",
+            "rejected": "rejected",
+            "id": "id",
+        },
+        "fit": {"max_tokens": 30},
+        "damping": {"relative": 0.001},
+        "response": {"kind": "proximal", "alpha": {"relative": 0.01}},
+    }
+    description["stages"].append(stage)
+    return description | {"score": [{"stage": "pretrain"}, {"stage": "prefer"}]}
+
+
+def dense_preferring(folder: Path) -> list[reference.StageSpec]:
+    first, second = runs.specs(folder)
+    model, tokenizer = models.load(folder / "preferring")
+    third = reference_objectives.Preferred(
+        "prefer", model, tokenizer, PAIRED, 30, **SMALL, beta=BETA, reference_model=second.model
+    )
+    return [first, second, third]
+
+
+@pytest.fixture(scope="module")
+def preferred(folder: Path) -> str:
+    """Scored without what comes after, then run to its end."""
+    description = preferring(folder, "preferred")
+    run(parse_run(description), until="fit")
+    files = {path: path.stat().st_mtime_ns for path in (folder / "preferred" / "references").rglob("*.json")}
+    assert len(files) == 5  # blocks of four pairs
+    run(parse_run(description))
+    assert files == {path: path.stat().st_mtime_ns for path in (folder / "preferred" / "references").rglob("*.json")}
+    return str(description["run_dir"])
+
+
+@pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("prefer", 2)])
+def test_scores_with_preferences_equal_the_dense_reference(
+    folder: Path, preferred: str, stage: str, scored: int
+) -> None:
+    stages = dense_preferring(folder)
+    expected = reference_objectives.scores(stages, runs.QUERIES, stages[scored].documents, scored)
+    assert runs.largest_error(runs.read_scores(preferred, stage), expected) < FLOAT32
+
+
+def test_what_is_no_pair_is_skipped_with_a_reason(preferred: str) -> None:
+    skipped = {row["doc_id"]: row["reason"] for row in pq.read_table(f"{preferred}/skipped.parquet").to_pylist()}
+    assert {name: skipped[name] for name in NO_PAIRS} == {
+        "far": "longer than max_tokens (30), and a preference is of whole sequences",
+        "same": "chosen and rejected do not differ",
+    }
+
+
+def test_what_a_pair_looks_like_and_what_the_record_says(folder: Path, preferred: str) -> None:
+    rows = [row for row in pq.read_table(f"{preferred}/top.parquet").to_pylist() if row["stage"] == "prefer"]
+    pairs = {pair["id"]: pair for pair in PAIRED}
+    for row in rows:
+        prompt, chosen, rejected = (pairs[row["doc_id"]][key] for key in ("prompt", "chosen", "rejected"))
+        assert row["text"] == f"{prompt}\n\n[chosen] {chosen}\n\n[rejected] {rejected}"
+        shown = "".join(row["tokens"]).replace("<eos>", "")
+        assert shown == f"[chosen] {prompt}{chosen}\n\n[rejected] {prompt}{rejected}"
+        assert len(row["tokens"]) == len(row["token_scores"]) == row["n_tokens"]
+        assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
+    identity = read_json(Path(preferred) / "run.json")["identity"]
+    assert identity["run"]["stages"][2]["objective"] == {"kind": "dpo", "beta": BETA, "reference": None}
+    assert identity["references"]["prefer"]["sha256"] == identity["models"]["tune"]["sha256"]
+    description = preferring(folder, "preferred")
+    description["stages"][2]["objective"]["beta"] = 1.0
+    with pytest.raises(UserError, match=r"stages\.2\.objective\.beta was 0\.05 and is 1\.0"):
+        run(parse_run(description))

@@ -1,8 +1,11 @@
 """Stages with another objective than a language model's, against their dense float64 reference."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import families
 import models
 import pipeline
 import pytest
@@ -11,6 +14,7 @@ import reference_objectives
 import torch
 
 from msif_ray.corpus.objectives import Classes
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.windows import to_batch
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.gauss_newton import ProductSums
@@ -22,6 +26,10 @@ CLASSES = Classes(("no", "maybe", "yes"))
 TEXTS = models.random_documents(1, 12, words=(2, 20))
 LABELLED = models.random_texts(2, 14)
 ASKED = models.random_texts(5, 2, (3, 9))
+PAIRS = Pairs(beta=0.05)  # margins of a few nats
+ANSWERS = models.random_documents(2, 16, words=(2, 9), completions=True)
+PAIRED = models.random_pairs(4, 16)
+QUERIES = models.random_documents(7, 2, words=(2, 7), completions=True, prefix="query")
 
 
 @dataclass
@@ -39,6 +47,37 @@ def classified(kind: str, **config: Any) -> list[reference.StageSpec]:
         reference.StageSpec("pretrain", first, tokenizer, TEXTS, max_tokens=12, **SMALL),
         Classified("classify", tuned, tokenizer, LABELLED, **SMALL),
     ]
+
+
+@dataclass
+class Preferred(reference_objectives.Preferred):
+    """With what the package is told of it."""
+
+    objective: Any = PAIRS
+
+
+def preferring(kind: str) -> list[reference.StageSpec]:
+    """A language model, one tuned from it, and one that learned preferences with that as its reference."""
+    first, tokenizer = models.build_model(kind, 0), models.build_tokenizer()
+    second = models.perturb(first, 1)
+    third = Preferred(
+        "prefer", models.perturb(second, 2), tokenizer, [], **SMALL, beta=PAIRS.beta, reference_model=second
+    )
+    return [
+        reference.StageSpec("pretrain", first, tokenizer, TEXTS, max_tokens=12, **SMALL),
+        reference.StageSpec("tune", second, tokenizer, ANSWERS, max_tokens=16, **SMALL),
+        replace(third, documents=[referred(third, pair) for pair in PAIRED]),
+    ]
+
+
+def referred(stage: reference_objectives.Preferred, pair: dict[str, Any]) -> dict[str, Any]:
+    """The pair with what the reference model makes of it."""
+    with torch.no_grad():
+        return pair | {
+            "reference": float(
+                reference_objectives.log_ratio(stage.reference_model, reference_objectives.sequences(stage, pair))
+            )
+        }
 
 
 def largest_error(stages: list[reference.StageSpec], queries: Any, documents: Any, scored: int) -> float:
@@ -105,21 +144,130 @@ def test_sampled_classes_follow_the_model_and_not_the_batch() -> None:
     assert (shares - chances.mean(0)).abs().max() < 3 * 0.5 / 600**0.5
 
 
-def test_the_gauss_newton_product_of_a_classifier() -> None:
-    _, stage = classified("gpt_neox")
-    stage = replace(stage, documents=LABELLED[:5])
+@pytest.mark.parametrize("make", [classified, preferring])
+def test_gauss_newton_products(make: Callable[[str], list[reference.StageSpec]]) -> None:
+    stage = make("gpt_neox")[-1]
+    stage = replace(stage, documents=stage.documents[:5])
     maps = find_linear_maps(stage.model)
     encoded, _ = pipeline.encode_rows(stage, stage.documents)
     generator = torch.Generator().manual_seed(0)
-    vectors = {
-        name: torch.randn(2, *each.shape, generator=generator, dtype=torch.float64) for name, each in maps.items()
-    }
+    options: Any = {"generator": generator, "dtype": torch.float64}
+    vectors = {name: torch.randn(2, *each.shape, **options) for name, each in maps.items()}
     sums = ProductSums(vectors)
     with Capture(stage.model, maps) as capture:
-        for windows in pipeline.batches(stage, encoded, 30):
+        for windows in pipeline.batches(stage, encoded, 60):
             losses = sums.add(capture, to_batch(windows))
             assert len(losses) == len(windows) and bool((losses > 0).all())
     dense = reference_objectives.gauss_newton(stage, list(maps))
     flat = torch.cat([vectors[name].flatten(1) for name in maps], dim=1)
     found = torch.cat([sums.sums[name].flatten(1) for name in maps], dim=1) / 5
     torch.testing.assert_close(found, flat @ dense, rtol=1e-9, atol=1e-9 * float(found.abs().max()))
+
+
+SCORED = [("gpt_neox", 0), ("gpt_neox", 1), ("gpt_neox", 2), ("gpt2", 0), ("stablelm", 2), ("opt", 0), ("opt", 2)]
+
+
+@pytest.mark.parametrize(("kind", "scored"), SCORED)
+def test_a_stage_of_preferences_equals_the_dense_reference(kind: str, scored: int) -> None:
+    stages = preferring(kind)
+    assert largest_error(stages, QUERIES, stages[scored].documents[:6], scored) < 1e-8
+
+
+def test_preferences_of_the_data_equal_the_dense_reference() -> None:
+    *before, last = preferring("gpt_neox")
+    assert largest_error([*before, replace(last, labels="empirical")], QUERIES, TEXTS[:4], 0) < 1e-8
+
+
+def test_pairs_in_one_padded_batch_equal_each_alone() -> None:
+    stage = preferring("gpt_neox")[-1]
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    windows = [next(pair.windows(64)) for pair in encoded]
+    assert len({window.width for window in windows}) > 3 and any(w.width > len(w.ids) for w in windows)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        for _ in range(2):
+            together = capture.run(to_batch(windows))
+    for row, pair in enumerate(stage.documents):
+        loss = reference_objectives.loss(stage, pair)
+        assert float(together.losses[row]) == pytest.approx(loss.item(), rel=1e-10)
+        for name, gradient in reference_objectives.gradient(stage, list(together.maps), loss).items():
+            found = together.gradients(name)[row].T @ together.activations(name)[row]
+            torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-10)
+
+
+def test_sampled_preferences_follow_the_margin_and_not_the_batch() -> None:
+    stage = preferring("gpt_neox")[-1]
+    pairs = [referred(stage, pair) for pair in models.random_pairs(9, 300, (1, 2))]
+    encoded, _ = pipeline.encode_rows(stage, pairs)
+    windows = [next(pair.windows(64)) for pair in encoded]
+    batch = to_batch(windows)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        drawn = capture.run(batch, batch_uniforms(3, "prefer", batch)).labels
+        alone = to_batch(windows[7:8])
+        assert int(capture.run(alone, batch_uniforms(3, "prefer", alone)).labels) == int(drawn[7])
+    with torch.no_grad():
+        chances = torch.stack([reference_objectives.margin(stage, pair).sigmoid() for pair in pairs])
+    assert 0.1 < float(drawn.double().mean()) < 0.9
+    assert abs(float((1 - drawn.double()).mean() - chances.mean())) < 3 * 0.5 / 300**0.5
+
+
+def test_a_pair_without_its_reference_has_no_finite_loss() -> None:
+    stage = preferring("gpt_neox")[-1]
+    encoded, _ = pipeline.encode_rows(stage, PAIRED[:1])
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        assert capture.run(to_batch(list(encoded[0].windows(64)))).losses.isnan().all()
+
+
+def test_without_a_backward_pass_the_sequences_of_a_pair_apart_give_the_reference() -> None:
+    stage = preferring("gpt_neox")[-1]
+    apart = replace(stage, objective=replace(PAIRS, apart=True))
+    encoded, _ = pipeline.encode_rows(apart, PAIRED)
+    windows = [window for pair in encoded for window in pair.windows(64)]
+    found = dict.fromkeys((pair["id"] for pair in PAIRED), 0.0)
+    with Capture(stage.reference_model, {}) as capture:
+        captured = capture.run(to_batch(windows))
+    for key, loss in zip(captured.batch.keys, captured.losses.tolist(), strict=True):
+        found[key.document_id] += loss if key.window else -loss
+    assert found == pytest.approx({pair["id"]: pair["reference"] for pair in stage.documents}, rel=1e-10)
+
+
+def sharing(stage: reference.StageSpec) -> reference.StageSpec:
+    """Its second layer's MLP is the first one's, which is used twice in a pass."""
+    model = copy.deepcopy(stage.model)
+    model.gpt_neox.layers[1].mlp = model.gpt_neox.layers[0].mlp
+    return replace(stage, model=model)
+
+
+@pytest.mark.parametrize("make", [classified, preferring])
+def test_a_layer_that_is_used_twice(make: Callable[[str], list[reference.StageSpec]]) -> None:
+    stage = sharing(make("gpt_neox")[-1])
+    names = ["gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.0.mlp.dense_4h_to_h"]
+    found, expected = pipeline.fit(stage, 90), reference_objectives.fit(stage, names)
+    for name in names:
+        torch.testing.assert_close(found.covariances[f"A/{name}"], expected[name].A, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found.covariances[f"S/{name}"], expected[name].S, rtol=1e-9, atol=1e-10)
+        found_mean, mean = found.factors[name].mean_eigenvalue, float(expected[name].Lambda.mean())
+        assert found_mean == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize("objective", [CLASSES, PAIRS])
+def test_experts_of_a_mixture(objective: Any) -> None:
+    base = families.build("mixtral", 0)
+    options = {"tokenizer": models.build_tokenizer(), **SMALL}
+    if objective is CLASSES:
+        stage: Any = Classified("classify", models.classifier(base, 2), documents=LABELLED[:6], **options)
+    else:
+        before = families.loosened(models.perturb(base, 1))
+        stage = Preferred("prefer", base, documents=[], reference_model=before, beta=PAIRS.beta, **options)
+        with families.Exact():
+            stage = replace(stage, documents=[referred(stage, pair) for pair in PAIRED[:6]])
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    windows = [next(each.windows(64)) for each in encoded]
+    loose = replace(stage, model=families.loosened(stage.model))
+    with families.Exact():
+        with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+            together = capture.run(to_batch(windows))
+        for row, document in enumerate(stage.documents):
+            loss = reference_objectives.loss(loose, document)
+            for name, gradient in reference_objectives.gradient(loose, list(together.maps), loss).items():
+                found = together.gradients(name)[row].T @ together.activations(name)[row]
+                torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-9)
