@@ -227,3 +227,8 @@ def gauss_newton(stage: reference.StageSpec, names: reference.Maps) -> Tensor:
         slopes = reference_solve.weight_gradients(stage, names, table)
         total = total + slopes.T @ (table.detach().exp()[:, None] * slopes)
     return total / len(stage.documents)
+
+
+def flat(gradients: Sequence[dict[str, Tensor]]) -> Tensor:
+    """[len(gradients), P]: each one's maps one after the other."""
+    return torch.stack([torch.cat([gradient.reshape(-1) for gradient in own.values()]) for own in gradients])
