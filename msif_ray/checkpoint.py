@@ -164,6 +164,8 @@ def _check_kind(config: Any, key: str, classifies: bool) -> None:
         )
     if config.is_encoder_decoder:
         raise UserError(f"{key}.model: {names[0]} has an encoder and a decoder; only one stack of blocks is supported")
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise UserError(f"{key}.model: id2label of its config.json does not number its classes from 0")
     if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
         problem = config.problem_type or "a single label, which is a regression"
         raise UserError(

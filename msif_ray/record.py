@@ -107,7 +107,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unrecorded(run_dir: str) -> None:
-    for name in ("factors", "queries", "scores"):
+    for name in ("factors", "references", "queries", "scores"):
         if exists(path_of(run_dir) / name):
             raise UserError(
                 f"run_dir: {run_dir} has {name}/ but no run.json, so nothing says whose results these are; "

@@ -166,14 +166,16 @@ def perturb(model: PreTrainedModel, seed: int, scale: float = 0.1) -> PreTrained
     return tuned
 
 
-def classifier(backbone: PreTrainedModel, seed: int, labels: int = 3, **config: object) -> PreTrainedModel:
+def classifier(
+    backbone: PreTrainedModel, seed: int, labels: int = 3, attention: str = "sdpa", **config: object
+) -> PreTrainedModel:
     """A model with the backbone's weights and a random classification head, `config` changing its configuration."""
     own = copy.deepcopy(backbone.config)
     own.num_labels = labels
     for name, value in config.items():
         setattr(own, name, value)
     with torch.random.fork_rng():
-        made = AutoModelForSequenceClassification.from_config(own, attn_implementation="sdpa")
+        made = AutoModelForSequenceClassification.from_config(own, attn_implementation=attention)
     made = randomise(made, seed)
     made.base_model.load_state_dict(backbone.base_model.state_dict())
     return made

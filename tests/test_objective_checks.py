@@ -182,6 +182,20 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f / CONFIG, id2label={"0": "a"}, label2id={"a": 0}, num_labels=1),
         r"stages\.1\.objective: .* is of problem_type a single label, which is a regression; only",
     ),
+    "an encoder and a decoder": (
+        lambda f: edit_config(
+            f / CONFIG, model_type="bart", architectures=["BartForSequenceClassification"], is_encoder_decoder=True
+        ),
+        r"stages\.1\.model: BartForSequenceClassification has an encoder and a decoder; only one stack of blocks",
+    ),
+    "classes from 1": (
+        lambda f: edit_config(f / CONFIG, id2label={"1": "a", "2": "b"}),
+        r"stages\.1\.model: id2label of its config\.json does not number its classes from 0",
+    ),
+    "no named kind": (
+        lambda f: edit_config(f / CONFIG, architectures=None),
+        r"stages\.1\.objective: the model is a model of no named kind, which has no classification head; name",
+    ),
     "no head": (lambda f: drop_head(f / MODEL), r"stages\.1\.model: .*classifier has no tensor score\.weight, of the"),
     "an unknown class": (
         lambda f: write_lines(f / "asked.jsonl", [{"id": "q", "text": "the", "label": "good"}]),

@@ -83,8 +83,8 @@ def test_what_a_classified_text_and_a_class_look_like(classified: str) -> None:
 
 @pytest.fixture(scope="module")
 def preferred(folder: Path) -> str:
-    """Scored without what comes after, then run to its end."""
-    description = preferring(folder, "preferred")
+    """Fitted, then run to its end, with the shares of every score."""
+    description = preferring(folder, "preferred") | {"detail": {"tokens": True, "modules": True}}
     run(parse_run(description), until="fit")
     files = {path: path.stat().st_mtime_ns for path in (folder / "preferred" / "references").rglob("*.json")}
     assert len(files) == 5  # blocks of four pairs
@@ -110,6 +110,20 @@ def test_what_is_no_pair_is_skipped_with_a_reason(preferred: str) -> None:
     }
 
 
+def test_shares_of_a_pair_sum_to_its_score(preferred: str) -> None:
+    path = Path(preferred) / "scores" / "stage=prefer"
+    rows = pq.read_table(path, partitioning=None).to_pylist()
+    assert len(rows) == len(PAIRED) * len(runs.QUERIES)
+    for row in rows:
+        assert len(row["token_scores"]) == row["n_tokens"]
+        for shares in (row["token_scores"], row["module_scores"]):
+            assert sum(shares) == pytest.approx(row["score"], abs=FLOAT32 * 4 * sum(map(abs, shares)))
+    top = pq.read_table(f"{preferred}/top.parquet").to_pylist()
+    shown = {(row["query_id"], row["doc_id"]): row["token_scores"] for row in top if row["stage"] == "prefer"}
+    scored = {(row["query_id"], row["doc_id"]): row["token_scores"] for row in rows}
+    assert all(shares == pytest.approx(scored[pair], rel=1e-5, abs=1e-6) for pair, shares in shown.items())
+
+
 def test_what_a_pair_looks_like_and_what_the_record_says(folder: Path, preferred: str) -> None:
     rows = [row for row in pq.read_table(f"{preferred}/top.parquet").to_pylist() if row["stage"] == "prefer"]
     pairs = {pair["id"]: pair for pair in PAIRED}
@@ -123,7 +137,7 @@ def test_what_a_pair_looks_like_and_what_the_record_says(folder: Path, preferred
     identity = read_json(Path(preferred) / "run.json")["identity"]
     assert identity["run"]["stages"][2]["objective"] == {"kind": "dpo", "beta": BETA, "reference": None}
     assert identity["references"]["prefer"]["sha256"] == identity["models"]["tune"]["sha256"]
-    description = preferring(folder, "preferred")
+    description = preferring(folder, "preferred") | {"detail": {"tokens": True, "modules": True}}
     description["stages"][2]["objective"]["beta"] = 1.0
     with pytest.raises(UserError, match=r"stages\.2\.objective\.beta was 0\.05 and is 1\.0"):
         run(parse_run(description))

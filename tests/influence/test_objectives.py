@@ -12,6 +12,7 @@ import pytest
 import reference
 import reference_objectives
 import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.preferences import Pairs
@@ -125,6 +126,40 @@ def test_a_padded_batch_equals_each_text_alone(padding: int | None) -> None:
         for name, gradient in expected.items():
             found = together.gradients(name)[row].T @ together.activations(name)[row]
             torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-10)
+
+
+def texts_apart(stage: reference.StageSpec) -> float:
+    """The largest relative error of a text's gradient in one padded batch, of that of the text alone by autograd."""
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        together = capture.run(to_batch([next(text.windows(64)) for text in encoded]))
+    worst = 0.0
+    for row, text in enumerate(stage.documents):
+        loss = reference_objectives.loss(stage, text)
+        for name, gradient in reference_objectives.gradient(stage, list(together.maps), loss).items():
+            found = together.gradients(name)[row].T @ together.activations(name)[row]
+            largest = gradient.abs().max().clamp_min(1e-6)  # zero where attention sees one token
+            worst = max(worst, float((found - gradient).abs().max() / largest))
+    return worst
+
+
+DENSE = [family for family in families.FAMILIES if family not in families.MIXTURES]
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_families_classify_over_the_maps_of_their_language_models(family: str) -> None:
+    base = families.build(family, 0)
+    made = models.classifier(base, 2, attention="eager")
+    assert find_linear_maps(made) == find_linear_maps(base)
+    with families.Exact():
+        assert texts_apart(Classified("c", made, models.build_tokenizer(), LABELLED[:6], **SMALL)) < 1e-7
+
+
+def test_an_encoder_is_read_where_it_says() -> None:
+    sizes = families.SIZES | {"vocab_size": len(models.VOCABULARY), "num_labels": 3, "pad_token_id": 3}
+    made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
+    stage = Classified("c", models.randomise(made, 0), models.build_tokenizer(), LABELLED[:6], **SMALL)
+    assert texts_apart(stage) < 1e-7
 
 
 def test_sampled_classes_follow_the_model_and_not_the_batch() -> None:
