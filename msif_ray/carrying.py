@@ -18,7 +18,7 @@ from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.preflight import Resolved
 from msif_ray.progress import Reporter
 from msif_ray.record import keep_carried
-from msif_ray.setup import corpus_blocks, factors_folder, model_setup
+from msif_ray.setup import corpus_blocks, factors_folder, model_setup, query_setup
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Carrying:
         return SolvedStage(index, model_setup(self.resolved, index, documents, stage.fit.max_tokens), blocks, solver)
 
     def _query_gradients(self) -> Coverage:
-        resolved, last = self.resolved, len(self.config.stages) - 1
+        resolved = self.resolved
         itemsize = accumulating_bytes(self.config.cluster.dtype)
         blocks = ListedBlocks(query_blocks(resolved.queries, resolved.query_tokens, resolved.maps, itemsize))
-        setup = model_setup(self.resolved, last, self.config.queries.documents, None)
+        setup = query_setup(resolved)
         with self.reporter.step("queries: gradients", len(resolved.queries)) as progress:
             return query_gradients(setup, blocks, layout.query_partials(self.config.run_dir), self.pool, progress)

@@ -4,16 +4,19 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
 from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
+from msif_ray.influence.heads import classification_head
 from msif_ray.influence.modules import find_linear_maps
+from msif_ray.loading import auto_class
 
 HASH_BYTES = 2**22
 # What decides how text becomes tokens, without what is for generating alone.
@@ -34,7 +37,8 @@ class Checkpoint:
     """A checked model and its tokenizer: their local folders, and the shapes of the tracked maps `(out, columns)`.
 
     Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
-    `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on.
+    `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on. `classes`
+    are the names of a classifier's, by number; `vocabulary` counts the tokens that it has embeddings of.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Checkpoint:
     revision: str | None
     context: int | None
     maps: dict[str, tuple[int, int]]
+    classes: tuple[str, ...] = ()
+    vocabulary: int = 0
 
 
 def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: Blocks | None = None) -> Checkpoint:
@@ -61,9 +67,10 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: 
         raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
     if not files:
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
-    context, maps = _describe(folder, modules, key, blocks)
+    described = _describe(folder, modules, key, blocks, _classifies(stage))
     for file in files:
         _check_finite(file, key)
+    _check_head(described.head, files, key)
     tokenizer, tokenizer_source = folder, source
     if stage.tokenizer is not None:
         tokenizer, tokenizer_source = _obtain(stage.tokenizer, None, TOKENIZER_FILES, f"{key}.tokenizer")
@@ -76,8 +83,10 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: 
         model_hash=_sha256(files),
         files=_small_files(folder, tokenizer),
         revision=stage.revision or folder_revision(folder),
-        context=context,
-        maps=maps,
+        context=described.context,
+        maps=described.maps,
+        classes=described.classes,
+        vocabulary=described.vocabulary,
     )
 
 
@@ -107,19 +116,72 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _describe(
-    folder: Path, modules: list[str] | None, key: str, blocks: Blocks | None
-) -> tuple[int | None, dict[str, tuple[int, int]]]:
-    """The model's context length and tracked maps, from its configuration alone."""
+def _classifies(stage: Stage) -> bool:
+    return stage.objective is not None and stage.objective.kind == "classification"
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a model's configuration alone says; `head` has the tensors of a classification head."""
+
+    context: int | None
+    maps: dict[str, tuple[int, int]]
+    classes: tuple[str, ...]
+    head: frozenset[str]
+    vocabulary: int
+
+
+def _describe(folder: Path, modules: list[str] | None, key: str, blocks: Blocks | None, classifies: bool) -> _Described:
+    what = "classifier" if classifies else "causal language model"
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_kind(config, key, classifies)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(classifies).from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}.model: {folder} is not a causal language model that loads: {reason}") from None
+        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {reason}") from None
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context, {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
+    maps = {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
+    heads = classification_head(model).items()
+    head = frozenset(f"{name}.{own}" for name, module in heads for own, _ in module.named_parameters())
+    classes = tuple(str(config.id2label[number]) for number in range(config.num_labels)) if classifies else ()
+    return _Described(context, maps, classes, head, model.get_input_embeddings().weight.shape[0])
+
+
+def _check_kind(config: Any, key: str, classifies: bool) -> None:
+    """The configuration says itself what its weights are of: another kind's head would be made up at random."""
+    names = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if not classifies:
+        if names:
+            raise UserError(f"{key}.model: {names[0]} has a classification head; set `objective: classification`")
+        return
+    if not names:
+        found = (config.architectures or ["a model of no named kind"])[0]
+        raise UserError(
+            f"{key}.objective: the model is {found}, which has no classification head; name a classifier, or leave "
+            "`objective` out"
+        )
+    if config.is_encoder_decoder:
+        raise UserError(f"{key}.model: {names[0]} has an encoder and a decoder; only one stack of blocks is supported")
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise UserError(f"{key}.model: id2label of its config.json does not number its classes from 0")
+    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+        problem = config.problem_type or "a single label, which is a regression"
+        raise UserError(
+            f"{key}.objective: {names[0]} is of problem_type {problem}; only single_label_classification with two "
+            "classes or more is supported"
+        )
+
+
+def _check_head(head: frozenset[str], files: list[Path], key: str) -> None:
+    """A head that is not in the files would be random."""
+    stored: set[str] = set()
+    for file in files if head else ():
+        with safe_open(file, framework="pt") as tensors:
+            stored |= set(tensors.keys())
+    if missing := sorted(head - stored):
+        raise UserError(f"{key}.model: {files[0].parent} has no tensor {missing[0]}, of the classification head")
 
 
 def _check_finite(file: Path, key: str) -> None:

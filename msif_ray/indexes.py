@@ -1,6 +1,6 @@
 """What an index of a stage's documents says of itself, and whether it is the one that a run may score from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.census import Census
 from msif_ray.errors import DamagedError, UserError
+from msif_ray.objectives import objective_identity
 from msif_ray.paths import all_there, exists, is_remote, path_of
 from msif_ray.store import read_json
 
@@ -68,22 +69,31 @@ def missing_files(folder: Path, blocks: CorpusBlocks) -> bool:
     return not all_there([*files, *(layout.metric_file(folder, name) for name in manifest["maps"])])
 
 
-def corpus_identity(documents: Documents, census: Census, max_tokens: int | None) -> dict[str, Any]:
-    """What two corpora have in common that are the same documents in the same windows, wherever they lie."""
-    described = documents.model_dump(mode="json", include={"text", "prompt", "completion", "id", "messages", "packed"})
-    later = ("messages", "packed")  # left out where they are not given: an index may be of a time before them
+def corpus_identity(
+    documents: Documents, census: Census, max_tokens: int | None, objective: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What two corpora have in common that are the same documents in the same windows, wherever they lie, with the same
+    losses (`objective_identity`)."""
+    later = {"messages", "packed", "label", "chosen", "rejected"}  # left out where not given: an index may be older
+    optional = documents.model_dump(mode="json", include=later, exclude_none=True)
     return {
-        "columns": {key: value for key, value in described.items() if value is not None or key not in later},
+        "columns": documents.model_dump(mode="json", include={"text", "prompt", "completion", "id"}) | optional,
         "append_eos": documents.ends_with_eos,
         "max_tokens": max_tokens,
         "files": [
             [file.name, rows, content]
             for file, rows, content in zip(census.files, census.rows, census.contents, strict=True)
         ],
-    }
+    } | ({} if objective is None else {"objective": objective})
 
 
-def check_index(run: Run, position: int, checkpoints: Sequence[Checkpoint], census: Census) -> None:
+def check_index(
+    run: Run,
+    position: int,
+    checkpoints: Sequence[Checkpoint],
+    census: Census,
+    references: Mapping[int, Checkpoint],
+) -> None:
     """Whether the index of `score.<position>` is there, whole, and of the entry's model, maps and documents.
 
     Raises UserError, naming the key and what to change.
@@ -102,9 +112,10 @@ def check_index(run: Run, position: int, checkpoints: Sequence[Checkpoint], cens
     if {name: tuple(shape) for name, shape in manifest["maps"].items()} != checkpoint.maps:
         raise UserError(f"{key}.index: {folder} was built over other maps; use the same `modules` and `blocks`")
     documents = run.scored_documents(score)
-    wanted = corpus_identity(documents, census, score.max_tokens)
+    objective = objective_identity(run, run.stage_index(score.stage), references)
+    wanted = corpus_identity(documents, census, score.max_tokens, objective)
     for what, value in wanted.items():
-        found = manifest["corpus"][what]
+        found = manifest["corpus"].get(what)
         if found != value and what == "max_tokens":
             raise UserError(f"{key}.max_tokens: {folder} was built with {found}, not {value}; set it to {found}")
         if found != value:

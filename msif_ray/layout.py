@@ -87,6 +87,16 @@ def directions_manifest(folder: Path) -> Path:
     return folder / "manifest.json"
 
 
+def references(run_dir: str, corpus: str) -> Path:
+    """What a reference model made of a corpus of preferences."""
+    return path_of(run_dir) / "references" / corpus
+
+
+def reference_block(folder: Path, block: str) -> Path:
+    """log π_ref(chosen) − log π_ref(rejected) of each pair of a block, in nats."""
+    return folder / f"block-{block}.json"
+
+
 def candidates(run_dir: str, scored: str) -> Path:
     """The documents that are scored for each query, of the pass whose first entry is `scored`."""
     return path_of(run_dir) / "candidates" / f"stage={scored}.parquet"

@@ -6,16 +6,19 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.census import Census, take_census
+from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.queries import Query, read_queries
 from msif_ray.corpus.reader import CorpusFile, Document
-from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
+from msif_ray.objectives import check_references, objective_identity
 from msif_ray.paths import exists, is_remote, missing, path_of
 from msif_ray.store import delete, read_json, write_atomic
 
@@ -30,8 +33,8 @@ class Resolved:
     `run` has absolute paths and every `max_tokens` filled in; `corpora`, `rows` (documents of each file) and
     `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted or solved,
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
-    queries, `completion_tokens` how many of those are targets. `reused` has the hash of the manifest of each stage's
-    `factors`.
+    queries, `completion_tokens` how many of those are targets (a class counts as one). `reused` has the hash of the
+    manifest of each stage's `factors`, `references` the reference model of each stage of preferences.
     """
 
     run: Run
@@ -44,10 +47,17 @@ class Resolved:
     completion_tokens: tuple[int, ...]
     maps: dict[str, tuple[int, int]]
     reused: dict[str, str]
+    references: dict[int, Checkpoint]
 
     def census(self, key: str) -> Census:
         """The files of one corpus, their documents' numbers and their contents."""
         return Census(self.corpora[key], self.rows[key], self.contents[key])
+
+    @property
+    def query_objective(self) -> Objective:
+        """How the last stage's model reads the queries."""
+        last = len(self.run.stages) - 1
+        return stages.objective_of(self.run, last, self.run.queries.documents, self.stages[last].classes)
 
     @property
     def documents(self) -> dict[str, int]:
@@ -69,10 +79,11 @@ def check(run: Run) -> Resolved:
     ]
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
-    reused = _check_reused_factors(run, checkpoints)
+    references = check_references(run, checkpoints)
+    reused = _check_reused_factors(run, checkpoints, references)
     for position, score in enumerate(run.score):
         if score.index is not None:
-            check_index(run, position, checkpoints, corpora[f"score.{position}"])
+            check_index(run, position, checkpoints, corpora[f"score.{position}"], references)
     _check_tokenizers(run, checkpoints, wanted)
     lengths, completions = _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(
@@ -86,6 +97,7 @@ def check(run: Run) -> Resolved:
         completion_tokens=completions,
         maps=checkpoints[0].maps,
         reused=reused,
+        references=references,
     )
 
 
@@ -155,7 +167,7 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
                 )
 
 
-def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> dict[str, str]:
+def _check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
     """Checks the factors of other runs that are needed; the hash of each stage's manifest."""
     reused = {}
     for index in stages.stages_with_factors(run):
@@ -163,13 +175,14 @@ def _check_reused_factors(run: Run, checkpoints: list[Checkpoint]) -> dict[str, 
         if stage.factors is not None:
             folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
             try:
-                reused[stage.name] = _check_factors(folder, checkpoints[index], mend)
+                objective = objective_identity(run, index, references)
+                reused[stage.name] = _check_factors(folder, checkpoints[index], objective, mend)
             except UserError as error:
                 raise UserError(f"stages.{index}.factors: {error}") from None
     return reused
 
 
-def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
+def _check_factors(folder: Path, checkpoint: Checkpoint, objective: dict[str, Any] | None, mend: str) -> str:
     """Factors are whole, and fitted to this model over these maps; the hash of their manifest."""
     path = layout.factors_manifest(folder)
     if not exists(path):
@@ -183,6 +196,8 @@ def _check_factors(folder: Path, checkpoint: Checkpoint, mend: str) -> str:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
     if maps != checkpoint.maps:
         raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
+    if manifest.get("objective") != objective:
+        raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
     gone = missing(layout.factor_files(folder, maps))
     if gone:
         raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
@@ -259,22 +274,23 @@ def _check_queries_fit(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens of each query, and of its completion. Queries are not cut into windows, so each must fit the last
     model's context."""
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
+    tokenizer, asked = load_tokenizer(checkpoint.tokenizer_path, "tokenizer"), run.queries.documents
     if not tokenizer.is_fast and any(isinstance(query, Query) and query.span is not None for query in queries):
         raise UserError(
             f"queries.span: the tokenizer of {checkpoint.name!r} ({type(tokenizer).__name__}) has no offsets that "
             "tell which characters a token is of; name a tokenizer with a tokenizer.json, or leave `span` out"
         )
+    objective = stages.objective_of(run, len(run.stages) - 1, asked, checkpoint.classes)
     lengths, completions = [], []
     for query in queries:
-        encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)
+        encoded = encode_for(objective, tokenizer, query, asked.ends_with_eos, stages.query_tokens(run))
         if isinstance(encoded, Skipped):
             raise UserError(f"queries: {query.id!r}: {encoded.reason}")
         if checkpoint.context is not None and encoded.longest > checkpoint.context:
             raise UserError(
                 f"queries: {query.id!r} has {encoded.longest} tokens, more than the {checkpoint.context} of "
-                f"{checkpoint.name!r}'s context; shorten its prompt"
+                f"{checkpoint.name!r}'s context; shorten its {'prompt' if objective is None else 'text'}"
             )
         lengths.append(len(encoded.ids))
-        completions.append(encoded.explained)
+        completions.append(encoded.explained if objective is None else 1)
     return tuple(lengths), tuple(completions)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
-from msif_ray.config import Detail
+from msif_ray.config import Detail, Run
 from msif_ray.corpus.census import fingerprint
+from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.queries import asked
+from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
@@ -45,6 +47,17 @@ _PLACEMENT = (
 )
 
 
+def meaning(run: Run) -> dict[str, str]:
+    """What the columns of scores mean; of queries that are classes, of those."""
+    if run.queries.label is None:
+        return MEANING
+    words = (("completion log-likelihood", "log-likelihood of the query's class"), ("the completion", "the class"))
+    found = dict(MEANING)
+    for old, new in words:
+        found = {key: text.replace(old, new) for key, text in found.items()}
+    return found
+
+
 def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     """Writes run.json, or checks it against the one that is there; other versions of libraries are said.
 
@@ -57,7 +70,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if not exists(path):
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
-        about = {"meaning": MEANING, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
+        about = {"meaning": meaning(resolved.run), "versions": versions(), "strengths": {}, "completion_tokens": tokens}
         write_json(path, {"identity": identity, "device": device} | about)
         return
     record = read_record(path)
@@ -97,7 +110,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unrecorded(run_dir: str) -> None:
-    for name in ("factors", "queries", "scores"):
+    for name in ("factors", "references", "queries", "scores"):
         if exists(path_of(run_dir) / name):
             raise UserError(
                 f"run_dir: {run_dir} has {name}/ but no run.json, so nothing says whose results these are; "
@@ -141,7 +154,11 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         for i, entry in enumerate(resolved.run.score)
         if entry.candidates is not None and entry.candidates.path is not None
     }
-    optional = {"indexes": indexes, "candidates": listed}
+    references = {
+        resolved.run.stages[index].name: {"revision": model.revision, "sha256": model.model_hash}
+        for index, model in resolved.references.items()
+    }
+    optional = {"indexes": indexes, "candidates": listed, "references": references}
     return {key: found for key, found in optional.items() if found} | {
         "run": run,
         "models": {
@@ -154,9 +171,17 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
             for key, files in resolved.corpora.items()
         },
         "documents": resolved.documents,
-        "queries": [asked(query) for query in resolved.queries],
+        "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
+
+
+def _asked(resolved: Resolved, query: Document) -> list[Any]:
+    """All that a query is; of one about a class its id, its text and the class's name."""
+    classes = resolved.query_objective
+    if not isinstance(classes, Classes):
+        return asked(query)
+    return [query.id, query.text, classes.name(query.label)]
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:

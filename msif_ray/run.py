@@ -30,10 +30,12 @@ from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.machines import check_room, cluster_address, with_gpus
+from msif_ray.objectives import objective_identity
 from msif_ray.paths import exists, path_of, reason
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
-from msif_ray.record import MEANING, keep_index, keep_record
+from msif_ray.record import keep_index, keep_record, meaning
+from msif_ray.referring import Referring
 from msif_ray.results.parts import write_skipped
 from msif_ray.results.report import write_report
 from msif_ray.results.signals import signal_lines
@@ -133,7 +135,10 @@ class _Driver:
         only_index = until == "index"
         if until in (None, "score"):
             self._choose_candidates()
+        kinds = {"fit": ("stages",), "index": ("stages", "index")}
         with ReplicaPool(self.config.cluster) as pool:
+            referring = Referring(self.resolved, pool, self.reporter, lambda entry: self._score_task([entry]).blocks)
+            referring.run(kinds.get(until or "", ("stages", "index", "score")))
             fitted = stages.indexed_stages(self.config) if only_index else stages.stages_with_factors(self.config)
             for index in fitted:
                 self._fit(index, pool)
@@ -151,6 +156,8 @@ class _Driver:
             write_skipped(self.config.run_dir, [entries[0].label for entries in passes])
             if until == "score":
                 return
+            if not has_top(self.config.run_dir, self.config.top):
+                referring.run_late()
             self._top(pool)
         self._report()
 
@@ -169,6 +176,7 @@ class _Driver:
         if documents is None:
             raise UserError(f"stages.{index}.documents: {stage.name!r} needs documents to fit its factors")
         blocks = corpus_blocks(self.resolved, f"stages.{index}", documents, stage.fit.documents)
+        objective = objective_identity(self.config, index, self.resolved.references)
         task = FitTask(
             self._setup(index, documents, stage.fit.max_tokens),
             stage.fit.labels,
@@ -184,7 +192,8 @@ class _Driver:
                 "stage": stage.name,
                 "seed": self.config.seed,
                 "dtype": cluster.dtype,
-            },
+            }
+            | ({} if objective is None else {"objective": objective}),
         )
         fit(task, pool, lambda step: self.reporter.step(f"{stage.name}: {step}", blocks.count), self.reporter.say)
 
@@ -228,7 +237,7 @@ class _Driver:
             labels=tuple(entry.label for entry in entries),
             maps=maps,
             detail=detail,
-            metadata=MEANING | about,
+            metadata=meaning(self.config) | about,
             candidates=chosen,
         )
 
@@ -248,6 +257,7 @@ class _Driver:
             if wanted is None:
                 raise ValueError(f"{entry.label} has no candidates")
             key = f"score.{self.config.score.index(entry)}.candidates"
+            blocks = replace(blocks, references=None)  # which come later
             if wanted.path is not None:
                 table = by_list(blocks, queries, wanted.path, key)
             else:
@@ -286,7 +296,12 @@ class _Driver:
             record={
                 "stage": entry.stage,
                 "model_sha256": self.resolved.stages[stage].model_hash,
-                "corpus": corpus_identity(documents, self.resolved.census(key), entry.max_tokens),
+                "corpus": corpus_identity(
+                    documents,
+                    self.resolved.census(key),
+                    entry.max_tokens,
+                    objective_identity(config, stage, self.resolved.references),
+                ),
             },
         )
         build(plan, pool, lambda step: self.reporter.step(f"{entry.stage}: {step}", blocks.count))

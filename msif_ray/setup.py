@@ -1,12 +1,15 @@
 """What steps need to know of a stage and of a corpus, from the run."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from msif_ray import layout
+from msif_ray import layout, stages
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.config import Documents, Run
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.preflight import Resolved
+from msif_ray.references import ReferencePass, references_folder
 
 
 def model_setup(resolved: Resolved, index: int, documents: Documents, max_tokens: int | None) -> ModelSetup:
@@ -27,7 +30,23 @@ def model_setup(resolved: Resolved, index: int, documents: Documents, max_tokens
         threads=cluster.cpus_per_rank,
         cuda=bool(cluster.gpus_per_rank),
         offload=cluster.offload,
+        objective=stages.objective_of(run, index, documents, model.classes),
     )
+
+
+def query_setup(resolved: Resolved) -> ModelSetup:
+    """How the last stage's model reads the queries: as one window each."""
+    run = resolved.run
+    return model_setup(resolved, len(run.stages) - 1, run.queries.documents, stages.query_tokens(run))
+
+
+def reference_setup(resolved: Resolved, each: ReferencePass) -> ModelSetup:
+    """How a stage's reference model reads its pairs: the stage's own tokens, each sequence by itself."""
+    setup = model_setup(resolved, each.stage, each.documents, each.max_tokens)
+    if not isinstance(setup.objective, Pairs):
+        raise ValueError(f"{setup.stage} has no preferences")
+    apart = replace(setup.objective, apart=True)
+    return replace(setup, model=resolved.references[each.stage].source, objective=apart)
 
 
 def factors_folder(run: Run, index: int) -> Path:
@@ -45,4 +64,5 @@ def corpus_blocks(resolved: Resolved, corpus: str, documents: Documents, limit: 
         resolved.run.cluster.documents_per_block,
         f"{corpus}.documents",
         limit,
+        references_folder(resolved.run, resolved.corpora, corpus),
     )

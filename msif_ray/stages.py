@@ -1,6 +1,19 @@
 """A stage as the run uses it: which stages need factors, and the response each one has."""
 
-from msif_ray.config import CgSolver, IdentityResponse, ProximalResponse, Run, Score, Strength, UnrolledResponse
+from msif_ray.config import (
+    CgSolver,
+    Classification,
+    Documents,
+    IdentityResponse,
+    Preference,
+    ProximalResponse,
+    Run,
+    Score,
+    Strength,
+    UnrolledResponse,
+)
+from msif_ray.corpus.objectives import Classes, Objective
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.errors import UserError
 from msif_ray.influence.linear import is_routed
 from msif_ray.influence.response import (
@@ -16,6 +29,23 @@ from msif_ray.influence.response import (
 
 def is_identity(run: Run, index: int) -> bool:
     return isinstance(run.stages[index].response, IdentityResponse)
+
+
+def objective_of(run: Run, index: int, documents: Documents, classes: tuple[str, ...]) -> Objective:
+    """How a stage whose model has these classes reads documents, or queries."""
+    objective = run.stages[index].objective
+    if documents.label is not None and isinstance(objective, Classification):
+        return Classes(classes, objective.truncate)
+    if documents.chosen is not None and isinstance(objective, Preference):
+        return Pairs(objective.beta)
+    return None
+
+
+def query_tokens(run: Run) -> int | None:
+    """The most tokens of a query, which is one window; None: however many there are, within the model's context."""
+    last = run.stages[-1]
+    cut = isinstance(last.objective, Classification) and last.objective.truncate
+    return last.fit.max_tokens if cut else None
 
 
 def carried_through(run: Run, scored: int) -> list[int]:

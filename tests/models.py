@@ -26,6 +26,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GPTNeoXConfig,
@@ -163,6 +164,42 @@ def perturb(model: PreTrainedModel, seed: int, scale: float = 0.1) -> PreTrained
             step = scale * parameter.std() * torch.randn(parameter.shape, generator=generator)
             parameter.copy_((parameter + step).float())
     return tuned
+
+
+def classifier(
+    backbone: PreTrainedModel, seed: int, labels: int = 3, attention: str = "sdpa", **config: object
+) -> PreTrainedModel:
+    """A model with the backbone's weights and a random classification head, `config` changing its configuration."""
+    own = copy.deepcopy(backbone.config)
+    own.num_labels = labels
+    for name, value in config.items():
+        setattr(own, name, value)
+    with torch.random.fork_rng():
+        made = AutoModelForSequenceClassification.from_config(own, attn_implementation=attention)
+    made = randomise(made, seed)
+    made.base_model.load_state_dict(backbone.base_model.state_dict())
+    return made
+
+
+def random_texts(seed: int, count: int, words: tuple[int, int] = (1, 20), labels: int = 3) -> list[dict[str, object]]:
+    """Texts of ragged length with a class's number: {"id", "text", "label"}."""
+    rng = random.Random(seed)
+    texts = [random_text(rng, rng.randint(*words)) for _ in range(count)]
+    return [{"id": f"text-{seed}-{i}", "text": text, "label": rng.randrange(labels)} for i, text in enumerate(texts)]
+
+
+def random_pairs(seed: int, count: int, words: tuple[int, int] = (2, 12)) -> list[dict[str, str]]:
+    """Prompts with two completions of ragged length, {"id", "prompt", "chosen", "rejected"}; a third begin alike."""
+    rng = random.Random(seed)
+    pairs = []
+    for i in range(count):
+        prompt, *both = (random_text(rng, rng.randint(*words)) for _ in range(3))
+        alike = " the old" if i % 3 == 0 else ""
+        pairs.append(
+            {"id": f"pair-{seed}-{i}", "prompt": prompt}
+            | {what: f"{alike} {text}" for what, text in zip(("chosen", "rejected"), both, strict=True)}
+        )
+    return pairs
 
 
 def save(

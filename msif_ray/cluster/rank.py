@@ -17,8 +17,9 @@ from torch import Tensor
 from msif_ray.cluster.jobs import FitJob, Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
+from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
@@ -29,6 +30,7 @@ from msif_ray.influence.kept import KEPT_SHARE, KeptPasses
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.layout import part_file
+from msif_ray.loading import auto_class
 from msif_ray.store import save_tensors
 
 
@@ -36,7 +38,8 @@ from msif_ray.store import save_tensors
 class ModelSetup:
     """A stage's model and how its documents become batches; all that a rank needs to know of a stage.
 
-    `model` and `tokenizer` are what `fetch.local_model` and `fetch.local_tokenizer` take on the rank's node.
+    `model` and `tokenizer` are what `fetch.local_model` and `fetch.local_tokenizer` take on the rank's node. The
+    `objective` says what the documents are, and so what kind of model reads them.
     """
 
     stage: str
@@ -52,6 +55,15 @@ class ModelSetup:
     cuda: bool
     offload: bool = False
     blocks: Blocks | None = None
+    objective: Objective = None
+
+    @property
+    def classifies(self) -> bool:
+        return isinstance(self.objective, Classes)
+
+    def encode(self, tokenizer: Any, document: Document) -> Encoded | Skipped:
+        """A document's tokens, or the reason why it has none."""
+        return encode_for(self.objective, tokenizer, document, self.append_eos, self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -165,16 +177,15 @@ class Rank:
         dtype, folder = getattr(torch, self.setup.dtype), local_model(self.setup.model)
         if self.place.world > 1:
             join(self.place, self.device)
-            return load_sharded(folder, dtype, self.device, self.setup.offload)
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+            return load_sharded(folder, dtype, self.device, self.setup.offload, self.setup.classifies)
+        auto = auto_class(self.setup.classifies)
+        model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
         if self.device.type == "cpu":  # a shard's rank has limits of its own: see sharding.ENVIRONMENT
             keep_freed_memory()
         return model.to(self.device)
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:
-        results = [encode(self.tokenizer, document, self.setup.append_eos) for document in documents]
+        results = [self.setup.encode(self.tokenizer, document) for document in documents]
         return (
             [result for result in results if isinstance(result, Encoded)],
             [result for result in results if isinstance(result, Skipped)],
@@ -207,7 +218,7 @@ class Rank:
                 if not all(finite):
                     refused |= zip(batch.keys, finite, strict=True)
             for _ in range(empty_steps):
-                capture.run(to_batch([_EMPTY]).to(self.device))
+                capture.run(to_batch([empty_window(self.setup.objective)]).to(self.device))
         return refused
 
     def _add(self, work: Work | Sums, capture: Capture, batch: Batch) -> Tensor:
@@ -239,6 +250,3 @@ class Rank:
         if isinstance(job, FitJob) and may_keep:
             memory = int(KEPT_SHARE * self.free_memory()) if job.memory is None else job.memory
             self._kept = KeptPasses(memory)
-
-
-_EMPTY = Window(WindowKey("", 0), (0, 0), (False, True))

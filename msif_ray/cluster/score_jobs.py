@@ -101,9 +101,9 @@ class _DetailWork(_ScoreWork):
         if not by_token:
             return
         rows = torch.cat(by_token, dim=1).float().cpu().numpy()
-        lengths = captured.batch.attention_mask.sum(1).tolist()
-        for document, key, tokens, length in zip(documents, captured.batch.keys, rows, lengths, strict=True):
-            document.by_token.append((key.window * self.shares.stride, tokens[:, :length].copy()))
+        attended = captured.batch.attention_mask.cpu().numpy()  # padding may be between two sequences, too
+        for document, key, tokens, own in zip(documents, captured.batch.keys, rows, attended, strict=True):
+            document.by_token.append((key.window * self.shares.stride, tokens[:, own]))
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class _TokenWork:
 
     def add(self, captured: Captured) -> None:
         keys = captured.batch.keys
-        lengths = captured.batch.attention_mask.sum(1).tolist()
+        attended = captured.batch.attention_mask.cpu().numpy()
         first = 0
         for scorer, queries in zip(self.loaded.scorers, self.loaded.queries, strict=True):
             pairs = [
@@ -158,7 +158,7 @@ class _TokenWork:
             shares = [each.cpu().numpy() for each in scorer.pair_shares(captured, pairs)] if pairs else [(), ()]
             for (row, query), by_token, by_map in zip(pairs, *shares, strict=True):
                 start = keys[row].window * self.stride
-                own = by_token[: lengths[row]].copy()  # a view would keep the padding, and all other pairs
+                own = by_token[attended[row]]  # a copy: a view would keep the padding, and all other pairs
                 self.windows.append(WindowShares(keys[row].document_id, start, first + query, own, by_map.copy()))
             first += queries
 

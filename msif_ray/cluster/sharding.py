@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from msif_ray.loading import auto_class
+
 # In elements. Smaller weights stay whole on every rank: biases and norms, a few thousandths of a model, whose
 # gathers would cost a round trip each.
 _KEPT_WHOLE = 20_000
@@ -72,8 +74,10 @@ def is_lost_rank(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in ("/gloo/", "[gloo]", "Gloo", "NCCL"))
 
 
-def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: bool = False) -> nn.Module:
-    """A causal language model of which each rank holds its shard; call the module as any other.
+def load_sharded(
+    path: str, dtype: torch.dtype, device: torch.device, offload: bool = False, classifies: bool = False
+) -> nn.Module:
+    """A causal language model, or a classifier, of which each rank holds its shard; call the module as any other.
 
     Collective: every rank of the group calls it, after `join`. Values agree with the whole model's up to
     rounding, not always to the last bit: DeepSpeed multiplies first and adds the bias after.
@@ -82,18 +86,17 @@ def load_sharded(path: str, dtype: torch.dtype, device: torch.device, offload: b
     `offload` keeps a GPU rank's shard in pinned memory of its host; a CPU rank's is there anyway.
     """
     import deepspeed
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     # Otherwise DeepSpeed compiles its shared-memory collectives (half a minute, and a compiler) where it can.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
-    config = _configuration(device, offload)
+    auto, config = auto_class(classifies), _configuration(device, offload)
     while_loading = HfDeepSpeedConfig(config)  # from_pretrained shards as long as this object lives
     # This context takes the place of transformers' own, which knows only 16 and 32 bits (whence the `[]`) and
     # replaces torch.Tensor's constructor, so that a module first imported inside it can fail.
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
     del while_loading
     model.eval().requires_grad_(False)
     for module in model.modules():

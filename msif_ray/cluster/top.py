@@ -5,17 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.score_jobs import TokenJob, WindowShares
 from msif_ray.corpus.blocks import ListedBlocks
-from msif_ray.corpus.chat import chat_text
-from msif_ray.corpus.packed import Part
+from msif_ray.corpus.objectives import Frame, as_text, frame, framed
 from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.reader import Block, Document
-from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.corpus.windows import Skipped
 from msif_ray.fetch import local_tokenizer
 from msif_ray.results.top import TopPair
 
@@ -44,13 +43,15 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
     stride = (setup.max_tokens or 1) - 1
     job = TokenJob(score_job.directions, queries_of, stride, score_job.memory, tracked=task.score.maps)
     tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(setup.tokenizer), trust_remote_code=False)
-    texts: dict[str, str] = {}
+    documents: dict[str, Document] = {}
     tokens: dict[str, numpy.ndarray] = {}
+    frames: dict[str, Frame] = {}
     shares: dict[tuple[str, int], JoinedShares] = {}
     for block, outcome, windows in pool.map(setup, job, ListedBlocks(_blocks(task)), progress):
         for document in block.documents:
-            encoded = encode(tokenizer, document, setup.append_eos)
-            texts[document.id] = text_of(document, tokenizer)
+            encoded = setup.encode(tokenizer, document)
+            documents[document.id] = document
+            frames[document.id] = frame(setup.objective, document, encoded)
             ids = () if isinstance(encoded, Skipped) else encoded.ids
             tokens[document.id] = numpy.array(ids, dtype=numpy.int32)
         shares |= join_windows(windows, outcome.tokens)
@@ -64,24 +65,16 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
             "score": pair.score,
             "norm": pair.norm,
             "n_tokens": pair.n_tokens,
-            "text": texts[pair.doc_id],
-            "tokens": pieces(tokenizer, tokens[pair.doc_id].tolist()),
+            "text": as_text(setup.objective, document, tokenizer),
+            "tokens": framed(pieces(tokenizer, tokens[pair.doc_id].tolist()), frames[pair.doc_id]),
             "token_scores": share.by_token.astype(numpy.float32),
             "modules": task.score.maps,
             "module_scores": share.by_map.astype(numpy.float32),
         }
-        for pair, share in ((pair, shares[pair.doc_id, queries[pair.query_id]]) for pair in task.pairs)
+        for pair, share, document in (
+            (pair, shares[pair.doc_id, queries[pair.query_id]], documents[pair.doc_id]) for pair in task.pairs
+        )
     )
-
-
-def text_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A scored document as one text: its prompt, where it has one, and its content, or its messages, or its own tokens
-    of a packed row."""
-    if isinstance(document.text, Part):
-        return str(tokenizer.decode(document.text.own))
-    if document.is_chat:
-        return chat_text(document.text)
-    return f"{document.prompt}{document.text}" if document.has_prompt else str(document.text)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from msif_ray.config.base import Positive, Strength, Strict
 from msif_ray.config.cluster import Cluster, Replicas
 from msif_ray.config.entries import Candidates, Detail, Index, Queries, Score
+from msif_ray.config.objective import Classification, Preference
 from msif_ray.config.packed import Packed
 from msif_ray.config.run import Run, load_run, parse_run
 from msif_ray.config.stage import (
@@ -20,6 +21,7 @@ from msif_ray.config.stage import (
 __all__ = [
     "Candidates",
     "CgSolver",
+    "Classification",
     "Cluster",
     "Detail",
     "Documents",
@@ -29,6 +31,7 @@ __all__ = [
     "Index",
     "Packed",
     "Positive",
+    "Preference",
     "ProximalResponse",
     "Queries",
     "Replicas",

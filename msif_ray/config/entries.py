@@ -15,7 +15,8 @@ class Queries(Strict):
     `rather_than` is another completion (of a conversation: another last turn, or the whole conversation with it): then
     log p(completion) − log p(rather_than) is explained. `span` is [start, end) in characters of the completion or of
     the last turn: then the tokens that overlap it are explained, and the others are context. A row may have one of the
-    two; one where both are null asks for its whole completion.
+    two; one where both are null asks for its whole completion. Where the last stage classifies, a query is a `text` and
+    its class in the column `label`.
 
     `energy` is the share of its squared norm that each query keeps at each map, by the smallest rank that does.
     """
@@ -24,6 +25,8 @@ class Queries(Strict):
     prompt: Column | None = None
     completion: Column | None = None
     messages: Column | None = None
+    text: Column | None = None
+    label: Column | None = None
     rather_than: Column | None = None
     span: Column | None = None
     id: Column | None = None
@@ -34,7 +37,7 @@ class Queries(Strict):
     @model_validator(mode="before")
     @classmethod
     def _usual_columns(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or value.get("messages") is not None:
+        if not isinstance(value, dict) or any(value.get(name) is not None for name in ("messages", "text", "label")):
             return value
         columns = {name: value.get(name) or name for name in ("prompt", "completion")}
         return value | columns
@@ -47,11 +50,19 @@ class Queries(Strict):
             raise ValueError("`append_eos` does not go with `messages`: the chat template ends its turns itself")
         if self.rank is not None and self.energy is not None:
             raise ValueError("give `rank` or `energy`, not both")
+        if (self.text is None) != (self.label is None):
+            raise ValueError("`text` and `label` go together: a text and its class")
+        others = ("prompt", "completion", "messages", "rather_than", "span")
+        other = next((name for name in others if getattr(self, name) is not None), None)
+        if self.label is not None and other is not None:
+            raise ValueError(f"`{other}` does not go with `text` and `label`, which ask about a class")
         return self
 
     @property
     def documents(self) -> Documents:
-        """The queries read as a corpus of prompts and completions, or of conversations."""
+        """The queries read as a corpus of prompts and completions, of conversations, or of texts and classes."""
+        if self.label is not None:
+            return Documents(path=self.path, text=self.text, label=self.label, id=self.id, append_eos=self.append_eos)
         return Documents(
             path=self.path,
             prompt=self.prompt,

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from msif_ray.config.base import Location, Strict
 from msif_ray.config.cluster import Cluster
 from msif_ray.config.entries import Detail, Index, Queries, Score
+from msif_ray.config.objective import DOCUMENTS, Classification, Preference
 from msif_ray.config.stage import (
     CgSolver,
     Documents,
@@ -74,6 +75,42 @@ class Run(Strict):
             raise ValueError(f"detail.tokens: score.{indexed} reads an index, which keeps no tokens; leave one out")
         if self.cluster.offload and self.cluster.ranks_per_replica == 1:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_of_their_objectives(self) -> Self:
+        """Documents, and queries, are what their stage's objective reads."""
+        described = {f"stages.{i}.documents": (stage, stage.documents) for i, stage in enumerate(self.stages)}
+        entries: dict[str, Score | Index] = {f"score.{i}": entry for i, entry in enumerate(self.score)}
+        entries |= {f"index.{i}": entry for i, entry in enumerate(self.index)}
+        for key, entry in entries.items():
+            described[f"{key}.documents"] = (self.stages[self.stage_index(entry.stage)], entry.documents)
+        for key, (stage, documents) in described.items():
+            kind = None if stage.objective is None else stage.objective.kind
+            if documents is None or documents.objective == kind:
+                continue
+            if kind is not None:
+                raise ValueError(f"{key}: the objective of {stage.name!r} is {kind}; name {DOCUMENTS[kind]}")
+            raise ValueError(
+                f"{key}: these are of the objective {documents.objective}, which {stage.name!r} has not; give the "
+                "stage `objective`, or name other columns"
+            )
+        before: Stage | None = None
+        for index, stage in enumerate(self.stages):
+            if isinstance(stage.objective, Preference) and stage.objective.reference is None:
+                why = "is the first stage" if before is None else f"follows {before.name!r}, which classifies"
+                if before is None or isinstance(before.objective, Classification):
+                    raise ValueError(f"stages.{index}.objective: {stage.name!r} {why}; name a `reference` model")
+            before = stage
+        last = self.stages[-1]
+        classifies = isinstance(last.objective, Classification)
+        if classifies != (self.queries.label is not None):
+            raise ValueError(
+                f"queries: the last stage, {last.name!r}, classifies; name `text` and `label` (a query is a text and "
+                "its class)"
+                if classifies
+                else f"queries.label: the last stage, {last.name!r}, does not classify; name `prompt` and `completion`"
+            )
         return self
 
     @model_validator(mode="after")
@@ -155,7 +192,7 @@ def load_run(path: str | Path) -> Run:
 def _first_fault(error: ValidationError) -> str:
     fault = error.errors()[0]
     # A discriminated union repeats its tag, and a union its member, in the path of an error.
-    members = ("proximal", "unrolled", "identity", "ekfac", "cg", "str", "list[str]")
+    members = ("proximal", "unrolled", "identity", "ekfac", "cg", "classification", "dpo", "str", "list[str]")
     parts = [str(part) for part in fault["loc"] if part not in members]
     key = ".".join(parts)
     message = str(fault["msg"]).removeprefix("Value error, ")

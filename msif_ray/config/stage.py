@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from msif_ray.config.base import Column, Location, Locations, Name, Positive, Strength, Strict
+from msif_ray.config.objective import Kind, Objective
 from msif_ray.config.packed import Packed
 
 
@@ -13,10 +14,11 @@ class Documents(Strict):
 
     One of `text`, `completion` with an optional `prompt`, and `messages`: a conversation, a list of
     `{role, content}`, which the tokenizer's chat template makes one text of, and of which the assistant's
-    turns alone are targets; or `packed`, for rows of token ids. Without `id`, a document's id is `file:row`; of several
-    in a row `file:row:number`, or the `id` with the number, unless that is a list of theirs. `append_eos` ends the
-    sequence with the EOS token as a target: by default where there is a completion. A chat template ends its turns
-    itself.
+    turns alone are targets; or `packed`, for rows of token ids. A stage that classifies has a `label` beside its
+    `text`: a class's name or number. One of preferences has `chosen` and `rejected` in place of a completion, each a
+    text or messages as the prompt is. Without `id`, a document's id is `file:row`; of several in a row
+    `file:row:number`, or the `id` with the number, unless that is a list of theirs. `append_eos` ends the sequence with
+    the EOS token as a target: by default where there is a completion. A chat template ends its turns itself.
     """
 
     path: Locations
@@ -25,17 +27,33 @@ class Documents(Strict):
     completion: Column | None = None
     messages: Column | None = None
     packed: Packed | None = None
+    label: Column | None = None
+    chosen: Column | None = None
+    rejected: Column | None = None
     id: Column | None = None
     append_eos: bool | None = None
 
     @model_validator(mode="after")
     def _columns(self) -> Self:
-        contents = {"text": self.text, "completion": self.completion, "messages": self.messages, "packed": self.packed}
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("`chosen` and `rejected` go together")
+        contents = {
+            "text": self.text,
+            "completion": self.completion,
+            "messages": self.messages,
+            "packed": self.packed,
+            "chosen": self.chosen,
+        }
         given = [name for name, column in contents.items() if column is not None]
         if len(given) != 1:
-            raise ValueError("give one of `text`, `completion` with an optional `prompt`, `messages`, and `packed`")
-        if self.completion is None and self.prompt is not None:
+            raise ValueError(
+                "give one of `text`, `completion` with an optional `prompt`, `messages`, `packed`, and `chosen` with "
+                "`rejected`"
+            )
+        if self.completion is None and self.chosen is None and self.prompt is not None:
             raise ValueError(f"`prompt` goes with `completion`, not with `{given[0]}`")
+        if self.label is not None and self.text is None:
+            raise ValueError("`label` goes with `text`")
         if self.packed is not None and self.append_eos:
             raise ValueError("`append_eos` does not go with `packed`: rows of token ids are used as they are")
         if self.messages is not None and self.append_eos:
@@ -44,7 +62,22 @@ class Documents(Strict):
 
     @property
     def ends_with_eos(self) -> bool:
-        return self.completion is not None if self.append_eos is None else self.append_eos
+        ended = self.completion is not None or self.chosen is not None
+        return ended if self.append_eos is None else self.append_eos
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The columns of what a document says, without its prompt."""
+        ids = None if self.packed is None else self.packed.ids
+        named = (self.completion, self.text, self.messages, self.chosen, self.rejected, ids)
+        return tuple(column for column in named if column is not None)
+
+    @property
+    def objective(self) -> Kind | None:
+        """The kind of the objective that these columns are for; None: a language model's."""
+        if self.chosen is not None:
+            return "dpo"
+        return None if self.label is None else "classification"
 
 
 class Fit(Strict):
@@ -107,6 +140,8 @@ Solver = Annotated[EkfacSolver | CgSolver, Field(discriminator="kind")]
 class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds.
 
+    Without an `objective`, it is a language model's: the tokens of its documents, or those of their completions.
+
     The default damping predicted retraining of a tiny model better than the customary 0.1 × mean did, and no worse than
     smaller ones (docs/validation.md).
     """
@@ -116,6 +151,7 @@ class Stage(Strict):
     revision: str | None = None
     tokenizer: Location | None = None
     documents: Documents | None = None
+    objective: Objective | None = None
     fit: Fit = Fit()
     factors: Location | None = None
     damping: Strength = Strength(relative=0.01)

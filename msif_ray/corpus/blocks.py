@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
+from msif_ray import layout
 from msif_ray.config import Documents
 from msif_ray.corpus.reader import Block, CorpusFile, block_id, read_file_blocks
+from msif_ray.store import read_json
 
 
 class Blocks(Protocol):
@@ -24,7 +27,8 @@ class Blocks(Protocol):
 class CorpusBlocks:
     """Blocks of `size` documents of each file of a corpus, over its first `limit` documents.
 
-    `rows` counts the documents of each file; `key` names the corpus in errors.
+    `rows` counts the documents of each file; `key` names the corpus in errors. `references` is the folder of what the
+    reference model made of each block of preferences, which is read with it.
     """
 
     files: tuple[CorpusFile, ...]
@@ -33,6 +37,7 @@ class CorpusBlocks:
     size: int
     key: str
     limit: int | None = None
+    references: Path | None = None
 
     @property
     def ids(self) -> frozenset[str]:
@@ -48,7 +53,7 @@ class CorpusBlocks:
             return
         for block in read_file_blocks(self.files, file, self.documents, self.size, self.key, self._taken()[file]):
             if block.id not in done:
-                yield block
+                yield block if self.references is None else _with_references(block, self.references)
 
     @property
     def count(self) -> int:
@@ -71,6 +76,11 @@ class CorpusBlocks:
             taken.append(min(rows, left))
             left -= taken[-1]
         return taken
+
+
+def _with_references(block: Block, folder: Path) -> Block:
+    found = read_json(layout.reference_block(folder, block.id))
+    return Block(block.id, tuple(replace(each, reference=found.get(each.id)) for each in block.documents))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -17,7 +18,7 @@ import pyarrow.parquet as pq
 from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.chat import chat_text
+from msif_ray.corpus.chat import chat_text, turns_fault, turns_text
 from msif_ray.corpus.packed import Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
@@ -39,6 +40,10 @@ SCHEMA = pa.schema(
         "block": "the block of the corpus that holds the document",
     },
 )
+
+
+Decode = Callable[[Sequence[int]], str]
+"""The text of tokens."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,7 @@ def write_chosen(path: Path, table: pa.Table) -> None:
         pq.write_table(table, temporary)
 
 
-def by_bm25(
-    blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Callable[[Sequence[int]], str] | None = None
-) -> pa.Table:
+def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Decode | None = None) -> pa.Table:
     """The `top` documents of each query's prompt and completion by BM25, those that share no word with it left out.
 
     `decode` gives the text of tokens, which documents of packed rows are searched by.
@@ -148,17 +151,29 @@ def by_bm25(
     return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
 
 
-def _texts(
-    blocks: CorpusBlocks, documents: list[tuple[str, str]], decode: Callable[[Sequence[int]], str] | None
-) -> Iterator[str]:
+def _texts(blocks: CorpusBlocks, documents: list[tuple[str, str]], decode: Decode | None) -> Iterator[str]:
     """The documents' texts; their ids and blocks go to `documents`."""
     for block in blocks.left(frozenset()):
         for document in block.documents:
             documents.append((document.id, block.id))
-            text = chat_text(document.text) if document.is_chat else document.text
-            if isinstance(text, Part) and decode is not None:
-                text = decode(text.own)
-            yield f"{document.prompt or ''}{text or ''}" if isinstance(text, str) else ""
+            yield _words(document, decode)
+
+
+def _words(document: Document, decode: Decode | None) -> str:
+    """What a document says, to be searched; nothing of one that is neither text nor a conversation."""
+    if document.rejected is None:
+        text = chat_text(document.text) if document.is_chat else document.text
+        if isinstance(text, Part) and decode is not None:
+            text = decode(text.own)
+        return f"{document.prompt or ''}{text or ''}" if isinstance(text, str) else ""
+    prompt, chosen, rejected = (_told(part) for part in (document.prompt, document.text, document.rejected))
+    return f"{prompt}{chosen} {rejected}"
+
+
+def _told(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    return "" if turns_fault(part) is not None else turns_text(part)
 
 
 def by_list(blocks: CorpusBlocks, queries: Sequence[Document], path: str, key: str) -> pa.Table:

@@ -102,9 +102,7 @@ def _count(file: CorpusFile, documents: Documents, key: str, ids: _Ids) -> int:
     """The documents of a file that has all the columns; their ids are added."""
     if documents.packed is not None:
         return _count_parts(file, documents, key, ids)
-    columns = (
-        [documents.completion or documents.text or documents.messages or ""] if documents.id is None else [documents.id]
-    )
+    columns = list(documents.content[:1]) if documents.id is None else [documents.id]
     if file.kind == "jsonl":
         columns = document_columns(documents)  # each line is parsed whole in any case
     else:

@@ -51,7 +51,16 @@ def _last_turn(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, An
 
 
 def chat_fault(messages: Any) -> str | None:
-    """What is wrong with the messages of one document, or None: a list of `{role, content}`, both text."""
+    """What is wrong with the messages of one document, or None: a list of `{role, content}`, both text, and an
+    assistant's among them."""
+    fault = turns_fault(messages)
+    if fault is None and not any(message["role"] == "assistant" for message in messages):
+        return "no message is the assistant's"
+    return fault
+
+
+def turns_fault(messages: Any) -> str | None:
+    """The same of some turns of a conversation, whoever's they are."""
     if messages is None:
         return "messages is null"
     if not isinstance(messages, list):
@@ -62,8 +71,6 @@ def chat_fault(messages: Any) -> str | None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 return f"the {key} of message {number} is not text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no message is the assistant's"
     return None
 
 

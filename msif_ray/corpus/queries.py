@@ -97,6 +97,8 @@ def _columns(queries: Queries) -> list[tuple[str, str | None]]:
 
 def _fault(query: Query, queries: Queries) -> str | None:
     """What is wrong with a row, in words that name its columns."""
+    if queries.label is not None:
+        return _text_fault(query.text, str(queries.text)) or (None if query.text else "the text is empty")
     if query.is_chat:
         fault = _turns_fault(query.text, str(queries.messages))
     else:

@@ -44,13 +44,21 @@ class CorpusFile:
 @dataclass(frozen=True)
 class Document:
     """A document as read: `prompt` (None without one) and `text` are whatever the corpus holds there; where
-    `is_chat`, `text` is a conversation's messages, and of a packed row a `Part` of it or `NoParts`."""
+    `is_chat`, `text` is a conversation's messages, and of a packed row a `Part` of it or `NoParts`. `label` is a text's
+    class, where the corpus has classes.
+
+    Of a preference `text` was chosen over `rejected`, each a text or messages, as `prompt` is; `reference` is the
+    logarithm of the ratio of their probabilities under the reference model, where that is known.
+    """
 
     id: str
     prompt: Any
     text: Any
     has_prompt: bool = False
     is_chat: bool = False
+    label: Any = None
+    rejected: Any = None
+    reference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,7 @@ def _one_line(error: Exception) -> str:
 
 def document_columns(documents: Documents) -> list[str]:
     """The columns of a corpus that a run reads."""
-    named = [documents.id, documents.prompt, documents.completion, documents.text, documents.messages]
+    named = [documents.id, documents.prompt, *documents.content, documents.label]
     named += [] if documents.packed is None else documents.packed.columns
     return list(dict.fromkeys(column for column in named if column is not None))
 
@@ -267,9 +275,11 @@ def row_ids(
 
 def document_of(row: Row, documents: Documents, name: str) -> Document:
     """A row's document, of that name."""
-    content, chat = documents.completion or documents.text or documents.messages or "", documents.messages is not None
+    content, chat, label = documents.content, documents.messages is not None, documents.label
     prompt = row[documents.prompt] if documents.prompt is not None else None
-    return Document(name, prompt, row[content], documents.prompt is not None, chat)
+    of_class = None if label is None else row[label]
+    rejected = row[content[1]] if len(content) > 1 else None
+    return Document(name, prompt, row[content[0]], documents.prompt is not None, chat, of_class, rejected)
 
 
 def read_file_blocks(

@@ -84,6 +84,30 @@ class Window:
     key: WindowKey
     ids: tuple[int, ...]
     targets: tuple[bool, ...]
+    label: int | None = None  # the class of a text to be classified, all of whose tokens count
+    preference: "Preferred | None" = None
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The sequences that the tokens are, from the first token to before the last's next."""
+        if self.preference is None:
+            return ((0, len(self.ids)),)
+        return ((0, self.preference.split), (self.preference.split, len(self.ids)))
+
+    @property
+    def width(self) -> int:
+        """Tokens of a row that holds it, padding included."""
+        return len(self.spans) * max(stop - start for start, stop in self.spans)
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """Of a window that holds two sequences, the chosen one before token `split` and the rejected one from there on: β
+    and log π_ref(chosen) − log π_ref(rejected), None where it is not known."""
+
+    split: int
+    beta: float
+    reference: float | None
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos: bool) -> Encoded | Skipped:
@@ -100,7 +124,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
         return _encode_part(tokenizer, document.id, document.text)
     if document.is_chat:
         return _encode_chat(tokenizer, document)
-    fault = _fault(document)
+    fault = text_fault(document)
     if fault is not None:
         return Skipped(document.id, fault)
     if isinstance(document, Query) and document.span is not None:
@@ -172,20 +196,24 @@ def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> En
         return Skipped(document.id, str(error))
 
 
-def _fault(document: Document) -> str | None:
+def text_fault(document: Document) -> str | None:
+    """What is wrong with a document that should be text, or None."""
     named = {"completion" if document.has_prompt else "text": document.text}
     if document.has_prompt:
         named = {"prompt": document.prompt} | named
-    for what, value in named.items():
-        if value is None:
-            return f"{what} is null"
-        if not isinstance(value, str):
-            return f"{what} is not text but {type(value).__name__}"
-        if not value and what != "prompt":
-            return f"{what} is empty"
-        if not is_unicode(value):
-            return f"{what} is not valid Unicode"
-    return None
+    faults = (value_fault(what, value) for what, value in named.items())
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def value_fault(what: str, value: object) -> str | None:
+    """What is wrong with a value that should be text, or None; a prompt may be empty."""
+    if value is None:
+        return f"{what} is null"
+    if not isinstance(value, str):
+        return f"{what} is not text but {type(value).__name__}"
+    if not value and what != "prompt":
+        return f"{what} is empty"
+    return None if is_unicode(value) else f"{what} is not valid Unicode"
 
 
 def pack(windows: Sequence[Window], tokens_per_batch: int) -> list[list[Window]]:
@@ -193,11 +221,11 @@ def pack(windows: Sequence[Window], tokens_per_batch: int) -> list[list[Window]]
 
     A longer window is a batch of its own. The result depends on the windows alone.
     """
-    ordered = sorted(windows, key=lambda window: len(window.ids), reverse=True)
+    ordered = sorted(windows, key=lambda window: window.width, reverse=True)
     batches: list[list[Window]] = []
     for window in ordered:
         # Sorted longest first, so the first window of a batch sets its width.
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0].ids) <= tokens_per_batch:
+        if batches and (len(batches[-1]) + 1) * batches[-1][0].width <= tokens_per_batch:
             batches[-1].append(window)
         else:
             batches.append([window])
@@ -205,14 +233,25 @@ def pack(windows: Sequence[Window], tokens_per_batch: int) -> list[list[Window]]
 
 
 def to_batch(windows: Sequence[Window]) -> Batch:
-    """Windows right-padded to the longest, as tensors `[rows, tokens]`."""
-    width = max(len(window.ids) for window in windows)
+    """Windows right-padded to the longest, as tensors `[rows, tokens]`; of two sequences each to the longest."""
+    width = max(window.width for window in windows)
     input_ids = torch.zeros(len(windows), width, dtype=torch.int64)
     attention_mask = torch.zeros(len(windows), width, dtype=torch.bool)
     targets = torch.zeros(len(windows), width, dtype=torch.bool)
     for row, window in enumerate(windows):
-        length = len(window.ids)
-        input_ids[row, :length] = torch.tensor(window.ids)
-        attention_mask[row, :length] = True
-        targets[row, :length] = torch.tensor(window.targets)
-    return Batch(input_ids, attention_mask, targets, tuple(window.key for window in windows))
+        each = width // len(window.spans)
+        for number, (start, stop) in enumerate(window.spans):
+            place = slice(number * each, number * each + stop - start)
+            input_ids[row, place] = torch.tensor(window.ids[start:stop])
+            attention_mask[row, place] = True
+            targets[row, place] = torch.tensor(window.targets[start:stop])
+    batch = Batch(input_ids, attention_mask, targets, tuple(window.key for window in windows))
+    labels = [window.label for window in windows if window.label is not None]
+    preferences = [window.preference for window in windows if window.preference is not None]
+    if labels:
+        return replace(batch, classes=torch.tensor(labels))
+    if preferences:
+        known = [torch.nan if each.reference is None else each.reference for each in preferences]
+        beta = torch.tensor([each.beta for each in preferences], dtype=torch.float64)
+        return replace(batch, reference=torch.tensor(known, dtype=torch.float64), beta=beta)
+    return batch

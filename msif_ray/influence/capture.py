@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.experts import run_one_by_one
+from msif_ray.influence.heads import Pooling
 from msif_ray.influence.linear import LinearMap
-from msif_ray.influence.loss import differentiate, differentiate_sampled, nats, softmax_curvature
 from msif_ray.influence.modules import output_head
+from msif_ray.influence.objectives import Losses, curvature, differentiate_losses
 from msif_ray.influence.products import wide
 from msif_ray.influence.routed import RoutedModules
 from msif_ray.influence.seen import Seen, Use, gather
@@ -33,7 +34,7 @@ class Captured:
     """What one pass saw.
 
     `losses` `[rows]`: summed negative log-likelihood of each row's labels, in nats. `labels` `[targets]`: these
-    labels, row after row.
+    labels, row after row; `[rows]` where a row has one.
     A map used n times in one forward pass has its uses side by side along the token axis, n·tokens
     long: its gradient is the sum over uses, and each use is a position of its own. Of an expert `vectors` has as many
     positions as a row's tokens that were routed to it; everything else is by token, with zero gradients at others.
@@ -89,8 +90,8 @@ class Captured:
 
 @dataclass
 class _Targets:
-    """The positions of a batch of `shape` that predict a target, counted row after row, and whether the head
-    saw these alone."""
+    """The positions that predict a target of what the model is given, which is of `shape`, counted row after row, and
+    whether the head saw these alone."""
 
     shape: torch.Size
     positions: Tensor
@@ -99,10 +100,10 @@ class _Targets:
 
 @dataclass
 class Capture:
-    """Context in which `run` captures the tracked maps of a causal language model.
+    """Context in which `run` captures the tracked maps of a causal language model, or of a classifier.
 
     On entry the weights are frozen and hooks set, on exit both are undone. The model is called
-    as transformers' causal models are: `model(input_ids=, attention_mask=, use_cache=).logits`.
+    as transformers' models are: `model(input_ids=, attention_mask=, use_cache=).logits`.
     """
 
     model: nn.Module
@@ -110,6 +111,7 @@ class Capture:
     _uses: dict[str, list[Use]] = field(default_factory=dict, init=False)
     _handles: list[RemovableHandle] = field(default_factory=list, init=False)
     _routed: RoutedModules | None = field(default=None, init=False)
+    _pooling: Pooling | None = field(default=None, init=False)
     _undo: Callable[[], None] = field(default=lambda: None, init=False)
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
     _training: list[nn.Module] = field(default_factory=list, init=False)
@@ -133,6 +135,8 @@ class Capture:
         head = output_head(self.model)
         if head is not None and all(modules[source] is not head for source in hooked):
             self._handles.append(head.register_forward_pre_hook(self._select_targets))
+        self._pooling = Pooling(self.model)
+        self._handles += self._pooling.hook()
         return self
 
     def __exit__(
@@ -142,7 +146,9 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self._undo()
-        self._routed = None
+        if self._pooling is not None:
+            self._pooling.undo()
+        self._routed = self._pooling = None
         self._uses.clear()
         for weight in self._required:
             weight.requires_grad_(True)
@@ -152,21 +158,18 @@ class Capture:
     def run(self, batch: Batch, uniforms: Tensor | None = None) -> Captured:
         """One forward and backward pass over the batch, which is on the model's device.
 
-        The loss is the sum over the positions that predict a target; labels are the data's own, or with `uniforms`
-        `[targets]`, one number for each of these positions, drawn from the model (`labels.draw`).
+        The loss is that of the batch's objective (`objectives`); labels are the data's own, or with `uniforms`, one
+        number for each of them (`labels.batch_uniforms`), drawn from the model.
 
         Raises UserError, naming the map, when the model uses it in a way that has no per-document
         gradient (not called, an input without a row per token, changed in place).
         """
-        logits = self._target_logits(batch)
-        if uniforms is None:
-            labels = self._data_labels(batch)
-            return self._captured(batch, differentiate(logits, labels), labels)
-        return self._captured(batch, *differentiate_sampled(logits, uniforms))
+        return self._captured(batch, differentiate_losses(self._logits(batch), batch, uniforms))
 
     def curve(self, batch: Batch, direction: Mapping[str, Tensor]) -> Captured:
         """As `run`, with the gradients of Σ_t (J_t v)ᵀ C_t f_t in place of the loss's, where f_t are a target's
-        logits, J_t v their derivative in the `direction` v (`[out, columns]` by map) and C_t = diag p − p pᵀ is held:
+        logits, J_t v their derivative in the `direction` v (`[out, columns]` by map) and C_t = diag p − p pᵀ is held
+        (or of a row's label, of the logits or the margin that it is told from):
         what they sum to over windows and positions is the Gauss-Newton Hessian times v (Martens 2020, §8.1).
 
         Forward-mode differentiation gives J_t v, one backward pass the rest. The losses are the data's own. Raises
@@ -176,7 +179,7 @@ class Capture:
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
             self._direction = direction
             try:
-                logits, tangents = forward_ad.unpack_dual(self._target_logits(batch))
+                logits, tangents = forward_ad.unpack_dual(self._logits(batch))
             except (NotImplementedError, RuntimeError) as error:
                 if not any(sign in str(error) for sign in ("forward AD", "jvp")):
                     raise
@@ -188,35 +191,36 @@ class Capture:
                 self._direction = None
             # Outside the level nothing carries a tangent, so the backward pass is a plain one.
             tangents = torch.zeros_like(logits) if tangents is None else tangents.detach()
-        values = logits.detach()
+        curved, found = curvature(logits.detach(), tangents, batch)
         if logits.requires_grad:
-            logits.backward(softmax_curvature(values, tangents))
-        labels = self._data_labels(batch)
-        return self._captured(batch, nats(values, labels), labels)
+            logits.backward(curved)
+        return self._captured(batch, found)
 
-    def _data_labels(self, batch: Batch) -> Tensor:
-        return batch.input_ids.roll(-1, dims=1)[batch.predicts]
-
-    def _target_logits(self, batch: Batch) -> Tensor:
-        """One forward pass: the logits of the positions that predict a target, `[targets, vocabulary]`."""
+    def _logits(self, batch: Batch) -> Tensor:
+        """One forward pass: the logits of the positions that predict a target, `[targets, vocabulary]`, or of the
+        texts' classes, `[rows, classes]`."""
         self._uses = {each.source: [] for each in self.maps.values()}
         mask = batch.predicts
         rows, columns = mask.nonzero(as_tuple=True)
-        self._targets = _Targets(mask.shape, rows * mask.shape[1] + columns)
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), use_cache=False)
+        input_ids, attention_mask = batch.apart(batch.input_ids), batch.apart(batch.attention_mask)
+        self._targets = _Targets(input_ids.shape, rows * mask.shape[1] + columns)
+        if self._pooling is not None:
+            self._pooling.read(input_ids, attention_mask)
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False)
+        if batch.classes is not None:
+            return output.logits
         logits = output.logits.flatten(0, 1)
         return logits if self._targets.selected else logits.index_select(0, self._targets.positions)
 
-    def _captured(self, batch: Batch, terms: Tensor, labels: Tensor) -> Captured:
-        """What the hooks kept of the pass; `terms` `[targets]` are its losses."""
+    def _captured(self, batch: Batch, found: Losses) -> Captured:
+        """What the hooks kept of the pass."""
         rows, columns = batch.predicts.nonzero(as_tuple=True)
-        losses = terms.new_zeros(len(batch.keys)).index_add_(0, rows, terms)
         uses, self._uses = self._uses, {}
         shape, seen, like = batch.input_ids.shape, {}, next(self.model.parameters())
         nothing = {each.source: each.nothing(like) for each in self.maps.values()}
         for source, calls in uses.items():
-            seen[source] = gather(source, calls, shape, nothing[source])
-        return Captured(batch, losses, labels, self.maps, seen, (rows, columns))
+            seen[source] = gather(source, calls, shape, nothing[source], batch.sequences)
+        return Captured(batch, found.of_rows, found.labels, self.maps, seen, (rows, columns))
 
     def _select_targets(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Leaves the head the positions that predict a target, `[1, targets, hidden]`: nobody needs other logits."""

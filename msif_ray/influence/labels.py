@@ -27,7 +27,10 @@ def window_uniforms(seed: int, stage: str, document_id: str, window: int, tokens
 
 
 def batch_uniforms(seed: int, stage: str, batch: Batch) -> Tensor:
-    """One uniform number for every position of a batch that predicts a target, `[targets]`, float64, on the CPU."""
+    """One uniform number for every label of a batch, float64, on the CPU: `[targets]`, or `[rows]` of texts that have
+    one label each, or of preferences."""
+    if batch.has_row_labels:
+        return torch.cat([window_uniforms(seed, stage, key.document_id, key.window, 1) for key in batch.keys])
     lengths = batch.attention_mask.sum(1).tolist()
     windows = [
         window_uniforms(seed, stage, key.document_id, key.window, int(length))

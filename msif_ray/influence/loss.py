@@ -25,7 +25,22 @@ def differentiate(logits: Tensor, labels: Tensor) -> Tensor:
     keeps the log-probabilities in between. Terms are in float32 (float64 for float64 logits), whatever the logits'
     type.
     """
-    return _differentiate(logits, lambda probabilities, start: labels[start : start + len(probabilities)])[0]
+    return _differentiate(logits, _given(labels))[0]
+
+
+def slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of Σ weight · −log p(label) at the logits, `[positions, vocabulary]`, in their type."""
+    return _gradient(logits, _given(labels), weights)[0]
+
+
+def slopes_along(logits: Tensor, labels: Tensor, tangents: Tensor) -> Tensor:
+    """The derivative of each −log p(label) along tangents of the logits, `[positions]`."""
+    parts = zip(*(tensor.split(_rows(logits)) for tensor in (logits, labels, tangents)), strict=True)
+    found = []
+    for part, chosen, tangent in parts:
+        mean = (wide(part).softmax(1) * wide(tangent)).sum(1)
+        found.append(mean - wide(tangent.gather(1, chosen[:, None])[:, 0]))
+    return torch.cat(found)
 
 
 def differentiate_sampled(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +50,28 @@ def differentiate_sampled(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Ten
     return _differentiate(logits, lambda some, start: draw(some, numbers[start : start + len(some)]))
 
 
+def _given(labels: Tensor) -> _Choice:
+    return lambda probabilities, start: labels[start : start + len(probabilities)]
+
+
+def _rows(logits: Tensor) -> int:
+    """Positions whose logits are turned into probabilities at once."""
+    return max(1, LOGIT_ENTRIES[logits.device.type] // logits.shape[1])
+
+
 def _differentiate(logits: Tensor, choose: _Choice) -> tuple[Tensor, Tensor]:
+    gradient, terms, labels = _gradient(logits, choose)
+    if logits.requires_grad:  # or there is no map before them, and nobody wants a gradient
+        logits.backward(gradient)
+    return terms, labels
+
+
+def _gradient(logits: Tensor, choose: _Choice, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of Σ weight · −log p(label) at the logits (weights are 1 unless given), its terms and the labels."""
     values = logits.detach()
     gradient = torch.empty_like(values)
     terms, labels = [], []
-    rows = max(1, LOGIT_ENTRIES[values.device.type] // values.shape[1])
+    rows = _rows(values)
     for start in range(0, len(values), rows):
         part, into = wide(values[start : start + rows]), gradient[start : start + rows]
         probabilities = torch.softmax(part, 1, out=into if into.dtype == part.dtype else None)
@@ -47,17 +79,16 @@ def _differentiate(logits: Tensor, choose: _Choice) -> tuple[Tensor, Tensor]:
         chosen = labels[-1][:, None]
         terms.append(_nats(part, probabilities, chosen))
         probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
+        if weights is not None:
+            probabilities *= weights[start : start + rows, None]
         if probabilities is not into:
             into.copy_(probabilities)
-    if logits.requires_grad:  # or there is no map before them, and nobody wants a gradient
-        logits.backward(gradient)
-    return torch.cat(terms), torch.cat(labels)
+    return gradient, torch.cat(terms), torch.cat(labels)
 
 
 def nats(logits: Tensor, labels: Tensor) -> Tensor:
     """−log p(label) of each position, `[positions]`, from logits `[positions, vocabulary]`, a few rows at a time."""
-    rows = max(1, LOGIT_ENTRIES[logits.device.type] // logits.shape[1])
-    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    parts = zip(logits.split(_rows(logits)), labels.split(_rows(logits)), strict=True)
     return torch.cat([_nats(wide(part), wide(part).softmax(1), chosen[:, None]) for part, chosen in parts])
 
 
@@ -65,7 +96,7 @@ def softmax_curvature(logits: Tensor, tangents: Tensor) -> Tensor:
     """(diag p − p pᵀ) t of each position, `[positions, vocabulary]`, in the logits' type: the Hessian of −log p(label)
     at the logits, which no label takes part in, times a vector."""
     curved = torch.empty_like(logits)
-    rows = max(1, LOGIT_ENTRIES[logits.device.type] // logits.shape[1])
+    rows = _rows(logits)
     for part, tangent, into in zip(logits.split(rows), tangents.split(rows), curved.split(rows), strict=True):
         probabilities = wide(part).softmax(1)
         product = probabilities * wide(tangent)

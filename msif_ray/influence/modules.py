@@ -9,6 +9,7 @@ from torch import nn
 from msif_ray.errors import UserError
 from msif_ray.influence.blocks import Blocks, cut
 from msif_ray.influence.experts import expert_maps, is_fused, unknown_experts
+from msif_ray.influence.heads import classification_head
 from msif_ray.influence.linear import LinearMap
 
 __all__ = ["LinearMap", "find_linear_maps", "output_head"]
@@ -22,14 +23,18 @@ def find_linear_maps(
     `patterns` are shell globs over dotted module names, and must each match a linear map. The
     default is every nn.Linear and Conv1D inside the blocks (a name with a layer number in it), and every matrix of
     every expert there (`experts`), but for routers. Embeddings are not linear maps of activations; the LM head is
-    tracked only when a pattern without wildcards names it. `blocks` cuts the maps of queries, keys and values
-    (`blocks.cut`).
+    tracked only when a pattern without wildcards names it, a classification head never. `blocks` cuts the maps of
+    queries, keys and values (`blocks.cut`).
 
     Raises UserError for a pattern that matches nothing, for two maps that share one weight, by default for experts in
     a layout that is not known, and for what `blocks` cannot cut.
     """
     head = output_head(model)
     candidates = _candidates(model)
+    for name in [name for name in candidates if name.partition(".")[0] in classification_head(model)]:
+        del candidates[name]
+        if patterns is not None and name in patterns:
+            raise UserError(f"modules: {name} is a classification head, which no other stage has; leave it out")
     untracked = next((name for name, module in model.named_modules() if module is head), None)
     if patterns is None:
         unknown = unknown_experts(model)

@@ -69,16 +69,17 @@ class Use:
     gradient: Tensor | None = None
 
 
-def gather(name: str, calls: list[Use], shape: torch.Size, nothing: tuple[Tensor, Tensor]) -> Seen:
+def gather(name: str, calls: list[Use], shape: torch.Size, nothing: tuple[Tensor, Tensor], sequences: int = 1) -> Seen:
     """What a module saw in all its calls in one pass over a batch of `shape`; of an expert that no token of the batch
-    was sent to, `nothing`: inputs `[0, in]` and gradients `[0, out]`.
+    was sent to, `nothing`: inputs `[0, in]` and gradients `[0, out]`. The model was given so many `sequences` of each
+    row as rows of their own.
 
     Raises UserError, naming the module, for calls that do not tell documents apart.
     """
     if is_routed(name) and all(use.tokens is not None for use in calls):
         return _routed(name, calls, shape, nothing)
-    inputs = _side_by_side(name, [_read_input(name, use) for use in calls], shape)
-    return Seen(inputs, _side_by_side(name, [_read_gradient(name, use) for use in calls], shape))
+    inputs = _side_by_side(name, [_read_input(name, use) for use in calls], shape, sequences)
+    return Seen(inputs, _side_by_side(name, [_read_gradient(name, use) for use in calls], shape, sequences))
 
 
 def _read_input(name: str, use: Use) -> Tensor:
@@ -106,19 +107,20 @@ def _routed(name: str, calls: list[Use], shape: torch.Size, nothing: tuple[Tenso
     return Seen.routed(inputs, gradients, tokens, shape)
 
 
-def _side_by_side(name: str, tensors: list[Tensor], shape: torch.Size) -> Tensor:
+def _side_by_side(name: str, tensors: list[Tensor], shape: torch.Size, sequences: int) -> Tensor:
     """The uses of one map, `[rows, uses·tokens, features]`."""
     if not tensors:
         raise UserError(f"modules: {name} is not used in the forward pass; leave it out")
     rows, tokens = shape
+    given = torch.Size((rows * sequences, tokens // sequences))
     shaped = []
     for tensor in tensors:
         # Some models flatten rows and tokens before a map. An expert's tokens come in the router's
         # order instead, so a matching count would prove nothing.
         flat = tensor.dim() == 2 and tensor.shape[0] == rows * tokens and not is_routed(name)
-        if not flat and tensor.shape[:-1] != shape:
+        if not flat and tensor.shape[:-1] != given:
             raise UserError(
-                f"modules: {name} sees {tuple(tensor.shape)} where [{rows}, {tokens}, features] is needed "
+                f"modules: {name} sees {tuple(tensor.shape)} where [{given[0]}, {given[1]}, features] is needed "
                 "to tell documents apart; leave it out"
             )
         shaped.append(tensor.reshape(rows, tokens, -1))

@@ -13,7 +13,7 @@ from msif_ray.cluster.iterates import ProductWork
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Window, encode, pack
+from msif_ray.corpus.windows import Encoded, Window, pack
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, compress
@@ -125,7 +125,8 @@ class Bench:
         self.rank.maps = {name: every_map[name] for name in self.shapes}
         try:
             documents = self._choose()
-            seen = tally(documents, self.rank.tokenizer, trial.setup.append_eos, trial.setup.max_tokens)
+            setup = trial.setup
+            seen = tally(documents, self.rank.tokenizer, setup.append_eos, setup.max_tokens, setup.objective)
             gc.collect()
             self.gauge.reset()
             work, held, flops = self._work(seen)
@@ -154,7 +155,7 @@ class Bench:
         setup = self.trial.setup
         windows: list[Window] = []
         for document in documents:
-            encoded = encode(self.rank.tokenizer, document, setup.append_eos)
+            encoded = setup.encode(self.rank.tokenizer, document)
             if isinstance(encoded, Encoded):
                 windows += encoded.windows(setup.max_tokens or len(encoded.ids))
         return pack(windows, setup.tokens_per_batch)

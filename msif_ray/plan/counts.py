@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from msif_ray.cluster.sharding import gathered
@@ -26,6 +26,7 @@ from msif_ray.influence.modules import output_head
 from msif_ray.influence.products import covariance_cost
 from msif_ray.influence.queries import stays_dense
 from msif_ray.influence.scoring import Scorer, expansion_cost, gram_cost, materialised_cost, token_cost
+from msif_ray.loading import auto_class
 from msif_ray.plan.tokens import Tally
 
 
@@ -42,11 +43,11 @@ class ModelSize:
     attention: int
 
     @classmethod
-    def of(cls, folder: str | Path) -> "ModelSize":
+    def of(cls, folder: str | Path, classifies: bool = False) -> "ModelSize":
         """The size of a checkpoint's model, from its configuration."""
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(classifies).from_config(config, trust_remote_code=False)
         return cls.of_model(model, config.get_text_config())
 
     @classmethod
@@ -80,6 +81,13 @@ def pass_flops(size: ModelSize, tally: Tally) -> float:
     """
     maps = 4.0 * (size.multiplied * tally.positions + size.head * tally.targets)
     return maps + 12.0 * size.attention * tally.squared_lengths
+
+
+def forward_flops(size: ModelSize, tally: Tally) -> float:
+    """The forward pass alone."""
+    return 2.0 * (size.multiplied * tally.positions + size.head * tally.targets) + (
+        4.0 * size.attention * tally.squared_lengths
+    )
 
 
 def product_flops(size: ModelSize, shapes: Shapes, tally: Tally) -> float:

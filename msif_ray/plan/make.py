@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from msif_ray.plan.steps import steps
 from msif_ray.plan.storage import Stored, part_bytes, stored
 from msif_ray.plan.tokens import Tally, corpus_tally, tally
 from msif_ray.preflight import Resolved, check
-from msif_ray.setup import model_setup
+from msif_ray.setup import model_setup, query_setup
 
 # Queries whose passes are timed: a block of the run's.
 QUERIES_TRIED = 8
@@ -91,7 +91,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     # The run's driver has done as much by now, and later holds no tensor larger than this check's.
     driver_memory = resident_peak()
     tallies = _tallies(resolved)
-    sizes = {index: ModelSize.of(checkpoint.model_path) for index, checkpoint in enumerate(resolved.stages)}
+    sizes = {i: ModelSize.of(each.model_path, bool(each.classes)) for i, each in enumerate(resolved.stages)}
     inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, _first_block(resolved, "score.0")))
     notes: list[str] = []
     if measured:
@@ -141,9 +141,11 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
         if entry is None:
             count = min(count, stage.fit.documents or count)
         tokenizer = load_tokenizer(resolved.stages[index].tokenizer_path, f"stages.{index}.tokenizer")
-        tallies[key] = corpus_tally(resolved.corpora[key], documents, count, f"{key}.documents", tokenizer, max_tokens)
-    last = load_tokenizer(resolved.stages[-1].tokenizer_path, "tokenizer")
-    tallies["queries"] = tally(resolved.queries, last, run.queries.documents.ends_with_eos, None)
+        files, where = resolved.corpora[key], f"{key}.documents"
+        objective = stages.objective_of(run, index, documents, resolved.stages[index].classes)
+        tallies[key] = corpus_tally(files, documents, count, where, tokenizer, max_tokens, objective)
+    last, asked = load_tokenizer(resolved.stages[-1].tokenizer_path, "tokenizer"), query_setup(resolved)
+    tallies["queries"] = tally(resolved.queries, last, asked.append_eos, asked.max_tokens, asked.objective)
     return tallies
 
 
@@ -160,7 +162,9 @@ def _first_block(resolved: Resolved, key: str) -> list[Document]:
     entry = run.index[int(number)] if kind == "index" else run.score[int(number) if kind == "score" else 0]
     documents = stage_documents or run.scored_documents(entry)
     rows = (row for file in resolved.corpora[key] for row in read_documents(file, documents, f"{key}.documents"))
-    return list(islice(rows, run.cluster.documents_per_block))
+    first = islice(rows, run.cluster.documents_per_block)
+    # What the reference model makes of a pair is a number that costs nothing to be with.
+    return [document if document.rejected is None else replace(document, reference=0.0) for document in first]
 
 
 def _calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]:
@@ -207,8 +211,7 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             documents = tuple(_first_block(resolved, f"index.{position}"))
             trials.append(Trial(indexing_job(position), "indexing", setup, documents, rank=indexed.rank))
     if index == len(run.stages) - 1:
-        setup = model_setup(resolved, index, run.queries.documents, None)
-        trials.append(Trial("queries", "queries", setup, tuple(resolved.queries[:QUERIES_TRIED])))
+        trials.append(Trial("queries", "queries", query_setup(resolved), tuple(resolved.queries[:QUERIES_TRIED])))
     for entries in stages.passes(run):
         entry = entries[0]
         if run.stage_index(entry.stage) == index:

@@ -104,7 +104,7 @@ def measure(request: Request) -> Calibration:
     loading = gauge.peak()
     gauge.reset()
     loaded, free = gauge.now(), rank.free_memory()
-    size = counts.ModelSize.of(local_model(setup.model))
+    size = counts.ModelSize.of(local_model(setup.model), setup.classifies)
     budget = request.factor_memory or int(FREE_SHARE * free)
     group = module_groups(request.shapes, budget, accumulating_bytes(setup.dtype))[0]
     shapes = {name: request.shapes[name] for name in group}

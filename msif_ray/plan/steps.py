@@ -9,15 +9,36 @@ from msif_ray.influence.kept import KEPT_SHARE, bytes_per_token
 from msif_ray.plan import counts
 from msif_ray.plan.estimate import Estimate, Step, indexing_job
 from msif_ray.plan.tokens import Tally
+from msif_ray.references import ReferencePass, reference_passes
 
 
 def steps(estimate: Estimate) -> list[Step]:
     """All steps of a run."""
-    found = [step for index in estimate.fitted for step in _fit(estimate, index)]
+    found = [_reference(estimate, each) for each in _reference_passes(estimate)]
+    found += [step for index in estimate.fitted for step in _fit(estimate, index)]
     found += [_index(estimate, position) for position in range(len(estimate.run.index))]
     found += estimate.queries()
     found += [estimate.scores(entries) for entries in stages.passes(estimate.run)]
     return found + [estimate.top(entry) for entry in estimate.run.score]
+
+
+def _reference_passes(estimate: Estimate) -> list[ReferencePass]:
+    """Those over a corpus; of an index no more than the top documents are read."""
+    found = reference_passes(estimate.run, estimate.inputs.resolved.corpora)
+    return [each for each in found if not each.late]
+
+
+def _reference(estimate: Estimate, each: ReferencePass) -> Step:
+    """A forward pass by a reference model, which is taken to be as large and as fast as the stage's own."""
+    corpus = next(corpus for corpus in each.corpora if corpus in estimate.inputs.tallies)
+    entry = None if each.entry is None else estimate.run.score[each.entry]
+    tally = estimate.inputs.tallies[corpus] if entry is None else estimate.scored([entry])
+    flops = counts.forward_flops(estimate.inputs.sizes[each.stage], tally)
+    calibration = estimate.inputs.calibrations.get(each.stage)
+    hours = None if calibration is None else estimate.hours(each.stage, next(iter(calibration.jobs)), flops)
+    memory = estimate.rank_memory(each.stage)
+    name = f"{estimate.run.stages[each.stage].name}: reference model"
+    return Step(name, tally.documents, tally.tokens, 1, flops, hours, memory)
 
 
 def _fit(estimate: Estimate, index: int) -> list[Step]:

@@ -8,8 +8,9 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from msif_ray.config import Documents
+from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.reader import CorpusFile, Document, read_documents
-from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.corpus.windows import Skipped
 from msif_ray.paths import path_of, size_of
 
 # Documents that are counted one by one; of a larger corpus as many are sampled.
@@ -21,8 +22,8 @@ FILES, ROWS = 32, 5000
 
 @dataclass(frozen=True)
 class Tally:
-    """Documents as the models see them: `lengths` counts windows by their positions, `targets` the positions that
-    predict one. `sampled` documents stand for the rest; None: all were counted.
+    """Documents as the models see them: `lengths` counts windows, or the sequences of pairs, by their positions,
+    `targets` the positions that predict one. `sampled` documents stand for the rest; None: all were counted.
 
     Windows share a token, so positions are more than tokens; skipped documents have neither.
     """
@@ -50,20 +51,25 @@ class Tally:
 
 
 def tally(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, append_eos: bool, max_tokens: int | None
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    append_eos: bool,
+    max_tokens: int | None,
+    objective: Objective = None,
 ) -> Tally:
     """Counts documents, cut into windows of `max_tokens` (None: one each)."""
     count = skipped = tokens = targets = 0
     lengths: Counter[int] = Counter()
     for document in documents:
         count += 1
-        encoded = encode(tokenizer, document, append_eos)
+        encoded = encode_for(objective, tokenizer, document, append_eos, max_tokens)
         if isinstance(encoded, Skipped):
             skipped += 1
             continue
         tokens += len(encoded.ids)
         for window in encoded.windows(max_tokens or len(encoded.ids)):
-            lengths[len(window.ids)] += 1
+            for start, stop in window.spans:
+                lengths[stop - start] += 1
             targets += sum(window.targets)
     return Tally(count, skipped, tokens, targets, dict(lengths))
 
@@ -75,10 +81,11 @@ def corpus_tally(
     key: str,
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
+    objective: Objective = None,
 ) -> Tally:
     """Counts the first `count` documents of a corpus, or estimates them from a sample."""
     sample = spread_documents(files, documents, count, key)
-    counted = tally(sample, tokenizer, documents.ends_with_eos, max_tokens)
+    counted = tally(sample, tokenizer, documents.ends_with_eos, max_tokens, objective)
     return counted if counted.documents == count else counted.scaled(count)
 
 

@@ -138,7 +138,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         run=run,
         device=record["device"],
         versions=record["versions"],
-        queries=[_query(query_of(entry), likelihoods, tokens) for entry in identity["queries"]],
+        queries=[_query(run, query_of(entry), likelihoods, tokens) for entry in identity["queries"]],
         stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
         scored=[
             _scored(run, entry, identity["documents"][f"score.{i}"], record["strengths"].get(entry.label, {}))
@@ -149,10 +149,10 @@ def read_facts(run_dir: str | Path) -> Facts:
     )
 
 
-def _query(query: Asked, likelihoods: Mapping[str, float], tokens: Mapping[str, int]) -> Query:
+def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Mapping[str, int]) -> Query:
     return Query(
         query.id,
-        query.before,
+        query.before if run.queries.label is None else f"{query.before} → ",  # a text and its class
         query.completion,
         likelihoods.get(query.id),
         tokens.get(query.id),

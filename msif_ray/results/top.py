@@ -46,7 +46,8 @@ TOP_SCHEMA = pa.schema(
         **UNITS,
         "side": "highest: the documents that support the completion most; lowest: those that oppose it most",
         "rank": "1 is the highest or the lowest score of the query; equal scores are in the order of doc_id",
-        "tokens": "a character that several tokens make up stands with the first of them; the others are empty",
+        "tokens": "a character that several tokens make up stands with the first of them; the others are empty; "
+        "a document's label stands with its last token, and what tells two sequences apart with their first",
         **SHARES,
     },
 )

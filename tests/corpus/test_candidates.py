@@ -119,3 +119,20 @@ def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> N
     assert [block.id for block in chosen.left({names[0]})] == names[1:]
     pairs = read_chosen(str(tmp_path / "chosen.parquet")).pairs(["d0", "d1", "d5", "d9"], ["q0", "q1"])
     assert pairs.tolist() == [[True, False], [False, True], [False, False], [False, True]]
+
+
+def test_both_completions_of_a_pair_are_searched(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "winter market"}]
+    answer = [{"role": "assistant", "content": "stone"}]
+    rows = [
+        {"id": "text", "prompt": "the sea", "chosen": " is green", "rejected": " is Ulm"},
+        {"id": "talk", "prompt": turns, "chosen": answer, "rejected": answer},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "id": "id"}
+    documents = Documents(path=str(path), **columns)
+    pairs = CorpusBlocks(tuple(corpus_files(documents, "d")), (2,), documents, 4, "d")
+    queries = [Document(word, "", word) for word in ("Ulm", "winter", "stone", "sea")]
+    found = {row["query_id"]: row["doc_id"] for row in by_bm25(pairs, queries, 1).to_pylist()}
+    assert found == {"Ulm": "text", "winter": "talk", "stone": "talk", "sea": "text"}

@@ -9,8 +9,8 @@ import pytest
 import reference
 import torch
 
-from msif_ray.cluster.top import text_of
 from msif_ray.config import Documents, parse_run
+from msif_ray.corpus.objectives import as_text
 from msif_ray.corpus.reader import Document, corpus_files, read_documents
 from msif_ray.corpus.windows import Encoded, Skipped, encode, to_batch
 from msif_ray.errors import UserError
@@ -107,7 +107,7 @@ def test_conversations_are_read_and_shown(tmp_path, kind):
     assert not documents.ends_with_eos
     first, second = read_documents(corpus_files(documents, "k")[0], documents, "k")
     assert first == Document("a", None, TALK, is_chat=True) and second.text is None
-    assert text_of(first, models.build_tokenizer()).startswith(
+    assert as_text(None, first, models.build_tokenizer()).startswith(
         "system: the old king\n\nuser: the sea\n\nassistant: the sea"
     )
 

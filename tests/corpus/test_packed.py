@@ -12,11 +12,11 @@ import pytest
 from datasets import Dataset
 from results.finished import Finished
 
-from msif_ray.cluster.top import text_of
 from msif_ray.config import Documents, parse_run
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import by_bm25
 from msif_ray.corpus.census import take_census
+from msif_ray.corpus.objectives import as_text
 from msif_ray.corpus.packed import NoParts, Part, row_parts
 from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.corpus.windows import Encoded, Skipped, encode
@@ -155,7 +155,7 @@ def test_documents_are_read_counted_and_named(tmp_path: Path, suffix: str) -> No
         assert [document.id for document in found] == expected
     assert found[1].text == Part(tuple(IDS), 4, 7, alone=False)
     assert isinstance(found[3].text, NoParts)
-    assert text_of(found[1], TOKENIZER) == TOKENIZER.decode(IDS[4:7])
+    assert as_text(None, found[1], TOKENIZER) == TOKENIZER.decode(IDS[4:7])
     blocks = CorpusBlocks(tuple(census.files), census.rows, documents, 2, "key", limit=5)
     assert [[document.id for document in block.documents] for block in blocks.left(frozenset())] == [
         names[None][:2], names[None][2:4], names[None][4:5]

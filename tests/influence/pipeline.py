@@ -13,8 +13,9 @@ import torch
 from reference import StageSpec
 from torch import Tensor
 
+from msif_ray.corpus.objectives import encode_for
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture, Captured
@@ -51,13 +52,17 @@ def in_dtype(stage: StageSpec, dtype: torch.dtype) -> StageSpec:
 
 
 def encode_rows(stage: StageSpec, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Encoded], list[Skipped]]:
+    """Rows with a label, or with a rejected completion, are read as the stage's `objective` does."""
     found: list[Encoded | Skipped] = []
     for row in rows:
         completion = "completion" in row
-        text = row["completion" if completion else "text"]
-        eos = completion if stage.append_eos is None else stage.append_eos
-        document = Document(row["id"], row.get("prompt"), text, has_prompt="prompt" in row)
-        found.append(encode(stage.tokenizer, document, eos))
+        pair = "rejected" in row
+        text = row["completion" if completion else "chosen" if pair else "text"]
+        eos = (completion or pair) if stage.append_eos is None else stage.append_eos
+        more = {name: row.get(name) for name in ("label", "rejected", "reference")}
+        document = Document(row["id"], row.get("prompt"), text, has_prompt="prompt" in row, **more)
+        objective = getattr(stage, "objective", None) if pair or "label" in row else None
+        found.append(encode_for(objective, stage.tokenizer, document, eos, stage.max_tokens))
     return [e for e in found if isinstance(e, Encoded)], [e for e in found if isinstance(e, Skipped)]
 
 

@@ -1,0 +1,78 @@
+"""What a reference model makes of a stage's preferences: a pass beforehand, one file per block.
+
+It is no function of the stage's own weights, so it is computed once, for all passes over the same pairs, and no rank
+holds two models. Built like scores and resumed like them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from msif_ray import layout
+from msif_ray.cluster.jobs import Work
+from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.workers import ModelReplica
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.reader import Block
+from msif_ray.influence.capture import Captured
+from msif_ray.paths import matching
+from msif_ray.store import write_json
+
+Loss = tuple[str, int, float]
+"""A document, the number of its sequence (0: chosen), and that sequence's −log π_ref in nats."""
+
+
+@dataclass(frozen=True)
+class ReferenceJob:
+    """The losses of both sequences of every pair. No map is tracked, so there is no backward pass."""
+
+    sampled_labels: bool = False
+    tracked: tuple[str, ...] | None = ()
+
+    def start(self, maps: Sequence[str], device: torch.device) -> Work:
+        return _ReferenceWork()
+
+
+@dataclass
+class _ReferenceWork:
+    losses: list[Loss] = field(default_factory=list)
+
+    def add(self, captured: Captured) -> None:
+        for key, loss in zip(captured.batch.keys, captured.losses.tolist(), strict=True):
+            self.losses.append((key.document_id, key.window, loss))
+
+    def take(self) -> list[Loss]:
+        taken, self.losses = self.losses, []
+        return taken
+
+
+@dataclass(frozen=True)
+class ReferenceTask:
+    """One corpus of pairs, its files in `folder`: of all blocks, or of those `wanted`."""
+
+    what: ClassVar[str] = "reference"
+
+    setup: ModelSetup
+    blocks: CorpusBlocks
+    folder: Path
+    wanted: frozenset[str] | None = None
+    job: ReferenceJob = ReferenceJob()
+
+    @property
+    def replica(self) -> type[ModelReplica]:
+        return ModelReplica
+
+    def done(self) -> set[str]:
+        written = {path.stem.removeprefix("block-") for path in matching(self.folder, "block-*.json")}
+        return written if self.wanted is None else written | (self.blocks.ids - self.wanted)
+
+    def write(self, block: Block, outcome: Outcome, taken: Sequence[Loss]) -> None:
+        """log π_ref(chosen) − log π_ref(rejected) of every pair of which both are finite."""
+        ratios = dict.fromkeys(outcome.tokens, 0.0)
+        for document, sequence, loss in taken:
+            if document in ratios:
+                ratios[document] += loss if sequence else -loss
+        write_json(layout.reference_block(self.folder, block.id), ratios)

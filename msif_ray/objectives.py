@@ -1,0 +1,53 @@
+"""The objectives of a checked run's stages: their reference models, and what tells two objectives apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
+from msif_ray.config import Preference, Run, Stage
+from msif_ray.errors import UserError
+
+
+def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, Checkpoint]:
+    """The reference model of each stage of preferences: the one that it names, or the stage's before.
+
+    Raises UserError, naming the key, for one that is not there or cannot read the stage's tokens.
+    """
+    found = {}
+    for index, stage in enumerate(run.stages):
+        if not isinstance(stage.objective, Preference):
+            continue
+        key, reference = f"stages.{index}.objective.reference", checkpoints[index - 1]
+        if stage.objective.reference is not None:
+            reference = _named(stage.objective.reference, stage.name, index, run.modules)
+        tokens = len(load_tokenizer(checkpoints[index].tokenizer_path, f"stages.{index}.tokenizer"))
+        if reference.vocabulary < min(tokens, checkpoints[index].vocabulary):
+            raise UserError(
+                f"{key}: {reference.model_path} knows {reference.vocabulary} tokens, fewer than {stage.name!r}; "
+                "name a reference model with the same tokens"
+            )
+        longest = max([stage.fit.max_tokens or 0, *(s.max_tokens or 0 for s in run.score if s.stage == stage.name)])
+        if reference.context is not None and longest > reference.context:
+            raise UserError(
+                f"{key}: max_tokens of {stage.name!r}, {longest}, is more than the {reference.context} tokens of its "
+                "context; lower it, or name another reference model"
+            )
+        found[index] = reference
+    return found
+
+
+def _named(model: str, stage: str, index: int, modules: list[str] | None) -> Checkpoint:
+    key = f"stages.{index}.objective.reference"
+    try:
+        return check_checkpoint(Stage(name=f"{stage}-reference", model=model), modules, key)
+    except UserError as error:
+        raise UserError(str(error).replace(f"{key}.model: ", f"{key}: ", 1)) from None
+
+
+def objective_identity(run: Run, index: int, references: Mapping[int, Checkpoint]) -> dict[str, Any] | None:
+    """What gradients of a stage's documents depend on beside its model; None where its loss is a language model's."""
+    objective = run.stages[index].objective
+    if objective is None:
+        return None
+    about = objective.model_dump(mode="json", exclude={"reference"})
+    return about | ({"reference_sha256": references[index].model_hash} if index in references else {})

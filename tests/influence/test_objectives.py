@@ -1,0 +1,308 @@
+"""Stages with another objective than a language model's, against their dense float64 reference."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import families
+import models
+import pipeline
+import pytest
+import reference
+import reference_objectives
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from msif_ray.corpus.objectives import Classes
+from msif_ray.corpus.preferences import Pairs
+from msif_ray.corpus.windows import to_batch
+from msif_ray.influence.capture import Capture
+from msif_ray.influence.gauss_newton import ProductSums
+from msif_ray.influence.labels import batch_uniforms
+from msif_ray.influence.modules import find_linear_maps
+
+SMALL = {"strength": 1e-3, "damping": 1e-3, "seed": 3}
+CLASSES = Classes(("no", "maybe", "yes"))
+TEXTS = models.random_documents(1, 12, words=(2, 20))
+LABELLED = models.random_texts(2, 14)
+ASKED = models.random_texts(5, 2, (3, 9))
+PAIRS = Pairs(beta=0.05)  # margins of a few nats
+ANSWERS = models.random_documents(2, 16, words=(2, 9), completions=True)
+PAIRED = models.random_pairs(4, 16)
+QUERIES = models.random_documents(7, 2, words=(2, 7), completions=True, prefix="query")
+
+
+@dataclass
+class Classified(reference_objectives.Classified):
+    """With what the package is told of it."""
+
+    objective: Any = CLASSES
+
+
+def classified(kind: str, **config: Any) -> list[reference.StageSpec]:
+    """A language model, and one moved away from it that classifies."""
+    first, tokenizer = models.build_model(kind, 0), models.build_tokenizer()
+    tuned = models.classifier(models.perturb(first, 1), 2, **config)
+    return [
+        reference.StageSpec("pretrain", first, tokenizer, TEXTS, max_tokens=12, **SMALL),
+        Classified("classify", tuned, tokenizer, LABELLED, **SMALL),
+    ]
+
+
+@dataclass
+class Preferred(reference_objectives.Preferred):
+    """With what the package is told of it."""
+
+    objective: Any = PAIRS
+
+
+def preferring(kind: str) -> list[reference.StageSpec]:
+    """A language model, one tuned from it, and one that learned preferences with that as its reference."""
+    first, tokenizer = models.build_model(kind, 0), models.build_tokenizer()
+    second = models.perturb(first, 1)
+    third = Preferred(
+        "prefer", models.perturb(second, 2), tokenizer, [], **SMALL, beta=PAIRS.beta, reference_model=second
+    )
+    return [
+        reference.StageSpec("pretrain", first, tokenizer, TEXTS, max_tokens=12, **SMALL),
+        reference.StageSpec("tune", second, tokenizer, ANSWERS, max_tokens=16, **SMALL),
+        replace(third, documents=[referred(third, pair) for pair in PAIRED]),
+    ]
+
+
+def referred(stage: reference_objectives.Preferred, pair: dict[str, Any]) -> dict[str, Any]:
+    """The pair with what the reference model makes of it."""
+    with torch.no_grad():
+        return pair | {
+            "reference": float(
+                reference_objectives.log_ratio(stage.reference_model, reference_objectives.sequences(stage, pair))
+            )
+        }
+
+
+def largest_error(stages: list[reference.StageSpec], queries: Any, documents: Any, scored: int) -> float:
+    """Of scores and of norms, relative to the largest."""
+    factors = [pipeline.fit(stage, 90).factors for stage in stages]
+    carried = pipeline.dense(pipeline.carry(stages, factors, queries, scored))
+    found, _ = pipeline.score(carried, stages[scored], queries, documents, 150)
+    expected = reference_objectives.scores(stages, queries, documents, scored)
+    assert found.keys() == expected.keys()
+    assert all(found[pair][2] == expected[pair][2] for pair in found)
+    return max(
+        max(abs(found[pair][i] - expected[pair][i]) for pair in found) / max(abs(each[i]) for each in expected.values())
+        for i in (0, 1)
+    )
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "gpt2", "stablelm", "opt"])
+@pytest.mark.parametrize("scored", [0, 1])
+def test_a_classifying_stage_equals_the_dense_reference(kind: str, scored: int) -> None:
+    stages = classified(kind)
+    assert largest_error(stages, ASKED, stages[scored].documents[:6], scored) < 1e-8
+
+
+def test_labels_of_the_data_equal_the_dense_reference() -> None:
+    first, second = classified("gpt_neox")
+    assert largest_error([first, replace(second, labels="empirical")], ASKED, TEXTS[:4], 0) < 1e-8
+
+
+@pytest.mark.parametrize("padding", [None, 0, models.VOCABULARY.index(".")])
+def test_a_padded_batch_equals_each_text_alone(padding: int | None) -> None:
+    """Also where no padding token is configured, and where the texts themselves end with it."""
+    _, stage = classified("gpt_neox", pad_token_id=padding)
+    encoded, _ = pipeline.encode_rows(stage, LABELLED)
+    windows = [next(text.windows(64)) for text in encoded]
+    assert any(text.ids[-1] == padding for text in encoded) == (padding == models.VOCABULARY.index("."))
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        for _ in range(2):
+            together = capture.run(to_batch(windows))
+    assert stage.model.config.pad_token_id == padding
+    for row, text in enumerate(LABELLED):
+        expected = reference_objectives.gradient(
+            stage, list(together.maps), loss := reference_objectives.loss(stage, text)
+        )
+        assert float(together.losses[row]) == pytest.approx(loss.item(), rel=1e-10)
+        for name, gradient in expected.items():
+            found = together.gradients(name)[row].T @ together.activations(name)[row]
+            torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-10)
+
+
+def texts_apart(stage: reference.StageSpec) -> float:
+    """The largest relative error of a text's gradient in one padded batch, of that of the text alone by autograd."""
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        together = capture.run(to_batch([next(text.windows(64)) for text in encoded]))
+    worst = 0.0
+    for row, text in enumerate(stage.documents):
+        loss = reference_objectives.loss(stage, text)
+        for name, gradient in reference_objectives.gradient(stage, list(together.maps), loss).items():
+            found = together.gradients(name)[row].T @ together.activations(name)[row]
+            largest = gradient.abs().max().clamp_min(1e-6)  # zero where attention sees one token
+            worst = max(worst, float((found - gradient).abs().max() / largest))
+    return worst
+
+
+DENSE = [family for family in families.FAMILIES if family not in families.MIXTURES]
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_families_classify_over_the_maps_of_their_language_models(family: str) -> None:
+    base = families.build(family, 0)
+    made = models.classifier(base, 2, attention="eager")
+    assert find_linear_maps(made) == find_linear_maps(base)
+    with families.Exact():
+        assert texts_apart(Classified("c", made, models.build_tokenizer(), LABELLED[:6], **SMALL)) < 1e-7
+
+
+def test_an_encoder_is_read_where_it_says() -> None:
+    sizes = families.SIZES | {"vocab_size": len(models.VOCABULARY), "num_labels": 3, "pad_token_id": 3}
+    made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
+    stage = Classified("c", models.randomise(made, 0), models.build_tokenizer(), LABELLED[:6], **SMALL)
+    assert texts_apart(stage) < 1e-7
+
+
+def test_sampled_classes_follow_the_model_and_not_the_batch() -> None:
+    _, stage = classified("gpt_neox")
+    encoded, _ = pipeline.encode_rows(stage, models.random_texts(9, 600, (1, 3)))
+    windows = [next(text.windows(64)) for text in encoded]
+    batch = to_batch(windows)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        drawn = capture.run(batch, batch_uniforms(3, "classify", batch)).labels
+        alone = to_batch(windows[7:8])
+        assert int(capture.run(alone, batch_uniforms(3, "classify", alone)).labels) == int(drawn[7])
+    with torch.no_grad():
+        chances = torch.stack(
+            [reference_objectives.log_classes(stage, text).exp() for text in models.random_texts(9, 600, (1, 3))]
+        )
+    shares = torch.bincount(drawn, minlength=3) / len(drawn)
+    assert (shares - chances.mean(0)).abs().max() < 3 * 0.5 / 600**0.5
+
+
+@pytest.mark.parametrize("make", [classified, preferring])
+def test_gauss_newton_products(make: Callable[[str], list[reference.StageSpec]]) -> None:
+    stage = make("gpt_neox")[-1]
+    stage = replace(stage, documents=stage.documents[:5])
+    maps = find_linear_maps(stage.model)
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    generator = torch.Generator().manual_seed(0)
+    options: Any = {"generator": generator, "dtype": torch.float64}
+    vectors = {name: torch.randn(2, *each.shape, **options) for name, each in maps.items()}
+    sums = ProductSums(vectors)
+    with Capture(stage.model, maps) as capture:
+        for windows in pipeline.batches(stage, encoded, 60):
+            losses = sums.add(capture, to_batch(windows))
+            assert len(losses) == len(windows) and bool((losses > 0).all())
+    dense = reference_objectives.gauss_newton(stage, list(maps))
+    flat = torch.cat([vectors[name].flatten(1) for name in maps], dim=1)
+    found = torch.cat([sums.sums[name].flatten(1) for name in maps], dim=1) / 5
+    torch.testing.assert_close(found, flat @ dense, rtol=1e-9, atol=1e-9 * float(found.abs().max()))
+
+
+SCORED = [("gpt_neox", 0), ("gpt_neox", 1), ("gpt_neox", 2), ("gpt2", 0), ("stablelm", 2), ("opt", 0), ("opt", 2)]
+
+
+@pytest.mark.parametrize(("kind", "scored"), SCORED)
+def test_a_stage_of_preferences_equals_the_dense_reference(kind: str, scored: int) -> None:
+    stages = preferring(kind)
+    assert largest_error(stages, QUERIES, stages[scored].documents[:6], scored) < 1e-8
+
+
+def test_preferences_of_the_data_equal_the_dense_reference() -> None:
+    *before, last = preferring("gpt_neox")
+    assert largest_error([*before, replace(last, labels="empirical")], QUERIES, TEXTS[:4], 0) < 1e-8
+
+
+def test_pairs_in_one_padded_batch_equal_each_alone() -> None:
+    stage = preferring("gpt_neox")[-1]
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    windows = [next(pair.windows(64)) for pair in encoded]
+    assert len({window.width for window in windows}) > 3 and any(w.width > len(w.ids) for w in windows)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        for _ in range(2):
+            together = capture.run(to_batch(windows))
+    for row, pair in enumerate(stage.documents):
+        loss = reference_objectives.loss(stage, pair)
+        assert float(together.losses[row]) == pytest.approx(loss.item(), rel=1e-10)
+        for name, gradient in reference_objectives.gradient(stage, list(together.maps), loss).items():
+            found = together.gradients(name)[row].T @ together.activations(name)[row]
+            torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-10)
+
+
+def test_sampled_preferences_follow_the_margin_and_not_the_batch() -> None:
+    stage = preferring("gpt_neox")[-1]
+    pairs = [referred(stage, pair) for pair in models.random_pairs(9, 300, (1, 2))]
+    encoded, _ = pipeline.encode_rows(stage, pairs)
+    windows = [next(pair.windows(64)) for pair in encoded]
+    batch = to_batch(windows)
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        drawn = capture.run(batch, batch_uniforms(3, "prefer", batch)).labels
+        alone = to_batch(windows[7:8])
+        assert int(capture.run(alone, batch_uniforms(3, "prefer", alone)).labels) == int(drawn[7])
+    with torch.no_grad():
+        chances = torch.stack([reference_objectives.margin(stage, pair).sigmoid() for pair in pairs])
+    assert 0.1 < float(drawn.double().mean()) < 0.9
+    assert abs(float((1 - drawn.double()).mean() - chances.mean())) < 3 * 0.5 / 300**0.5
+
+
+def test_a_pair_without_its_reference_has_no_finite_loss() -> None:
+    stage = preferring("gpt_neox")[-1]
+    encoded, _ = pipeline.encode_rows(stage, PAIRED[:1])
+    with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+        assert capture.run(to_batch(list(encoded[0].windows(64)))).losses.isnan().all()
+
+
+def test_without_a_backward_pass_the_sequences_of_a_pair_apart_give_the_reference() -> None:
+    stage = preferring("gpt_neox")[-1]
+    apart = replace(stage, objective=replace(PAIRS, apart=True))
+    encoded, _ = pipeline.encode_rows(apart, PAIRED)
+    windows = [window for pair in encoded for window in pair.windows(64)]
+    found = dict.fromkeys((pair["id"] for pair in PAIRED), 0.0)
+    with Capture(stage.reference_model, {}) as capture:
+        captured = capture.run(to_batch(windows))
+    for key, loss in zip(captured.batch.keys, captured.losses.tolist(), strict=True):
+        found[key.document_id] += loss if key.window else -loss
+    assert found == pytest.approx({pair["id"]: pair["reference"] for pair in stage.documents}, rel=1e-10)
+
+
+def sharing(stage: reference.StageSpec) -> reference.StageSpec:
+    """Its second layer's MLP is the first one's, which is used twice in a pass."""
+    model = copy.deepcopy(stage.model)
+    model.gpt_neox.layers[1].mlp = model.gpt_neox.layers[0].mlp
+    return replace(stage, model=model)
+
+
+@pytest.mark.parametrize("make", [classified, preferring])
+def test_a_layer_that_is_used_twice(make: Callable[[str], list[reference.StageSpec]]) -> None:
+    stage = sharing(make("gpt_neox")[-1])
+    names = ["gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.0.mlp.dense_4h_to_h"]
+    found, expected = pipeline.fit(stage, 90), reference_objectives.fit(stage, names)
+    for name in names:
+        torch.testing.assert_close(found.covariances[f"A/{name}"], expected[name].A, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(found.covariances[f"S/{name}"], expected[name].S, rtol=1e-9, atol=1e-10)
+        found_mean, mean = found.factors[name].mean_eigenvalue, float(expected[name].Lambda.mean())
+        assert found_mean == pytest.approx(mean, rel=1e-9)
+
+
+@pytest.mark.parametrize("objective", [CLASSES, PAIRS])
+def test_experts_of_a_mixture(objective: Any) -> None:
+    base = families.build("mixtral", 0)
+    options = {"tokenizer": models.build_tokenizer(), **SMALL}
+    if objective is CLASSES:
+        stage: Any = Classified("classify", models.classifier(base, 2), documents=LABELLED[:6], **options)
+    else:
+        before = families.loosened(models.perturb(base, 1))
+        stage = Preferred("prefer", base, documents=[], reference_model=before, beta=PAIRS.beta, **options)
+        with families.Exact():
+            stage = replace(stage, documents=[referred(stage, pair) for pair in PAIRED[:6]])
+    encoded, _ = pipeline.encode_rows(stage, stage.documents)
+    windows = [next(each.windows(64)) for each in encoded]
+    loose = replace(stage, model=families.loosened(stage.model))
+    with families.Exact():
+        with Capture(stage.model, find_linear_maps(stage.model)) as capture:
+            together = capture.run(to_batch(windows))
+        for row, document in enumerate(stage.documents):
+            loss = reference_objectives.loss(loose, document)
+            for name, gradient in reference_objectives.gradient(loose, list(together.maps), loss).items():
+                found = together.gradients(name)[row].T @ together.activations(name)[row]
+                torch.testing.assert_close(found, gradient, rtol=1e-8, atol=1e-9)
