@@ -72,6 +72,7 @@ def check(run: Run) -> Resolved:
     for position, score in enumerate(run.score):
         if score.index is not None:
             check_index(run, position, checkpoints, corpora[f"score.{position}"])
+    _check_out_of(run, corpora)
     _check_tokenizers(run, checkpoints, wanted)
     lengths, completions = _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(
@@ -234,6 +235,13 @@ def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str) -> int:
     if checkpoint.context is not None and asked > checkpoint.context:
         raise UserError(f"{key}: {asked} is more than the {checkpoint.context} tokens of {checkpoint.name!r}'s context")
     return asked
+
+
+def _check_out_of(run: Run, corpora: dict[str, Census]) -> None:
+    for index, entry in enumerate(run.score):
+        there = sum(corpora[f"score.{index}"].rows)
+        if entry.out_of is not None and entry.out_of < there:
+            raise UserError(f"score.{index}.out_of: {entry.out_of:,} is less than the {there:,} documents there are")
 
 
 def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str, Documents]) -> None:

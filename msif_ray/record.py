@@ -55,7 +55,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
         about = {"meaning": MEANING, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
-        write_json(path, {"identity": identity, "device": device} | about)
+        write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
         return
     record = read_record(path)
     difference = _first_difference(record["identity"], identity)
@@ -74,6 +74,15 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if other:
         changed = ", ".join(f"{name} {was} (now {now.get(name)})" for name, was in other.items())
         say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
+    if record.get("out_of", {}) != _out_of(resolved).get("out_of", {}):
+        record.pop("out_of", None)
+        write_json(path, record | _out_of(resolved))
+
+
+def _out_of(resolved: Resolved) -> dict[str, dict[str, int]]:
+    """Of how many documents those of an entry were chosen: of the shares by stage alone, so it may change."""
+    found = {entry.label: entry.out_of for entry in resolved.run.score if entry.out_of is not None}
+    return {"out_of": found} if found else {}
 
 
 def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any]) -> None:
@@ -125,6 +134,8 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
+    for entry in run["score"]:
+        entry.pop("out_of")
     for stage in run["stages"]:
         if stage["solver"]["kind"] == "ekfac":
             stage.pop("solver")  # likewise

@@ -229,6 +229,7 @@ def set_in(description: Description, key: str, value: Any) -> None:
         ("stages.0.documents.path", "{folder}/stage0", r"stages\.0\.documents\.path: .*is a folder"),
         ("stages.0.fit", {"max_tokens": 65}, r"stages\.0\.fit\.max_tokens: 65 is more than the 64"),
         ("score.0.max_tokens", 65, r"score\.0\.max_tokens: 65 is more than the 64"),
+        ("score.0.out_of", 3, r"score\.0\.out_of: 3 is less than the 4 documents there are"),
         ("modules", ["*.nothing"], r"modules: '\*\.nothing' matches no linear map"),
         ("queries.completion", "answer", r"queries: .*queries\.jsonl has no column 'answer'"),
         ("stages.0.tokenizer", "{folder}/none", r"stages\.0\.tokenizer: .*none"),
