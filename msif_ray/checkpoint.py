@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
@@ -31,7 +31,8 @@ TOKENIZER_IDENTITY = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model and its tokenizer: their local folders, and the shapes of the tracked maps `(out, columns)`.
+    """A checked model and its tokenizer: their local folders, the tokens of its context and of its vocabulary, and the
+    shapes of the tracked maps `(out, columns)`.
 
     Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
     `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on.
@@ -46,6 +47,7 @@ class Checkpoint:
     files: dict[str, str]
     revision: str | None
     context: int | None
+    vocabulary: int
     maps: dict[str, tuple[int, int]]
 
 
@@ -61,7 +63,7 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: 
         raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
     if not files:
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
-    context, maps = _describe(folder, modules, key, blocks)
+    text, maps = _describe(folder, modules, key, blocks)
     for file in files:
         _check_finite(file, key)
     tokenizer, tokenizer_source = folder, source
@@ -76,7 +78,8 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: 
         model_hash=_sha256(files),
         files=_small_files(folder, tokenizer),
         revision=stage.revision or folder_revision(folder),
-        context=context,
+        context=getattr(text, "max_position_embeddings", None),
+        vocabulary=text.vocab_size,
         maps=maps,
     )
 
@@ -109,8 +112,8 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
 
 def _describe(
     folder: Path, modules: list[str] | None, key: str, blocks: Blocks | None
-) -> tuple[int | None, dict[str, tuple[int, int]]]:
-    """The model's context length and tracked maps, from its configuration alone."""
+) -> tuple[PreTrainedConfig, dict[str, tuple[int, int]]]:
+    """The configuration of the model's text part and the model's tracked maps, without its weights."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -118,8 +121,9 @@ def _describe(
     except (OSError, ValueError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.model: {folder} is not a causal language model that loads: {reason}") from None
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context, {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
+    return config.get_text_config(), {
+        name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()
+    }
 
 
 def _check_finite(file: Path, key: str) -> None:

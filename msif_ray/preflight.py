@@ -12,7 +12,7 @@ from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.census import Census, take_census
 from msif_ray.corpus.reader import CorpusFile, Document, read_documents
-from msif_ray.corpus.windows import Skipped, encode
+from msif_ray.corpus.windows import Skipped, encode, within
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
 from msif_ray.paths import exists, is_remote, missing, path_of
@@ -159,9 +159,11 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
         for name in [*first.maps, *other.maps]:
             shapes = first.maps.get(name), other.maps.get(name)
             if shapes[0] != shapes[1]:
+                heads = [shape and shape[0] for shape in shapes] == [first.vocabulary, other.vocabulary]
                 raise UserError(
                     f"stages.{index}.model: {name} is {_shape(shapes[0])} in {first.name!r} and {_shape(shapes[1])} in "
                     f"{other.name!r}; all stages need the same tracked maps"
+                    + (": leave the head of a vocabulary that grew out of `modules`" if heads else "")
                 )
 
 
@@ -267,7 +269,7 @@ def _check_queries_fit(
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
     lengths, completions = [], []
     for query in queries:
-        encoded = encode(tokenizer, query, run.queries.documents.ends_with_eos)
+        encoded = within(encode(tokenizer, query, run.queries.documents.ends_with_eos), checkpoint.vocabulary)
         if isinstance(encoded, Skipped):
             raise UserError(f"queries: {query.id!r}: {encoded.reason}")
         if checkpoint.context is not None and len(encoded.ids) > checkpoint.context:

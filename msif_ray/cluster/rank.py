@@ -18,7 +18,7 @@ from msif_ray.cluster.jobs import FitJob, Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch, within
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
@@ -174,7 +174,9 @@ class Rank:
         return model.to(self.device)
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:
-        results = [encode(self.tokenizer, document, self.setup.append_eos) for document in documents]
+        config: Any = self.model.config
+        vocabulary = config.get_text_config().vocab_size
+        results = [within(encode(self.tokenizer, each, self.setup.append_eos), vocabulary) for each in documents]
         return (
             [result for result in results if isinstance(result, Encoded)],
             [result for result in results if isinstance(result, Skipped)],
