@@ -63,9 +63,9 @@ def check(run: Run) -> Resolved:
     wanted = _wanted_corpora(run)
     corpora = _read_corpora(wanted)
     queries = _read_queries(run)
-    checkpoints = [
-        check_checkpoint(stage, run.modules, f"stages.{i}", run.blocks) for i, stage in enumerate(run.stages)
-    ]
+    checkpoints: list[Checkpoint] = []
+    for index, stage in enumerate(run.stages):
+        checkpoints.append(check_checkpoint(stage, run.modules, f"stages.{index}", run.blocks, checkpoints))
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     reused = _check_reused_factors(run, checkpoints)

@@ -26,6 +26,12 @@ MEANING = {
     "n_tokens": "tokens of the document, with its prompt and an appended EOS",
 }
 
+# Of a run with a stage that is an adapter.
+ADAPTER = (
+    "the adapter was merged into its base, and influence is of all parameters of the tracked maps: the curvature and "
+    "the response of its stage are those of a full fine-tuning that ended there, not of the matrices that were trained"
+)
+
 # What a run.json must have, and of which type.
 _RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict}
 
@@ -54,7 +60,8 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if not exists(path):
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
-        about = {"meaning": MEANING, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
+        meaning = MEANING | ({"adapter": ADAPTER} if any(stage.adapter for stage in resolved.stages) else {})
+        about = {"meaning": meaning, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
         write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
         return
     record = read_record(path)
@@ -137,6 +144,8 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for entry in run["score"]:
         entry.pop("out_of")
     for stage in run["stages"]:
+        if stage["base"] is None:
+            stage.pop("base")
         if stage["solver"]["kind"] == "ekfac":
             stage.pop("solver")  # likewise
     indexes = {
@@ -154,6 +163,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "run": run,
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
+            | ({"adapter": stage.adapter} if stage.adapter else {})
             for stage in resolved.stages
         },
         "factors": resolved.reused,

@@ -99,6 +99,8 @@ Solver = Annotated[EkfacSolver | CgSolver, Field(discriminator="kind")]
 class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds.
 
+    A `model` that is a LoRA adapter is merged into that of the stage `base` (default: the one before, where the adapter
+    says that it was trained on it), and then stands for the whole model (`lora.py`).
     The default damping predicted retraining of a tiny model better than the customary 0.1 × mean did, and no worse than
     smaller ones (docs/validation.md).
     """
@@ -106,6 +108,7 @@ class Stage(Strict):
     name: Name
     model: Location
     revision: str | None = None
+    base: Name | None = None
     tokenizer: Location | None = None
     documents: Documents | None = None
     fit: Fit = Fit()
