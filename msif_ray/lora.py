@@ -12,7 +12,8 @@ round much of a small change away.
 What the theory then assumes: influence is of all parameters of the tracked maps. A stage trained through an adapter
 could only move W by matrices of rank r, but its curvature and its response (H + αI)⁻¹ are here those of a stage that
 was free to move all of W and ended at W'. It is the multi-stage influence of a full fine-tuning that would have
-ended where the adapter did, and not a derivative through A and B.
+ended where the adapter did, and not a derivative through A and B. An adapter trained on a quantised base (QLoRA, which
+its configuration does not say) is merged into the base as it is here, which is not quite the model that was trained.
 
 What cannot be merged exactly is refused by name: a key of the adapter's configuration that is not known here and is
 set counts as such, too.

@@ -19,6 +19,7 @@ from msif_ray.config import parse_run
 from msif_ray.run import run
 from msif_ray.store import read_json
 
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 Scores = dict[runs.Pair, tuple[float, float, int]]
 
 
