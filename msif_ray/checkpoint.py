@@ -1,6 +1,7 @@
 """A stage's model as it is on disk: found, read once for its hash and its faults, never executed."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,35 +11,28 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from msif_ray.adapters import find_base, merge_into
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
-from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, folder_revision, obtain
+from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.heads import classification_head
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.loading import auto_class
+from msif_ray.lora import CONFIG, WEIGHTS, is_adapter, read_config
 
 HASH_BYTES = 2**22
-# What decides how text becomes tokens, without what is for generating alone.
-TOKENIZER_IDENTITY = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "chat_template*.jinja",
-)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked model and its tokenizer: their local folders, and the shapes of the tracked maps `(out, columns)`.
+    """A checked model and its tokenizer: their local folders, the tokens of its context and of its vocabulary, and the
+    shapes of the tracked maps `(out, columns)`.
 
     Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
     `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on. `classes`
-    are the names of a classifier's, by number; `vocabulary` counts the tokens that it has embeddings of.
+    are the names of a classifier's, by number. Where the model is an adapter, all this is of the merged model, and
+    `adapter` says what was merged into what.
     """
 
     name: str
@@ -50,18 +44,31 @@ class Checkpoint:
     files: dict[str, str]
     revision: str | None
     context: int | None
+    vocabulary: int
     maps: dict[str, tuple[int, int]]
     classes: tuple[str, ...] = ()
-    vocabulary: int = 0
+    adapter: dict[str, str] | None = None
 
 
-def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: Blocks | None = None) -> Checkpoint:
-    """Finds and checks a stage's model, and finds its tokenizer.
+def check_checkpoint(
+    stage: Stage,
+    modules: list[str] | None,
+    key: str,
+    blocks: Blocks | None = None,
+    earlier: Sequence[Checkpoint] = (),
+) -> Checkpoint:
+    """Finds and checks a stage's model, and finds its tokenizer. An adapter is merged into the model of one of the
+    `earlier` stages first.
 
     Raises UserError, naming the key, file or tensor, for a model that is not there, has no
     safetensors, is of an unknown kind, or holds a number that is not finite.
     """
     folder, source = _obtain(stage.model, stage.revision, MODEL_FILES, f"{key}.model")
+    revision, adapter = stage.revision or folder_revision(folder), None
+    if is_adapter(folder):
+        folder, source, adapter = _merge(stage, folder, source, earlier, key)
+    elif stage.base is not None:
+        raise UserError(f"{key}.base: {folder} is a model with its own weights and no adapter; leave `base` out")
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").exists():
         raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
@@ -82,11 +89,12 @@ def check_checkpoint(stage: Stage, modules: list[str] | None, key: str, blocks: 
         tokenizer_source=tokenizer_source,
         model_hash=_sha256(files),
         files=_small_files(folder, tokenizer),
-        revision=stage.revision or folder_revision(folder),
+        revision=revision,
         context=described.context,
+        vocabulary=described.vocabulary,
         maps=described.maps,
         classes=described.classes,
-        vocabulary=described.vocabulary,
+        adapter=adapter,
     )
 
 
@@ -97,10 +105,28 @@ def _obtain(name: str, revision: str | None, patterns: Sequence[str], key: str) 
         raise UserError(f"{key}: {error}") from None
 
 
+def _merge(
+    stage: Stage, folder: Path, source: str, earlier: Sequence[Checkpoint], key: str
+) -> tuple[Path, str, dict[str, str]]:
+    """The folder and source of the merged model, and what run.json says of it."""
+    try:
+        config = read_config(folder)
+        base = find_base(stage, folder, str(config.get("base_model_name_or_path") or ""), earlier)
+        digest = _sha256([folder / name for name in (CONFIG, WEIGHTS)])
+        merged, merged_source = merge_into(base, source, json.dumps([digest, *_tokenizer_files(folder).items()]))
+    except UserError as error:
+        raise UserError(f"{key}.model: {error}") from None
+    return merged, merged_source, {"base": base.name, "sha256": digest}
+
+
 def _small_files(model: Path, tokenizer: Path) -> dict[str, str]:
     """The hashes of the model's configuration and of its tokenizer's files, by name."""
+    return {"config.json": _sha256([model / "config.json"])} | _tokenizer_files(tokenizer)
+
+
+def _tokenizer_files(tokenizer: Path) -> dict[str, str]:
     found = {file for pattern in TOKENIZER_IDENTITY for file in tokenizer.glob(pattern)}
-    return {file.name: _sha256([file]) for file in [model / "config.json", *sorted(found)]}
+    return {file.name: _sha256([file]) for file in sorted(found)}
 
 
 def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:

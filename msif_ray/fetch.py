@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -18,8 +19,21 @@ from msif_ray.paths import filesystem, is_remote, listing, path_of, reason, stor
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
-# What a source begins with: a hub model at a commit, a URL in one state of its files.
+# What decides how text becomes tokens, without what is for generating alone.
+TOKENIZER_IDENTITY = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*.jinja",
+)
+# What a source begins with: a hub model at a commit, a URL in one state of its files,
 HUB, LISTED = "hub://", "listed://"
+# a model that an adapter is merged into, in one state of both.
+MERGED = "merged://"
 
 Listing = list[tuple[str, int, str]]
 
@@ -60,7 +74,36 @@ def local_tokenizer(source: str) -> str:
     return _local(source, TOKENIZER_FILES)
 
 
+def named(source: str) -> str:
+    """The folder, URL or name of the hub that a source is of: the adapter's, of a merged model."""
+    if source.startswith(HUB):
+        return source.removeprefix(HUB).rpartition("@")[0]
+    if source.startswith(MERGED):
+        return named(json.loads(source.removeprefix(MERGED))[1])
+    return source.removeprefix(LISTED).partition("@")[2] if source.startswith(LISTED) else source
+
+
+def merged(digest: str, adapter: str, base: str, tokenizer: str) -> tuple[Path, str]:
+    """The local folder and the source of a model made of sources: an adapter, its base, and the base's tokenizer.
+
+    Merged once per node and `digest`, which stands for the state of all three. Raises UserError where that cannot be.
+    """
+    folder = cache_folder() / digest
+    with storage(f"{folder} (a merged model)", "written"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{digest}.lock"):
+            if not folder.is_dir():
+                from msif_ray.lora import merge  # here: it imports torch, which most that import this do not need
+
+                parts = Path(local_model(adapter)), Path(local_model(base)), Path(local_tokenizer(tokenizer))
+                with _whole(folder) as temporary:
+                    merge(*parts, temporary)
+    return folder, f"{MERGED}{json.dumps([digest, adapter, base, tokenizer])}"
+
+
 def _local(source: str, patterns: Sequence[str]) -> str:
+    if source.startswith(MERGED):
+        return str(merged(*json.loads(source.removeprefix(MERGED)))[0])
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).rpartition("@")
         return str(_hub_folder(name, revision or None, patterns))
@@ -128,12 +171,9 @@ def _chosen(url: str, files: Listing, patterns: Sequence[str]) -> Listing:
 
 
 def _fetch(url: str, files: Listing, folder: Path) -> None:
-    """Downloads into a temporary folder, which is renamed when it is whole. Called under the folder's lock."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    """Downloads into the folder, whole or not at all. Called under its lock."""
     source, root = filesystem(path_of(url))
-    try:
+    with _whole(folder) as temporary:
         for name, size, _ in files:
             target = temporary / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +182,17 @@ def _fetch(url: str, files: Listing, folder: Path) -> None:
                 raise _changed(url)
         if not set(files) <= set(listing(url)):  # of one size, but written again meanwhile
             raise _changed(url)
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends, and is gone where it fails."""
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        temporary.mkdir()
+        yield temporary
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

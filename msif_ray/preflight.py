@@ -15,7 +15,7 @@ from msif_ray.corpus.census import Census, take_census
 from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.queries import Query, read_queries
 from msif_ray.corpus.reader import CorpusFile, Document
-from msif_ray.corpus.windows import Skipped
+from msif_ray.corpus.windows import Skipped, within
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
 from msif_ray.objectives import check_references, objective_identity
@@ -74,9 +74,9 @@ def check(run: Run) -> Resolved:
     wanted = _wanted_corpora(run)
     corpora = _read_corpora(wanted)
     queries = _read_queries(run)
-    checkpoints = [
-        check_checkpoint(stage, run.modules, f"stages.{i}", run.blocks) for i, stage in enumerate(run.stages)
-    ]
+    checkpoints: list[Checkpoint] = []
+    for index, stage in enumerate(run.stages):
+        checkpoints.append(check_checkpoint(stage, run.modules, f"stages.{index}", run.blocks, checkpoints))
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     references = check_references(run, checkpoints)
@@ -84,6 +84,7 @@ def check(run: Run) -> Resolved:
     for position, score in enumerate(run.score):
         if score.index is not None:
             check_index(run, position, checkpoints, corpora[f"score.{position}"], references)
+    _check_out_of(run, corpora)
     _check_tokenizers(run, checkpoints, wanted)
     lengths, completions = _check_queries_fit(run, checkpoints[-1], queries)
     return Resolved(
@@ -161,9 +162,11 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
         for name in [*first.maps, *other.maps]:
             shapes = first.maps.get(name), other.maps.get(name)
             if shapes[0] != shapes[1]:
+                heads = [shape and shape[0] for shape in shapes] == [first.vocabulary, other.vocabulary]
                 raise UserError(
                     f"stages.{index}.model: {name} is {_shape(shapes[0])} in {first.name!r} and {_shape(shapes[1])} in "
                     f"{other.name!r}; all stages need the same tracked maps"
+                    + (": leave the head of a vocabulary that grew out of `modules`" if heads else "")
                 )
 
 
@@ -247,6 +250,13 @@ def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str, documents: 
     return asked
 
 
+def _check_out_of(run: Run, corpora: dict[str, Census]) -> None:
+    for index, entry in enumerate(run.score):
+        there = sum(corpora[f"score.{index}"].rows)
+        if entry.out_of is not None and entry.out_of < there:
+            raise UserError(f"score.{index}.out_of: {entry.out_of:,} is less than the {there:,} documents there are")
+
+
 def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str, Documents]) -> None:
     """Every tokenizer loads, and has an EOS token where one is to be appended."""
     for index, (stage, checkpoint) in enumerate(zip(run.stages, checkpoints, strict=True)):
@@ -284,6 +294,7 @@ def _check_queries_fit(
     lengths, completions = [], []
     for query in queries:
         encoded = encode_for(objective, tokenizer, query, asked.ends_with_eos, stages.query_tokens(run))
+        encoded = within(encoded, checkpoint.vocabulary)
         if isinstance(encoded, Skipped):
             raise UserError(f"queries: {query.id!r}: {encoded.reason}")
         if checkpoint.context is not None and encoded.longest > checkpoint.context:

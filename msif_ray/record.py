@@ -31,6 +31,12 @@ MEANING = {
     "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
+# Of a run with a stage that is an adapter.
+ADAPTER = (
+    "the adapter was merged into its base, and influence is of all parameters of the tracked maps: the curvature and "
+    "the response of its stage are those of a full fine-tuning that ended there, not of the matrices that were trained"
+)
+
 # What a run.json must have, and of which type.
 _RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict}
 
@@ -70,8 +76,9 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if not exists(path):
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
-        about = {"meaning": meaning(resolved.run), "versions": versions(), "strengths": {}, "completion_tokens": tokens}
-        write_json(path, {"identity": identity, "device": device} | about)
+        means = meaning(resolved.run) | ({"adapter": ADAPTER} if any(s.adapter for s in resolved.stages) else {})
+        about = {"meaning": means, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
+        write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
         return
     record = read_record(path)
     difference = _first_difference(record["identity"], identity)
@@ -90,6 +97,15 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if other:
         changed = ", ".join(f"{name} {was} (now {now.get(name)})" for name, was in other.items())
         say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
+    if record.get("out_of", {}) != _out_of(resolved).get("out_of", {}):
+        record.pop("out_of", None)
+        write_json(path, record | _out_of(resolved))
+
+
+def _out_of(resolved: Resolved) -> dict[str, dict[str, int]]:
+    """Of how many documents those of an entry were chosen: of the shares by stage alone, so it may change."""
+    found = {entry.label: entry.out_of for entry in resolved.run.score if entry.out_of is not None}
+    return {"out_of": found} if found else {}
 
 
 def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any]) -> None:
@@ -141,7 +157,11 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
+    for entry in run["score"]:
+        entry.pop("out_of")
     for stage in run["stages"]:
+        if stage["base"] is None:
+            stage.pop("base")
         if stage["solver"]["kind"] == "ekfac":
             stage.pop("solver")  # likewise
     indexes = {
@@ -163,6 +183,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "run": run,
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
+            | ({"adapter": stage.adapter} if stage.adapter else {})
             for stage in resolved.stages
         },
         "factors": resolved.reused,

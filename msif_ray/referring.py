@@ -18,8 +18,8 @@ from msif_ray.setup import corpus_blocks, reference_setup
 
 @dataclass(frozen=True)
 class Referring:
-    """The preferences of one resolved run, read by the replicas of `pool`; `scored` gives the blocks that a `score` entry
-    sees."""
+    """The preferences of one resolved run, read by replicas of `pool`; `scored` gives the blocks that a `score`
+    entry sees."""
 
     resolved: Resolved
     pool: ReplicaPool

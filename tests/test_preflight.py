@@ -127,11 +127,19 @@ def without_eos(folder: Path) -> None:
     models.build_tokenizer(eos=False).save_pretrained(folder / "stage1")
 
 
+def added_token(folder: Path) -> None:
+    """A tokenizer that knows a token more than its model, and a query that uses it."""
+    tokenizer = models.build_tokenizer()
+    tokenizer.add_tokens(["<|user|>"])
+    tokenizer.save_pretrained(folder / "stage1")
+    query(folder, prompt="<|user|> the sea")
+
+
 def query(folder: Path, **changes: Any) -> None:
     write_lines(folder / "queries.jsonl", [QUERIES[0], QUERIES[1] | changes])
 
 
-MODEL = "model.safetensors"
+MODEL, SIZE = "model.safetensors", len(models.VOCABULARY)
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no corpus": (lambda f: (f / "base.jsonl").unlink(), r"stages\.0\.documents\.path: no file matches .*base"),
     "no document": (lambda f: write_lines(f / "base.jsonl", []), r"stages\.0\.documents.*no document"),
@@ -160,6 +168,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: query(f, prompt="the" + " sea" * models.CONTEXT),
         rf"queries: .*'query-1'.* tokens, more than the {models.CONTEXT} of 'tune'",
     ),
+    "unknown token": (added_token, rf"queries: 'query-1': token {SIZE} is not among the model's {SIZE}"),
     "no model": (lambda f: shutil.rmtree(f / "stage1"), r"stages\.1\.model: .*stage1: no such folder"),
     "no configuration": (lambda f: (f / "stage1/config.json").unlink(), r"stages\.1\.model: .*has no config\.json"),
     "pickled weights": (
@@ -229,6 +238,7 @@ def set_in(description: Description, key: str, value: Any) -> None:
         ("stages.0.documents.path", "{folder}/stage0", r"stages\.0\.documents\.path: .*is a folder"),
         ("stages.0.fit", {"max_tokens": 65}, r"stages\.0\.fit\.max_tokens: 65 is more than the 64"),
         ("score.0.max_tokens", 65, r"score\.0\.max_tokens: 65 is more than the 64"),
+        ("score.0.out_of", 3, r"score\.0\.out_of: 3 is less than the 4 documents there are"),
         ("modules", ["*.nothing"], r"modules: '\*\.nothing' matches no linear map"),
         ("queries.completion", "answer", r"queries: .*queries\.jsonl has no column 'answer'"),
         ("stages.0.tokenizer", "{folder}/none", r"stages\.0\.tokenizer: .*none"),
@@ -260,6 +270,26 @@ def reusing(folder: Path) -> Description:
     description = describe(folder)
     description["stages"][0]["factors"] = str(folder / "other")
     return description
+
+
+def grow(folder: Path) -> None:
+    """Two tokens more in the last stage's vocabulary."""
+    model, tokenizer = models.load(folder / "stage1", torch.float32)
+    model.resize_token_embeddings(SIZE + 2, mean_resizing=False)
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
+    models.save(model, tokenizer, folder / "stage1", torch.float32)
+
+
+def test_a_grown_vocabulary_is_refused_only_where_the_head_is_tracked(folder: Path) -> None:
+    grow(folder)
+    first, second = resolve(describe(folder)).stages
+    assert (first.vocabulary, second.vocabulary) == (SIZE, SIZE + 2) and first.maps == second.maps
+    with pytest.raises(UserError) as error:
+        resolve(describe(folder) | {"modules": ["*.mlp.*", "lm_head"]})
+    assert str(error.value) == (
+        f"stages.1.model: lm_head is {SIZE} x 16 in 'pre' and {SIZE + 2} x 16 in 'tune'; all stages need the same "
+        "tracked maps: leave the head of a vocabulary that grew out of `modules`"
+    )
 
 
 def test_factors_of_another_run_are_taken_instead_of_its_corpus(folder: Path) -> None:

@@ -10,11 +10,12 @@ import models
 import pytest
 from test_preflight import BASE, describe, edit_config, folder, pair, reusing, save_factors, write_lines
 
-from msif_ray import record
+from msif_ray import layout, record
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
 from msif_ray.record import keep_record
+from msif_ray.store import read_json
 
 __all__ = ["folder", "pair"]  # fixtures
 
@@ -104,6 +105,15 @@ def test_what_no_score_depends_on_may_change(folder: Path) -> None:
     description = describe(folder)
     description["cluster"] = {"replicas": {"min": 1, "max": 5}, "cpus_per_rank": 2}
     assert keep(description | {"top": 3}) == []
+
+
+def test_of_how_many_the_documents_were_chosen_may_change(folder: Path) -> None:
+    description = describe(folder)
+    keep(description)
+    path = layout.run_record(description["run_dir"])
+    for out_of in (50_000, 60_000, None):
+        assert keep(description | {"score": [{"stage": "pre", "out_of": out_of}]}) == []
+        assert read_json(path).get("out_of") == (None if out_of is None else {"pre": out_of})
 
 
 def test_another_device_is_refused_by_its_key(folder: Path) -> None:

@@ -19,7 +19,7 @@ from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch
+from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch, within
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer
 from msif_ray.heap import keep_freed_memory
@@ -185,7 +185,9 @@ class Rank:
         return model.to(self.device)
 
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:
-        results = [self.setup.encode(self.tokenizer, document) for document in documents]
+        config: Any = self.model.config
+        vocabulary = config.get_text_config().vocab_size
+        results = [within(self.setup.encode(self.tokenizer, each), vocabulary) for each in documents]
         return (
             [result for result in results if isinstance(result, Encoded)],
             [result for result in results if isinstance(result, Skipped)],

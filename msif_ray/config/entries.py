@@ -95,7 +95,8 @@ class Score(Strict):
     that differ in nothing else share one pass over the documents. Each needs a `name` of its own, which
     is the stage's unless given. `index` names the run directory (this one's, or another's) that holds an index of
     the stage's documents, to score from that in place of a pass. `candidates` chooses what is scored; all documents
-    are by default.
+    are by default. `out_of` says of how many of its stage's documents these were chosen, where they are not a random
+    sample: scores do not depend on it, the stage's share of the influence does (`results/by_stage.py`).
     """
 
     stage: Name
@@ -103,6 +104,7 @@ class Score(Strict):
     documents: Documents | None = None
     index: Location | None = None
     candidates: Candidates | None = None
+    out_of: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=2)] | None = None
     responses: dict[str, Response] = Field(default_factory=dict)
 

@@ -51,6 +51,9 @@ class Run(Strict):
             repeated = next((name for name in found if found.count(name) > 1), None)
             if repeated is not None:
                 raise ValueError(f"{key}: the name {repeated!r} is there twice")
+        for number, each in enumerate(self.stages):
+            if each.base is not None and each.base not in names[:number]:
+                raise ValueError(f"stages.{number}.base: there is no earlier stage {each.base!r}")
         of_first = {"stages.0.response": self.stages[0].response}
         of_first |= {f"score.{i}.responses": score.responses.get(names[0]) for i, score in enumerate(self.score)}
         for key, response in of_first.items():

@@ -140,7 +140,9 @@ Solver = Annotated[EkfacSolver | CgSolver, Field(discriminator="kind")]
 class Stage(Strict):
     """One training stage: the model it ended with, what it was trained on, how it responds.
 
-    Without an `objective`, it is a language model's: the tokens of its documents, or those of their completions.
+    Without an `objective`, it is a language model's: the tokens of its documents, or those of their completions. A
+    `model` that is a LoRA adapter is merged into that of the stage `base` (default: the one before, where the adapter
+    says that it was trained on it), and then stands for the whole model (`lora.py`).
 
     The default damping predicted retraining of a tiny model better than the customary 0.1 × mean did, and no worse than
     smaller ones (docs/validation.md).
@@ -149,6 +151,7 @@ class Stage(Strict):
     name: Name
     model: Location
     revision: str | None = None
+    base: Name | None = None
     tokenizer: Location | None = None
     documents: Documents | None = None
     objective: Objective | None = None

@@ -182,6 +182,13 @@ def _encode_part(tokenizer: "PreTrainedTokenizerBase", name: str, part: Part | N
     return _encoded(name, ids, own)
 
 
+def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
+    """The same, but skipped where a token is none of the model's: a tokenizer may know more than its model."""
+    if isinstance(encoded, Skipped) or max(encoded.ids) < vocabulary:
+        return encoded
+    return Skipped(encoded.document_id, f"token {max(encoded.ids)} is not among the model's {vocabulary}")
+
+
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
     fault = chat_fault(document.text)
     if fault is None and not all(is_unicode(message["content"]) for message in document.text):

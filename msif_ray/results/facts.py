@@ -86,12 +86,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Scored:
-    """One entry of `score`. `documents` is the corpus's number; `candidates` says which of them are scored for each
-    query (None: all); `passed` is in the order of the query's way back."""
+    """One entry of `score`. `documents` is the corpus's number, `out_of` the number that it was chosen from, where the
+    run says so; `candidates` says which of them are scored for each query (None: all); `passed` is in the order of the
+    query's way back."""
 
     label: str
     stage: str
     documents: int
+    out_of: int | None
     index: str | None
     candidates: str | None
     max_tokens: int | None
@@ -140,10 +142,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         versions=record["versions"],
         queries=[_query(run, query_of(entry), likelihoods, tokens) for entry in identity["queries"]],
         stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
-        scored=[
-            _scored(run, entry, identity["documents"][f"score.{i}"], record["strengths"].get(entry.label, {}))
-            for i, entry in enumerate(run.score)
-        ],
+        scored=[_scored(run, entry, identity["documents"][f"score.{i}"], record) for i, entry in enumerate(run.score)],
         maps={name: (shape[0], shape[1]) for name, shape in identity["maps"].items()},
         skipped=_skipped(run),
     )
@@ -176,15 +175,16 @@ def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
     return StageFacts(stage.name, stage.model, models[stage.name]["revision"], fitted)
 
 
-def _scored(run: Run, entry: Score, documents: int, strengths: Mapping[str, Mapping[str, float]]) -> Scored:
-    scored = run.stage_index(entry.stage)
+def _scored(run: Run, entry: Score, documents: int, record: Mapping[str, Any]) -> Scored:
+    scored, strengths = run.stage_index(entry.stage), record["strengths"].get(entry.label, {})
     answering = run.answering(entry)
     passed = [_passed(answering, index, scored, strengths) for index in stages.carried_through(run, scored)]
     chosen, candidates = entry.candidates, None
     if chosen is not None:
         candidates = f"listed in {chosen.path}" if chosen.path is not None else f"the first {chosen.top:,} by BM25"
     kept = _kept(run, entry)
-    return Scored(entry.label, entry.stage, documents, entry.index, candidates, entry.max_tokens, passed, kept)
+    out_of = record.get("out_of", {}).get(entry.label)
+    return Scored(entry.label, entry.stage, documents, out_of, entry.index, candidates, entry.max_tokens, passed, kept)
 
 
 def _passed(run: Run, index: int, scored: int, strengths: Mapping[str, Mapping[str, float]]) -> Passed:

@@ -20,6 +20,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from msif_ray.paths import path_of
+from msif_ray.results.by_stage import Key, Row, by_stage, stages_beside, write_by_stage
 from msif_ray.results.excerpt import Excerpt, excerpt, visible
 from msif_ray.results.facts import Facts, Query, Scored, explained, read_facts
 from msif_ray.results.maps import grid, short_name
@@ -39,17 +40,19 @@ QUERY_CHARACTERS = 2000
 MAPS_NAMED = 3
 
 Json = dict[str, Any]
-Key = tuple[str, str]  # of a label and a query's id
 Statistics = Mapping[Key, Mapping[str, Any]]
 SIDES = {"highest": "supports", "lowest": "opposes"}
 
 
 def write_report(run_dir: str | Path) -> tuple[Path, Signals]:
-    """Writes `report.html` of a finished run; gives its path, and the signals in it.
+    """Writes `report.html` of a finished run, and `stages.parquet` where it scores several stages' documents; gives the
+    report's path, and the signals in it.
 
     Raises UserError for a run without results.
     """
     path, gathered = path_of(run_dir) / REPORT, gather(run_dir)
+    if gathered.by_stage:
+        write_by_stage(run_dir, gathered.by_stage.values())
     write_atomic(path, render(gathered).encode("utf-8"))
     return path, gathered.signals
 
@@ -73,6 +76,7 @@ class Gathered:
     shown: dict[Key, Shown]
     modules: list[str]
     signals: Signals
+    by_stage: dict[Key, Row]
 
 
 def gather(run_dir: str | Path) -> Gathered:
@@ -94,7 +98,8 @@ def gather(run_dir: str | Path) -> Gathered:
         of_query.by_map[side] = of_query.by_map.get(side, 0.0) + shares
         of_query.sizes = of_query.sizes + np.abs(shares)
     sizes = {key: (modules, np.asarray(each.sizes)) for key, each in shown.items()}
-    return Gathered(facts, statistics, shown, modules, find_signals(facts, statistics, sizes))
+    signals = find_signals(facts, statistics, sizes)
+    return Gathered(facts, statistics, shown, modules, signals, by_stage(facts, statistics))
 
 
 def _document(row: Mapping[str, Any], shares: np.ndarray, total: float, limit: int) -> Json:
@@ -128,6 +133,7 @@ def render(gathered: Gathered) -> str:
     return template.render(
         facts=facts,
         scored=[_scored(gathered, each) for each in facts.scored],
+        several_stages=bool(gathered.by_stage),
         parameters=sum(out * columns for out, columns in facts.maps.values()),
         run_signals=gathered.signals.run,
         data=htmlsafe_json_dumps(_data(gathered), ensure_ascii=False, separators=(",", ":"), allow_nan=False),
@@ -204,9 +210,27 @@ def _results(gathered: Gathered, scored: Scored, query: str) -> Json:
         "rank": None if kept is None else _short(kept.rank),
         "energy": None if kept is None else _short(kept.energy),
         "signals": [[signal.title, signal.detail] for signal in gathered.signals.queries.get(key, [])],
+        "stages": _stages(gathered, scored.label, query),
         "heat": heat,
         **shown.documents,
     }
+
+
+def _stages(gathered: Gathered, label: str, query: str) -> list[Json]:
+    """The shares by stage that go with the scores of `label`; empty where there are none."""
+    beside = stages_beside(gathered.facts, label) if gathered.by_stage else []
+    rows = [gathered.by_stage[each, query] for each in beside if (each, query) in gathered.by_stage]
+    return [
+        {
+            "label": row.stage,
+            "documents": row.documents,
+            "out_of": row.out_of,
+            "share": _short(row.share),
+            **{name: _short(getattr(row, name)) for name in ("supports", "opposes", "net")},
+        }
+        for row in rows
+        if row.share is not None
+    ]
 
 
 def _short(value: float) -> float:

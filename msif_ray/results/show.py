@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msif_ray.errors import UserError
+from msif_ray.results.by_stage import Row, by_stage, stages_beside
 from msif_ray.results.excerpt import excerpt, visible
 from msif_ray.results.facts import Query, explained, read_facts
 from msif_ray.results.statistics import read_statistics
@@ -44,8 +45,11 @@ def show(
         if row["stage"] == scored.label and row["query_id"] in wanted and row["rank"] <= top and of_its_side:
             wanted[row["query_id"]].append(row)
     statistics = read_statistics(run_dir)
+    shares = by_stage(facts, statistics)
+    beside = stages_beside(facts, scored.label) if shares else []
     for each in queries:
-        _print(console, each, scored.label, wanted[each.id], statistics.get((scored.label, each.id), {}))
+        own = [shares[label, each.id] for label in beside if (label, each.id) in shares]
+        _print(console, each, scored.label, wanted[each.id], statistics.get((scored.label, each.id), {}), own)
 
 
 def _more(count: int) -> str:
@@ -53,7 +57,12 @@ def _more(count: int) -> str:
 
 
 def _print(
-    console: Console, query: Query, label: str, rows: list[dict[str, Any]], statistics: Mapping[str, Any]
+    console: Console,
+    query: Query,
+    label: str,
+    rows: list[dict[str, Any]],
+    statistics: Mapping[str, Any],
+    shares: list[Row],
 ) -> None:
     console.rule(Text(query.id, style="bold"), align="left")
     before, inside, after = (visible(part, None) for part in explained(query))
@@ -70,6 +79,8 @@ def _print(
     if statistics:
         about.append(f"{statistics['documents']:,} documents, deviation {statistics['deviation']:.3g}")
     console.print(Text(", ".join(about), style="dim"))
+    if parts := [f"{row.stage} {row.share:.0%}" for row in shares if row.share is not None]:
+        console.print(Text(f"support by stage: {', '.join(parts)}", style="dim"))
     total = statistics.get("total_absolute") or 0.0
     for side in ("highest", "lowest"):
         table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")

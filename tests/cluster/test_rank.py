@@ -71,6 +71,17 @@ def test_a_document_without_a_finite_loss_is_skipped_and_spoils_no_sum(
             torch.testing.assert_close(found.total(name)[key], tensor)
 
 
+def test_a_document_with_a_token_that_the_model_has_not_is_skipped(setup: ModelSetup, tmp_path: Path) -> None:
+    tokenizer = models.build_tokenizer(pad=True)
+    tokenizer.add_tokens(["<|user|>"])
+    tokenizer.save_pretrained(setup.tokenizer)
+    every = documents(3)
+    unknown = Document("chat", None, "<|user|> the sea")
+    found = covariances(setup, (every[0], unknown, *every[1:]), tmp_path / "step")
+    size = len(models.VOCABULARY)
+    assert found.skipped == [("chat", f"token {size} is not among the model's {size}")] and found.documents == 3
+
+
 def test_a_commit_refuses_the_sums_of_another_step(setup: ModelSetup, tmp_path: Path) -> None:
     one = Replica(RankResources(1, 1, 0.0))
     one.prepare(setup, CovarianceJob(False), Destination(tmp_path / "covariance"))

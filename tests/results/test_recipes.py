@@ -13,9 +13,16 @@ import pytest
 from results.finished import MAPS, Finished
 
 from msif_ray.results import parts
+from msif_ray.results.report import write_report
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 RUN = Finished(documents=40, labels=("pretrain", "single-stage"), tokens_of=lambda n: ["t"] * (2 + n))
+
+
+SEVERAL = Finished(
+    labels=("pretrain", "tune"),
+    changes={"score": [{"stage": "pretrain"}, {"stage": "tune", "documents": {"path": "t.jsonl", "text": "text"}}]},
+)
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -33,6 +40,7 @@ def blocks() -> list[tuple[str, str, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     RUN.write(folder / "run")
+    write_report(SEVERAL.write(folder / "several"))
     ids = [RUN.id_of(number) for number in range(40)]
     corpus = {"id": ids, "text": ["x"] * 40, "domain": [("web", "books")[n % 2] for n in range(40)]}
     pq.write_table(pa.table(corpus), folder / "corpus.parquet")
@@ -113,6 +121,14 @@ def test_compare(result: Any) -> None:
     ranks = [np.argsort(np.argsort(RUN.scores(label)[:, 0])) for label in RUN.labels]
     assert result["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert result["moved"].iloc[0] == np.abs(ranks[0] - ranks[1]).max()
+
+
+@having("Which stage")
+def test_by_stage(result: Any) -> None:
+    supports = np.array([SEVERAL.scores(label).clip(0).mean(0) for label in SEVERAL.labels])
+    expected = dict(zip(SEVERAL.labels, (supports / supports.sum(0)).mean(1), strict=True))
+    assert {stage: share for stage, share, *_ in result} == pytest.approx(expected, rel=1e-5)
+    assert [queries for *_, queries in result] == [2, 2]
 
 
 @having("Tokens and maps")

@@ -210,6 +210,28 @@ def test_all_scripts_are_characters(chromium: Any, strange: Path) -> None:
     assert "⟨202E⟩evil↵line␀" in shown
 
 
+def test_it_shows_which_stage_an_answer_comes_from(chromium: Any, tmp_path: Path) -> None:
+    from axe_playwright_python.sync_playwright import Axe
+
+    tune = {"stage": "tune", "documents": {"path": "tune.jsonl", "text": "text"}}
+    entries = [{"stage": "pretrain"}, tune, {"stage": "pretrain", "name": "alone", "max_tokens": 9}]
+    entries[2]["responses"] = {"tune": {"kind": "identity"}}
+    run = Finished(labels=("pretrain", "tune", "alone"), changes={"score": entries})
+    seen = browser.Watched(chromium, write_report(run.write(tmp_path))[0])
+    supports = [run.scores(label)[:, 0].clip(0).mean() for label in ("pretrain", "tune")]
+    lines = seen.page.locator("#stages tbody tr").all_inner_texts()
+    for line, label, own in zip(lines, ("pretrain", "tune"), supports, strict=True):
+        assert line.startswith(label) and f"{100 * own / sum(supports):.0f} %" in line.replace("\u00a0", " ")
+    bars = seen.page.locator("#stages .share i").evaluate_all("nodes => nodes.map((node) => node.style.width)")
+    assert sum(float(width.rstrip("%")) for width in bars) == pytest.approx(100, abs=0.01)
+    assert "What a stage's share is" in seen.page.locator("footer").inner_text()
+    found = Axe().run(seen.page)
+    assert found.violations_count == 0, found.generate_report()
+    seen.page.get_by_label("Scores", exact=True).select_option(label="alone")
+    assert "compared with no other stage" in seen.page.locator("#stages").inner_text()
+    seen.assert_quiet()
+
+
 def test_without_scripts_it_says_where_the_data_is(chromium: Any, large: Path) -> None:
     page = browser.Watched(chromium, large, java_script_enabled=False).page
     assert "top.parquet" in page.locator("main").inner_text()

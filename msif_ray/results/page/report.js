@@ -91,6 +91,25 @@
     at("query-signals").replaceChildren(...signals);
   };
 
+  // Stages ----------------------------------------------------------------
+  const showStages = () => {
+    const place = at("stages");
+    if (!place) return;
+    const found = results().stages;
+    if (!found.length) return place.replaceChildren(make("p", { class: "none" }, "These scores are compared with no other stage’s."));
+    const head = ["scores", "share of the support", "supports", "opposes", "net", "documents"].map((name) => make("th", { scope: "col" }, name));
+    const lines = found.map((each) => {
+      const bar = make("i");
+      bar.style.width = `${100 * each.share}%`;
+      const all = each.documents === each.out_of ? "" : ` of ${each.out_of.toLocaleString("en")}`;
+      return make("tr", {}, make("th", { scope: "row" }, each.label),
+        make("td", {}, make("span", { class: "share", "aria-hidden": "true" }, bar), ` ${percent(each.share)}`),
+        ...[each.supports, each.opposes, each.net].map((value) => make("td", {}, signed(value))),
+        make("td", {}, `${each.documents.toLocaleString("en")}${all}`));
+    });
+    place.replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines)), make("p", { class: "quiet" }, "Sums over the documents of score/N, in nats of the completion’s log-likelihood: what leaving each one out would cost."));
+  };
+
   // Distribution ----------------------------------------------------------
   const showDistribution = () => {
     const found = results(), place = at("distribution");
@@ -215,6 +234,7 @@
     buttons.forEach((button, index) => button.setAttribute("aria-current", String(index === query)));
     buttons.forEach((button, index) => button.classList.toggle("flagged", data.scored[label].queries[index].signals.length > 0));
     showQuery();
+    showStages();
     showDistribution();
     showHeat();
     showDocuments();

@@ -1,0 +1,121 @@
+"""`msif plan` of an example without its weights and data: on a model of the same shape, all zeros, and stand-in text.
+
+    python examples/plan.py dolly
+
+The stand-in's shapes are those of the example's `configs/`; its corpora have the numbers of documents and tokens of
+`stand_in.json`. Zeros are sparse files, so this takes no room; nothing is measured, so there are no hours.
+"""
+
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from msif_ray.config import parse_run
+from msif_ray.plan.make import make_plan
+from msif_ray.plan.report import print_plan
+
+EXAMPLES = Path(__file__).parent
+WORDS = [f"w{number}" for number in range(1000)]
+CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }} {% endfor %}"
+
+
+def config_of(example: str, stage: str) -> dict[str, Any]:
+    return dict(json.loads((EXAMPLES / example / "configs" / f"{stage}.json").read_text(encoding="utf-8")))
+
+
+def description_of(example: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((EXAMPLES / example / "run.yaml").read_text(encoding="utf-8")))
+
+
+def save_zeros(config: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of bfloat16 zeros in one sparse file."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    header, end = {}, 0
+    for name, tensor in model.named_parameters():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [end, end + 2 * tensor.numel()]}
+        end += 2 * tensor.numel()
+    head = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        file.truncate(8 + len(head) + end)
+
+
+def save_tokenizer(folder: Path) -> None:
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+
+
+def text(number: int, words: int) -> str:
+    return " ".join(WORDS[(number * 31 + place * place) % len(WORDS)] for place in range(words))
+
+
+def rows(about: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of a corpus or the queries: `documents` rows, with so many words in each column."""
+    for number in range(about["documents"]):
+        row: dict[str, Any] = {"id": str(number)}
+        for column, words in about["words"].items():
+            said = text(number, words)
+            turns = [{"role": "user", "content": said[:200]}, {"role": "assistant", "content": said}]
+            row[column] = turns if column == "messages" else said
+        yield row
+
+
+def write_corpora(example: str, folder: Path) -> None:
+    for name, about in json.loads((EXAMPLES / example / "stand_in.json").read_text(encoding="utf-8")).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = list(rows(about)) if "words" in about else pairs(about)
+        if path.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist(found), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+
+
+def pairs(about: dict[str, Any]) -> list[dict[str, str]]:
+    """Candidates: each query's own documents."""
+    per_query = about["documents"] // about["queries"]
+    return [{"query_id": str(n // per_query), "doc_id": str(n)} for n in range(per_query * about["queries"])]
+
+
+def main(example: str) -> None:
+    description = description_of(example)
+    with tempfile.TemporaryDirectory() as temporary:
+        os.chdir(temporary)
+        write_corpora(example, Path(temporary))
+        for stage in description["stages"]:
+            folder = Path(temporary) / "models" / stage["name"]
+            save_zeros(config_of(example, stage["name"]), folder)
+            save_tokenizer(folder)
+            stage.pop("revision", None)
+            stage["model"] = str(folder)
+        console = Console(width=120)
+        with console.capture() as printed:
+            print_plan(make_plan(parse_run(description), measured=False), console)
+    lines = printed.get().replace(f"{os.path.realpath(temporary)}/", "").splitlines()
+    print("\n".join(line.rstrip() for line in lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

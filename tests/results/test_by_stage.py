@@ -1,0 +1,114 @@
+"""Shares of influence by stage equal sums over the scores themselves."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from results.finished import Finished, page_data
+from typer.testing import CliRunner
+
+from msif_ray import layout
+from msif_ray.cli import app
+from msif_ray.results.by_stage import STAGES
+from msif_ray.results.report import write_report
+from msif_ray.store import read_json, write_json
+
+STIFF = {"tune": {"kind": "proximal", "alpha": {"relative": 2.0}}}
+DOCUMENTS = {"path": "tune.jsonl", "text": "text"}
+
+
+def finished(*entries: dict[str, Any], **options: Any) -> Finished:
+    labels = [entry.get("name", entry["stage"]) for entry in entries]
+    return Finished(labels=labels, changes={"score": list(entries)}, **options)
+
+
+def entry(stage: str, name: str | None = None, **more: Any) -> dict[str, Any]:
+    own = {"documents": DOCUMENTS} if stage == "tune" else {}
+    return {"stage": stage, "name": name or stage, **own, **more}
+
+
+def rows(run_dir: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["stage"], row["query_id"]): row for row in pq.read_table(run_dir / STAGES).to_pylist()}
+
+
+def test_the_sums_are_those_of_all_scores(tmp_path: Path) -> None:
+    run = finished(entry("tune"), entry("pretrain"), documents=23)
+    write_report(run.write(tmp_path))
+    found = rows(tmp_path)
+    assert len(found) == 4
+    for number, query in enumerate(("q0", "q1")):
+        scores = {label: run.scores(label)[:, number].astype(float) for label in run.labels}
+        supports = {label: own[own > 0].sum() / 23 for label, own in scores.items()}
+        opposes = {label: own[own < 0].sum() / 23 for label, own in scores.items()}
+        for label in run.labels:
+            row = found[label, query]
+            assert row["documents_of"] == label and row["documents"] == row["out_of"] == 23
+            assert row["supports"] == pytest.approx(supports[label]) and row["opposes"] == pytest.approx(opposes[label])
+            assert row["net"] == pytest.approx(scores[label].mean())
+            assert row["share"] == pytest.approx(supports[label] / sum(supports.values()))
+            assert row["opposing_share"] == pytest.approx(opposes[label] / sum(opposes.values()))
+
+
+def test_a_document_weighs_one_of_those_that_can_have_a_score(tmp_path: Path) -> None:
+    """Not the skipped ones, but those that are no candidates, and those that the corpus was chosen from."""
+    run = finished(entry("pretrain"), entry("tune"), skipped=[("bad", "text is null")])
+    run.write(tmp_path)
+    path = layout.run_record(str(tmp_path))
+    record = read_json(path)
+    record["identity"]["documents"]["score.1"] = 12_000  # of which candidates are scored
+    write_json(path, record)
+    write_report(tmp_path)
+    first = rows(tmp_path)
+    assert (first["pretrain", "q0"]["out_of"], first["tune", "q0"]["out_of"]) == (12, 12_000)
+    write_json(path, record | {"out_of": {"pretrain": 1200}})
+    write_report(tmp_path)
+    second = rows(tmp_path)
+    assert second["pretrain", "q0"]["out_of"] == 1200
+    assert second["pretrain", "q0"]["net"] == pytest.approx(first["pretrain", "q0"]["net"] / 100)
+    own = run.scores("pretrain")[:, 0].clip(0).sum() / 1200, run.scores("tune")[:, 0].clip(0).sum() / 12_000
+    assert second["tune", "q0"]["share"] == pytest.approx(own[1] / sum(own))
+
+
+def test_entries_are_compared_with_those_of_the_same_responses(tmp_path: Path) -> None:
+    run = finished(
+        entry("pretrain"),
+        entry("tune"),
+        entry("pretrain", "again", max_tokens=8),  # a second one of a stage
+        entry("pretrain", "stiff", responses=STIFF),
+        entry("tune", "stiff-tune", responses=STIFF),
+        entry("pretrain", "alone", responses={"tune": {"kind": "identity"}}),
+    )
+    write_report(run.write(tmp_path))
+    found = rows(tmp_path)
+    shares = {label: found[label, "q0"]["share"] for label in run.labels}
+    assert shares["again"] is None and shares["alone"] is None
+    assert shares["pretrain"] + shares["tune"] == pytest.approx(1) == shares["stiff"] + shares["stiff-tune"]
+    assert shares["pretrain"] != pytest.approx(shares["stiff"])
+    scored = page_data((tmp_path / "report.html").read_text(encoding="utf-8"))["scored"]
+    beside = {each["label"]: [row["label"] for row in each["queries"][0]["stages"]] for each in scored}
+    assert beside["again"] == beside["tune"] == ["pretrain", "tune"]
+    assert beside["stiff"] == ["stiff", "stiff-tune"] and beside["alone"] == []
+
+
+def test_one_stage_alone_has_none(tmp_path: Path) -> None:
+    write_report(Finished(labels=("pretrain", "again")).write(tmp_path))
+    assert not (tmp_path / STAGES).exists()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Which stage it comes from" not in page and "What a stage's share is" not in page
+
+
+def test_nothing_but_opposing_documents_have_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished(entry("pretrain"), entry("tune"))
+    monkeypatch.setattr(Finished, "scores", lambda self, label: -np.ones((12, 2), dtype=np.float32))
+    write_report(run.write(tmp_path))
+    row = rows(tmp_path)["pretrain", "q0"]
+    assert row["share"] is None and row["opposing_share"] == 0.5 and row["supports"] == 0
+
+
+def test_show_prints_the_shares(tmp_path: Path) -> None:
+    run = finished(entry("pretrain"), entry("tune"))
+    own = [run.write(tmp_path).name and run.scores(label)[:, 1].clip(0).sum() for label in run.labels]
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["show", str(tmp_path), "--query", "q1"])
+    assert f"support by stage: pretrain {own[0] / sum(own):.0%}, tune {own[1] / sum(own):.0%}" in result.stdout

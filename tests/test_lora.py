@@ -1,0 +1,289 @@
+"""Adapters merged into their base equal peft's own merged models, and what cannot be merged is refused by name."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from test_preflight import describe, folder, pair
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from msif_ray import fetch, layout
+from msif_ray.config import parse_run
+from msif_ray.errors import UserError
+from msif_ray.lora import CONFIG, WEIGHTS, merge
+from msif_ray.preflight import Resolved, check
+from msif_ray.record import keep_record
+from msif_ray.store import read_json
+
+__all__ = ["folder", "pair"]  # fixtures
+
+MAPS = {
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "gpt2": ["c_attn", "c_proj"],
+    "llama": ["q_proj", "down_proj"],
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MSIF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def adapted(base: PreTrainedModel, named: str, seed: int = 0, **options: Any) -> PeftModel:
+    """The model with an adapter of random matrices (and random whole tensors, where it has them)."""
+    base = copy.deepcopy(base)
+    base.name_or_path = named
+    model = get_peft_model(base, LoraConfig(**{"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"} | options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_((0.3 * torch.randn(parameter.shape, generator=generator)).float())
+    return model
+
+
+def save_adapter(folder: Path, base: Path, name: str = "adapter", **options: Any) -> Path:
+    """An adapter of the model in `base`, without a tokenizer."""
+    model, _ = models.load(base)
+    options = {"target_modules": MAPS["gpt_neox"]} | options
+    adapted(model, str(base), **options).save_pretrained(folder / name)
+    return folder / name
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fused query, key and value": ("gpt_neox", {}),
+    "transposed weights": ("gpt2", {"fan_in_fan_out": True}),
+    "rank-stabilised": ("llama", {"use_rslora": True}),
+    "ranks and alphas of single maps": (
+        "llama",
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 7, "q_proj": 9}},
+    ),
+    "trained biases": ("gpt_neox", {"bias": "all"}),
+    "biases of the adapted maps": ("gpt2", {"bias": "lora_only", "fan_in_fan_out": True}),
+    "whole modules": ("llama", {"modules_to_save": ["embed_tokens", "lm_head", "gate_proj"]}),
+    "embeddings of low rank": ("llama", {"target_modules": ["embed_tokens", "v_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_merged_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
+    kind, options = CASES[case]
+    base = models.build_model(kind, 1)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    model = adapted(base, str(folder), **{"target_modules": MAPS[kind]} | options)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
+    found, tokenizer = models.load(tmp_path / "merged")
+    expected = model.merge_and_unload().state_dict()
+    assert found.state_dict().keys() == expected.keys() and len(tokenizer) == len(models.VOCABULARY)
+    changed = 0
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+        changed += not torch.equal(tensor, base.state_dict()[name])
+    assert changed >= 3
+
+
+def test_a_base_of_several_files_in_bfloat16_keeps_small_changes(tmp_path: Path) -> None:
+    base = models.build_model("llama", 1).to(torch.bfloat16)
+    base.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    model = adapted(base.float(), str(tmp_path / "base"), target_modules=MAPS["llama"], lora_alpha=0.001)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    merge(tmp_path / "adapter", tmp_path / "base", tmp_path / "base", tmp_path / "merged")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    for name, tensor in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-6, atol=1e-9)
+
+
+def test_embeddings_of_added_tokens_make_a_larger_vocabulary(tmp_path: Path) -> None:
+    base = models.build_model("llama", 1)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    grown, size = copy.deepcopy(base), len(models.VOCABULARY) + 2
+    grown.resize_token_embeddings(size, mean_resizing=False)
+    model = adapted(grown, "", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer = models.build_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
+    found, own = models.load(tmp_path / "merged")
+    assert found.config.vocab_size == size == len(own)
+    for name, tensor in model.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+def with_adapter(folder: Path, adapter: Path, **stage: Any) -> dict[str, Any]:
+    description = describe(folder)
+    description["stages"][1] |= {"model": str(adapter)} | stage
+    return description
+
+
+def resolve(description: dict[str, Any]) -> Resolved:
+    return check(parse_run(description))
+
+
+def test_a_stage_that_is_an_adapter_is_its_merged_model(folder: Path, cache: Path) -> None:
+    description = with_adapter(folder, save_adapter(folder, folder / "stage0"))
+    resolved = resolve(description)
+    base, tuned = resolved.stages
+    assert tuned.maps == base.maps and tuned.model_hash != base.model_hash
+    assert Path(tuned.model_path).parent == cache and tuned.tokenizer_path == tuned.model_path
+    merged = AutoModelForCausalLM.from_pretrained(fetch.local_model(tuned.source), dtype=torch.float64)
+    model, _ = models.load(folder / "stage0")
+    expected = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+    keep_record(resolved, lambda line: None)
+    record = read_json(layout.run_record(description["run_dir"]))
+    assert record["identity"]["models"]["tune"]["adapter"]["base"] == "pre"
+    assert "full fine-tuning" in record["meaning"]["adapter"]
+
+
+def test_every_node_makes_the_same_of_it_once(
+    folder: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    description = with_adapter(folder, save_adapter(folder, folder / "stage0"))
+    first = resolve(description).stages[1]
+    written = (Path(first.model_path) / "model.safetensors").stat().st_mtime_ns
+    assert resolve(description).stages[1] == first
+    assert (Path(first.model_path) / "model.safetensors").stat().st_mtime_ns == written
+    monkeypatch.setenv("MSIF_CACHE", str(folder / "another node"))
+    again = Path(fetch.local_model(first.source))
+    assert again.parent == folder / "another node" and not list(again.parent.glob("*.tmp"))
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (again / name).read_bytes() == (Path(first.model_path) / name).read_bytes()
+    save_adapter(folder, folder / "stage0", seed=5)  # another state of the same folder
+    assert resolve(description).stages[1].model_hash != first.model_hash
+
+
+def test_an_adapter_on_an_adapter(folder: Path) -> None:
+    save_adapter(folder, folder / "stage0")
+    description = with_adapter(folder, folder / "adapter")
+    second = save_adapter(folder, folder / "stage0", "second", seed=4)  # peft names the first base for both
+    description["stages"].append({"name": "more", "model": str(second), "response": {"kind": "identity"}})
+    with pytest.raises(
+        UserError, match=r"^stages\.2\.model: the adapter .*second was trained on .*stage0, .*before is"
+    ):
+        resolve(description)
+    model, _ = models.load(folder / "stage0")
+    model = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    expected = PeftModel.from_pretrained(model, second).merge_and_unload().state_dict()
+    description["stages"][2]["base"] = "tune"
+    merged = AutoModelForCausalLM.from_pretrained(resolve(description).stages[2].model_path, dtype=torch.float64)
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def edit(adapter: Path, **changes: Any) -> None:
+    path = adapter / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def retensor(adapter: Path, **changes: Any) -> None:
+    """With other tensors: what a value is not given for is left out, by the end of its name."""
+    tensors = load_file(adapter / WEIGHTS)
+    for end, value in changes.items():
+        name = next((name for name in tensors if name.endswith(end.replace("__", "."))), f"base_model.model.{end}")
+        tensors.pop(name, None)
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, adapter / WEIGHTS)
+
+
+MERGE = r"; merge it with peft \(merge_and_unload\) and name the saved model$"
+REFUSED: dict[str, tuple[Any, str]] = {
+    "another kind": (
+        lambda a: edit(a, peft_type="IA3"),
+        r"an adapter of kind IA3 is not merged here, only LORA" + MERGE,
+    ),
+    "DoRA": (lambda a: edit(a, use_dora=True), r"an adapter with use_dora is not merged here" + MERGE),
+    "single tokens": (lambda a: edit(a, trainable_token_indices=[3]), "an adapter with trainable_token_indices is not"),
+    "an option not known": (lambda a: edit(a, use_more=1), r"an adapter with use_more is not merged here" + MERGE),
+    "a base that was changed": (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights 'pissa' has changed"),
+    "no JSON": (lambda a: (a / CONFIG).write_text("{"), "not the configuration of a PEFT adapter"),
+    "pickled": (
+        lambda a: (a / WEIGHTS).rename(a / "adapter_model.bin"),
+        r"there is no adapter_model\.safetensors beside it; save the adapter with safe_serialization",
+    ),
+    "cut": (lambda a: (a / WEIGHTS).write_bytes((a / WEIGHTS).read_bytes()[:-9]), "is not whole safetensors"),
+    "one matrix": (
+        lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": None}),
+        r"gpt_neox\.layers\.0\.mlp\.dense_4h_to_h has not both of lora_A and lora_B",
+    ),
+    "a magnitude": (
+        lambda a: retensor(a, **{"gpt_neox.x.lora_magnitude_vector": torch.ones(3)}),
+        r"the tensor base_model\.model\.gpt_neox\.x\.lora_magnitude_vector is not one of plain LoRA" + MERGE,
+    ),
+    "another base": (
+        lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.ones(3, 7)}),
+        r"layers\.0\.mlp\.dense_4h_to_h\.weight is changed by 16 x 7, and 16 x 24 in the base: another base\?",
+    ),
+    "no such map": (
+        lambda a: retensor(a, **{"gpt_neox.y.weight": torch.ones(3)}),
+        r"gpt_neox\.y\.weight is not among the base's tensors" + MERGE,
+    ),
+    "not a number": (
+        lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.full((3, 24), torch.nan)}),
+        r"the tensor .*dense_4h_to_h\.lora_A\.weight holds a number that is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_merged_exactly_is_refused_by_name(folder: Path, cache: Path, case: str) -> None:
+    spoil, message = REFUSED[case]
+    adapter = save_adapter(folder, folder / "stage0")
+    spoil(adapter)
+    with pytest.raises(UserError, match=rf"^stages\.1\.model: .*{message}") as error:
+        resolve(with_adapter(folder, adapter))
+    assert "\n" not in str(error.value) and not list(cache.glob("*.tmp"))
+
+
+def test_a_shared_embedding_is_not_changed_for_one_of_both(tmp_path: Path) -> None:
+    base = models.build_model("llama", 1, tied=True)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    adapted(base, "", target_modules=["embed_tokens"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        UserError, match=r"embed_tokens\.weight is shared by embedding and head in the base" + ".*" + MERGE
+    ):
+        merge(tmp_path / "adapter", folder, folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (["adapter"], r"stages\.0\.model: .*adapter is an adapter, and no stage before it has its base; add that as"),
+        (
+            ["copy", "adapter"],
+            r"stages\.1\.model: the adapter .* was trained on .*stage0, and .*; say `base: s0`|.*`base: s0`",
+        ),
+        ([("stage0", "s0")], r"run description: stages\.0\.base: there is no earlier stage 's0'"),
+        (["stage0", ("stage1", "s0")], r"stages\.1\.base: .*stage1 is a model with its own weights and no adapter"),
+    ],
+)
+def test_which_base_is_meant_is_asked(folder: Path, stages: list[Any], message: str) -> None:
+    save_adapter(folder, folder / "stage0")
+    shutil.copytree(folder / "stage0", folder / "copy")
+    description, answer = describe(folder), {"kind": "identity"}
+    pairs = [(stage, None) if isinstance(stage, str) else stage for stage in stages]
+    description["stages"] = [
+        describe(folder)["stages"][0]
+        | {"name": f"s{i}", "model": str(folder / model), "base": base, "response": answer}
+        for i, (model, base) in enumerate(pairs)
+    ]
+    description["score"] = [{"stage": "s0"}]
+    with pytest.raises(UserError, match=f"^{message}"):
+        resolve(description)
