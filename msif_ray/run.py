@@ -1,15 +1,9 @@
 """A run from description to Parquet: every step in order, none twice (DESIGN.md §4)."""
 
-import os
-import re
-import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-import ray
 
 from msif_ray import layout, lease, stages
 from msif_ray.carrying import Carrying
@@ -24,14 +18,14 @@ from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.score_jobs import ScoreJob, Shares
 from msif_ray.cluster.stream import BlockTask, stream
 from msif_ray.cluster.top import Row, TopTask, top_rows
-from msif_ray.config import Cluster, Documents, Run, Score
+from msif_ray.config import Documents, Run, Score
+from msif_ray.connection import connected, decide_gpus
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_chosen
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
-from msif_ray.machines import check_room, cluster_address, with_gpus
 from msif_ray.objectives import objective_identity
-from msif_ray.paths import exists, path_of, reason
+from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved, check
 from msif_ray.progress import Reporter
 from msif_ray.record import keep_index, keep_record, meaning
@@ -43,10 +37,6 @@ from msif_ray.results.statistics import STATISTICS, write_statistics
 from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import corpus_blocks, factors_folder, model_setup
 from msif_ray.store import sweep
-
-# A cluster that is there answers at once; a name or a route that leads nowhere may never.
-ANSWER_SECONDS = 10.0
-
 
 Until = Literal["fit", "index", "score"]
 
@@ -65,59 +55,13 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
         raise UserError("index: the run describes none; name a stage there")
     resolved = check(config)
     with connected():
-        cluster = _decide_gpus(resolved.run.cluster)
+        cluster = decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
         with lease.held(resolved.run.run_dir, reporter.say):
             keep_record(resolved, reporter.say)
             sweep(resolved.run.run_dir)
             _Driver(resolved, reporter).run(until)
             reporter.summarise()
-
-
-@contextmanager
-def connected() -> Iterator[None]:
-    """A connection to the Ray cluster that RAY_ADDRESS names, else to a local one that ends with the context.
-
-    Where this process is connected already, nothing is done.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    address = cluster_address()
-    if address is not None:
-        _join(address)
-    else:
-        # The core's own log lines are for Ray's developers; what fails here is raised.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # Ray ends processes that have been idle for a second; each new one imports torch for some.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-        ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _join(address: str) -> None:
-    try:
-        # Ray itself tries for minutes, and prints a page about it.
-        if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
-            socket.create_connection((found[1], int(found[2])), timeout=ANSWER_SECONDS).close()
-        ray.init(log_to_driver=False, logging_level="ERROR")
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise UserError(
-            f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason(error)}); start it, or unset RAY_ADDRESS to "
-            "run on this machine"
-        ) from None
-
-
-def _decide_gpus(cluster: Cluster) -> Cluster:
-    resources = ray.cluster_resources()
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    cluster = with_gpus(cluster, gpus)
-    if cluster_address() is None:  # another cluster may grow when the replicas ask for it
-        check_room(cluster, cpus, gpus)
-    return cluster
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from msif_ray import run
+from msif_ray import connection
 from msif_ray.config import Cluster
 from msif_ray.errors import UserError
 from msif_ray.machines import cluster_address
@@ -15,8 +15,8 @@ def decide(monkeypatch: pytest.MonkeyPatch, address: str | None, cpus: float, gp
     else:
         monkeypatch.setenv("RAY_ADDRESS", address)
     resources = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    monkeypatch.setattr(run.ray, "cluster_resources", lambda: resources)
-    return run._decide_gpus(Cluster.model_validate(keys))
+    monkeypatch.setattr(connection.ray, "cluster_resources", lambda: resources)
+    return connection.decide_gpus(Cluster.model_validate(keys))
 
 
 @pytest.mark.parametrize(("address", "gpus", "decided"), [(None, 0, 0), (None, 2, 1), ("host:6379", 1, 1)])
@@ -65,7 +65,7 @@ def test_an_empty_address_is_a_local_cluster(monkeypatch: pytest.MonkeyPatch, ad
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "nonsense", "host.invalid:6379"])
 def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(UserError, match=r"^RAY_ADDRESS: no Ray cluster answers at ") as error, run.connected():
+    with pytest.raises(UserError, match=r"^RAY_ADDRESS: no Ray cluster answers at ") as error, connection.connected():
         pass
     assert address in str(error.value) and "\n" not in str(error.value)
 

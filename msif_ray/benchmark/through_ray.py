@@ -133,7 +133,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 def compare(workload: Workload, queries: int, threads: int, keep: int) -> dict[str, float]:
     """`ray_overhead`: the Ray path's extra time over the same steps in process, as a share of these.
     `replica_scaling`: one replica of one thread over two of them."""
-    from msif_ray.run import connected
+    from msif_ray.connection import connected
 
     with tempfile.TemporaryDirectory() as name, connected():
         job = Job(workload, queries, keep, Path(name))

@@ -21,7 +21,7 @@ from msif_ray.plan.bench import Trial
 from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Inputs, Step, indexing_job, scoring_job
 from msif_ray.plan.measure import Calibration, Request, calibrate
-from msif_ray.plan.memory import resident_peak
+from msif_ray.plan.memory import HAND_MEMORY, resident_peak
 from msif_ray.plan.solves import products_job
 from msif_ray.plan.steps import steps
 from msif_ray.plan.storage import Stored, part_bytes, stored
@@ -71,6 +71,7 @@ class Plan:
     stored: list[Stored]
     free: dict[str, int]
     driver_memory: int
+    hand_memory: int
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -245,6 +246,7 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         stored=stored(estimate),
         free={run.stages[index].name: calibration.free for index, calibration in calibrations.items()},
         driver_memory=driver_memory,
+        hand_memory=HAND_MEMORY,
         notes=notes + _notes(estimate),
     )
 

@@ -100,6 +100,7 @@ def _memory(plan: Plan) -> Table:
             who = "a rank" if step.runs_on == "rank" else "a map's task"
             table.add_row(f"{who} in {step.name}", gibibytes(step.memory))
     table.add_row("the driver", gibibytes(plan.driver_memory))
+    table.add_row("beside each replica that scores, who hands it the blocks", gibibytes(plan.hand_memory))
     table.add_section()
     for stage, free in plan.free.items():
         table.add_row(f"free for a rank with {stage}'s model loaded", gibibytes(free))

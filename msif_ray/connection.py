@@ -1,0 +1,64 @@
+"""The Ray cluster that a run is on."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from msif_ray.config import Cluster
+from msif_ray.errors import UserError
+from msif_ray.machines import check_room, cluster_address, with_gpus
+from msif_ray.paths import reason
+
+# A cluster that is there answers at once; a name or a route that leads nowhere may never.
+ANSWER_SECONDS = 10.0
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """A connection to the Ray cluster that RAY_ADDRESS names, else to a local one that ends with the context.
+
+    Where this process is connected already, nothing is done.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = cluster_address()
+    if address is not None:
+        _join(address)
+    else:
+        # The core's own log lines are for Ray's developers; what fails here is raised.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        # Ray ends processes that have been idle for a second; each new one imports torch for some.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    try:
+        # Ray itself tries for minutes, and prints a page about it.
+        if found := re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address):
+            socket.create_connection((found[1], int(found[2])), timeout=ANSWER_SECONDS).close()
+        ray.init(log_to_driver=False, logging_level="ERROR")
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason(error)}); start it, or unset RAY_ADDRESS to "
+            "run on this machine"
+        ) from None
+
+
+def decide_gpus(cluster: Cluster) -> Cluster:
+    """The replicas with the GPUs that the Ray cluster has for them. Raises UserError where they have no room on it."""
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+    cluster = with_gpus(cluster, gpus)
+    if cluster_address() is None:  # another cluster may grow when the replicas ask for it
+        check_room(cluster, cpus, gpus)
+    return cluster
