@@ -82,7 +82,7 @@ class Run(Strict):
 
     @model_validator(mode="after")
     def _documents_of_their_objectives(self) -> Self:
-        """Documents, and queries, are what their stage's objective reads."""
+        """Documents are what their stage's objective reads."""
         described = {f"stages.{i}.documents": (stage, stage.documents) for i, stage in enumerate(self.stages)}
         entries: dict[str, Score | Index] = {f"score.{i}": entry for i, entry in enumerate(self.score)}
         entries |= {f"index.{i}": entry for i, entry in enumerate(self.index)}
@@ -98,6 +98,11 @@ class Run(Strict):
                 f"{key}: these are of the objective {documents.objective}, which {stage.name!r} has not; give the "
                 "stage `objective`, or name other columns"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_models(self) -> Self:
+        """A stage of preferences has a language model to refer to."""
         before: Stage | None = None
         for index, stage in enumerate(self.stages):
             if isinstance(stage.objective, Preference) and stage.objective.reference is None:
@@ -105,6 +110,11 @@ class Run(Strict):
                 if before is None or isinstance(before.objective, Classification):
                     raise ValueError(f"stages.{index}.objective: {stage.name!r} {why}; name a `reference` model")
             before = stage
+        return self
+
+    @model_validator(mode="after")
+    def _queries_of_the_last_stage(self) -> Self:
+        """A classifier is asked about classes, any other model about completions."""
         last = self.stages[-1]
         classifies = isinstance(last.objective, Classification)
         if classifies != (self.queries.label is not None):

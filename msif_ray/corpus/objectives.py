@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# What is shown before the two sequences of a pair.
+CHOSEN, REJECTED = "\n\n[chosen] ", "\n\n[rejected] "
+
+
 @dataclass(frozen=True)
 class Classes:
     """A text has one of these classes, by number; one longer than allowed is skipped, or cut where `truncate`."""
@@ -99,11 +103,10 @@ def frame(objective: Objective, document: Document, encoded: Encoded | Skipped) 
 
 def framed(shown: list[str], around: Frame) -> list[str]:
     """What each token stands for, with what is put around some of them."""
-    none = ("", "")
-    return [f"{(put := around.get(place, none))[0]}{piece}{put[1]}" for place, piece in enumerate(shown)]
-
-
-CHOSEN, REJECTED = "\n\n[chosen] ", "\n\n[rejected] "
+    found = list(shown)
+    for place, (before, after) in around.items():
+        found[place] = f"{before}{shown[place]}{after}"
+    return found
 
 
 def _label(classes: Classes, document: Document) -> str:
