@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import object_storage
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -167,6 +168,22 @@ def test_every_node_makes_the_same_of_it_once(
         assert (again / name).read_bytes() == (Path(first.model_path) / name).read_bytes()
     save_adapter(folder, folder / "stage0", seed=5)  # another state of the same folder
     assert resolve(description).stages[1].model_hash != first.model_hash
+
+
+def test_a_base_and_an_adapter_in_object_storage_are_merged_on_each_node(
+    folder: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = object_storage.put_folder(folder / "stage0", bucket, "base")
+    adapter = save_adapter(folder, folder / "stage0")
+    edit(adapter, base_model_name_or_path=url)
+    description = with_adapter(folder, adapter)
+    description["stages"][0]["model"] = url
+    description["stages"][1]["model"] = object_storage.put_folder(adapter, bucket, "adapter")
+    tuned = resolve(description).stages[1]
+    monkeypatch.setenv("MSIF_CACHE", str(folder / "another node"))
+    again = Path(fetch.local_model(tuned.source))
+    assert (again / "model.safetensors").read_bytes() == (Path(tuned.model_path) / "model.safetensors").read_bytes()
+    assert fetch.local_tokenizer(tuned.tokenizer_source) == str(again)
 
 
 def test_an_adapter_on_an_adapter(folder: Path) -> None:
