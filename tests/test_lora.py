@@ -67,6 +67,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 7, "q_proj": 9}},
     ),
+    "DoRA": ("llama", {"use_dora": True}),
+    "DoRA of transposed weights": ("gpt2", {"use_dora": True, "fan_in_fan_out": True}),
     "trained biases": ("gpt_neox", {"bias": "all"}),
     "biases of the adapted maps": ("gpt2", {"bias": "lora_only", "fan_in_fan_out": True}),
     "whole modules": ("llama", {"modules_to_save": ["embed_tokens", "lm_head", "gate_proj"]}),
@@ -226,7 +228,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda a: edit(a, peft_type="IA3"),
         r"an adapter of kind IA3 is not merged here, only LORA" + MERGE,
     ),
-    "DoRA": (lambda a: edit(a, use_dora=True), r"an adapter with use_dora is not merged here" + MERGE),
+    "DoRA without its magnitudes": (
+        lambda a: edit(a, use_dora=True),
+        r"gpt_neox\.layers\.0\.attention\.query_key_value is not a map with a magnitude as DoRA has it" + MERGE,
+    ),
+    "another variant": (lambda a: edit(a, use_qalora=True), r"an adapter with use_qalora is not merged here" + MERGE),
     "single tokens": (lambda a: edit(a, trainable_token_indices=[3]), "an adapter with trainable_token_indices is not"),
     "an option not known": (lambda a: edit(a, use_more=1), r"an adapter with use_more is not merged here" + MERGE),
     "a base that was changed": (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights 'pissa' has changed"),
@@ -242,11 +248,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a magnitude": (
         lambda a: retensor(a, **{"gpt_neox.x.lora_magnitude_vector": torch.ones(3)}),
-        r"the tensor base_model\.model\.gpt_neox\.x\.lora_magnitude_vector is not one of plain LoRA" + MERGE,
+        r"gpt_neox\.x is not a map with a magnitude as DoRA has it" + MERGE,
     ),
     "another base": (
         lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.ones(3, 7)}),
         r"layers\.0\.mlp\.dense_4h_to_h\.weight is changed by 16 x 7, and 16 x 24 in the base: another base\?",
+    ),
+    "a bias of low rank": (
+        lambda a: retensor(a, **{"gpt_neox.x.lora_B.bias": torch.ones(3)}),
+        r"the tensor base_model\.model\.gpt_neox\.x\.lora_B\.bias is not one of plain LoRA" + MERGE,
     ),
     "no such map": (
         lambda a: retensor(a, **{"gpt_neox.y.weight": torch.ones(3)}),
