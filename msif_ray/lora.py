@@ -4,8 +4,9 @@ A map with weight W [o, i] and its adapter's A [r, i] and B [o, r] becomes
 
     W' = W + s·B·A,   s = α/r, or α/√r of a rank-stabilised adapter
 
-(Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732), transposed where the map keeps its weight so
-(GPT-2's Conv1D). Tensors that an adapter holds whole (`modules_to_save`, trained biases, embeddings of added tokens)
+(Hu et al. 2021, arXiv 2106.09685; Kalajdzievski 2023, arXiv 2312.03732), and with DoRA's magnitudes m [o] each row of
+W' is scaled to the length m (Liu et al. 2024, arXiv 2402.09353); transposed where the map keeps its weight so (GPT-2's
+Conv1D). Tensors that an adapter holds whole (`modules_to_save`, trained biases, embeddings of added tokens)
 take the place of the base's. Sums are in float64, and a changed weight is kept in float32 at least: bfloat16 would
 round much of a small change away.
 
@@ -37,14 +38,14 @@ from msif_ray.errors import UserError
 from msif_ray.fetch import TOKENIZER_IDENTITY
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PREFIX, MAGNITUDE = "base_model.model.", ".lora_magnitude_vector"
 
 # Keys of the configuration that change nothing in what is merged, or that are taken into account below.
 _KNOWN = re.compile(
     "alpha_pattern|auto_mapping|base_model_name_or_path|bias|corda_config|eva_config|exclude_modules|fan_in_fan_out|"
     "inference_mode|init_lora_weights|layers_pattern|layers_to_transform|lora_alpha|lora_dropout|megatron_core|"
     "modules_to_save|peft_type|peft_version|qalora_group_size|r|rank_pattern|revision|runtime_config|target_modules|"
-    "task_type|use_rslora"
+    "task_type|use_dora|use_rslora"
 )
 # Ways to begin that leave the base's weights as they are. Others (PiSSA, OLoRA, LoftQ …) take something out of them.
 _BEGUN = (True, False, "gaussian", "eva", "orthogonal")
@@ -83,9 +84,10 @@ _MERGE = "merge it with peft (merge_and_unload) and name the saved model"
 @dataclass
 class _Changes:
     """What an adapter does to the tensors of a checkpoint, by the maps' dotted names: `A` and `B` of each, and the
-    tensors that it replaces."""
+    tensors that it replaces; of DoRA the `magnitudes`."""
 
     low_rank: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     whole: dict[str, Tensor] = field(default_factory=dict)
 
@@ -97,6 +99,10 @@ def merge(adapter: Path, base: Path, tokenizer: Path, target: Path) -> None:
     Raises UserError, naming the file and the tensor, for what cannot be merged exactly.
     """
     config, changes = read_config(adapter), _read(adapter / WEIGHTS)
+    scaled = set(changes.low_rank) if config.get("use_dora") else set()
+    if changes.magnitudes.keys() != scaled or scaled & changes.embeddings:
+        odd = sorted(changes.magnitudes.keys() ^ scaled or scaled & changes.embeddings)[0]
+        raise UserError(f"{adapter / WEIGHTS}: {odd} is not a map with a magnitude as DoRA has it; {_MERGE}")
     model = _Base(base)
     scales = {name: _scale(config, name, pair["A"].shape[0]) for name, pair in changes.low_rank.items()}
     left = set(changes.whole) | {f"{name}.weight" for name in changes.low_rank}
@@ -131,6 +137,8 @@ def _read(path: Path) -> _Changes:
                 if found := _LOW_RANK.fullmatch(name):
                     changes.low_rank.setdefault(found[1], {})[found[2] or found[3]] = tensor
                     changes.embeddings |= {found[1]} if found[3] else set()
+                elif name.endswith(MAGNITUDE):
+                    changes.magnitudes[name.removesuffix(MAGNITUDE)] = tensor
                 elif not key.startswith(PREFIX) or ".lora_" in name:
                     raise UserError(f"{path}: the tensor {key} is not one of plain LoRA; {_MERGE}")
                 else:
@@ -204,6 +212,10 @@ def _merged(
         if change.shape != weight.shape:
             raise UserError(f"{where} is changed by {_shape(change)}, and {_shape(weight)} in the base: another base?")
         weight = weight.double() + change
+    if own in changes.magnitudes:
+        rows = int(own in base.transposed)  # the dimension of the map's outputs
+        lengths = torch.linalg.vector_norm(weight, dim=1 - rows, keepdim=True)
+        weight = weight * (changes.magnitudes[own].double().reshape(lengths.shape) / lengths)
     return weight.to(kept).contiguous()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import object_storage
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -66,6 +67,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.down_proj": 7, "q_proj": 9}},
     ),
+    "DoRA": ("llama", {"use_dora": True}),
+    "DoRA of transposed weights": ("gpt2", {"use_dora": True, "fan_in_fan_out": True}),
     "trained biases": ("gpt_neox", {"bias": "all"}),
     "biases of the adapted maps": ("gpt2", {"bias": "lora_only", "fan_in_fan_out": True}),
     "whole modules": ("llama", {"modules_to_save": ["embed_tokens", "lm_head", "gate_proj"]}),
@@ -169,6 +172,22 @@ def test_every_node_makes_the_same_of_it_once(
     assert resolve(description).stages[1].model_hash != first.model_hash
 
 
+def test_a_base_and_an_adapter_in_object_storage_are_merged_on_each_node(
+    folder: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = object_storage.put_folder(folder / "stage0", bucket, "base")
+    adapter = save_adapter(folder, folder / "stage0")
+    edit(adapter, base_model_name_or_path=url)
+    description = with_adapter(folder, adapter)
+    description["stages"][0]["model"] = url
+    description["stages"][1]["model"] = object_storage.put_folder(adapter, bucket, "adapter")
+    tuned = resolve(description).stages[1]
+    monkeypatch.setenv("MSIF_CACHE", str(folder / "another node"))
+    again = Path(fetch.local_model(tuned.source))
+    assert (again / "model.safetensors").read_bytes() == (Path(tuned.model_path) / "model.safetensors").read_bytes()
+    assert fetch.local_tokenizer(tuned.tokenizer_source) == str(again)
+
+
 def test_an_adapter_on_an_adapter(folder: Path) -> None:
     save_adapter(folder, folder / "stage0")
     description = with_adapter(folder, folder / "adapter")
@@ -209,7 +228,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda a: edit(a, peft_type="IA3"),
         r"an adapter of kind IA3 is not merged here, only LORA" + MERGE,
     ),
-    "DoRA": (lambda a: edit(a, use_dora=True), r"an adapter with use_dora is not merged here" + MERGE),
+    "DoRA without its magnitudes": (
+        lambda a: edit(a, use_dora=True),
+        r"gpt_neox\.layers\.0\.attention\.query_key_value is not a map with a magnitude as DoRA has it" + MERGE,
+    ),
+    "another variant": (lambda a: edit(a, use_qalora=True), r"an adapter with use_qalora is not merged here" + MERGE),
     "single tokens": (lambda a: edit(a, trainable_token_indices=[3]), "an adapter with trainable_token_indices is not"),
     "an option not known": (lambda a: edit(a, use_more=1), r"an adapter with use_more is not merged here" + MERGE),
     "a base that was changed": (lambda a: edit(a, init_lora_weights="pissa"), "init_lora_weights 'pissa' has changed"),
@@ -225,11 +248,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a magnitude": (
         lambda a: retensor(a, **{"gpt_neox.x.lora_magnitude_vector": torch.ones(3)}),
-        r"the tensor base_model\.model\.gpt_neox\.x\.lora_magnitude_vector is not one of plain LoRA" + MERGE,
+        r"gpt_neox\.x is not a map with a magnitude as DoRA has it" + MERGE,
     ),
     "another base": (
         lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.ones(3, 7)}),
         r"layers\.0\.mlp\.dense_4h_to_h\.weight is changed by 16 x 7, and 16 x 24 in the base: another base\?",
+    ),
+    "a bias of low rank": (
+        lambda a: retensor(a, **{"gpt_neox.x.lora_B.bias": torch.ones(3)}),
+        r"the tensor base_model\.model\.gpt_neox\.x\.lora_B\.bias is not one of plain LoRA" + MERGE,
     ),
     "no such map": (
         lambda a: retensor(a, **{"gpt_neox.y.weight": torch.ones(3)}),
