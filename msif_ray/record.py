@@ -13,6 +13,7 @@ from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
+from msif_ray.results.parts import CURVATURE_NORM
 from msif_ray.store import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
@@ -54,7 +55,8 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     if not exists(path):
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
-        about = {"meaning": MEANING, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
+        meaning = MEANING | (CURVATURE_NORM if resolved.run.detail.curvature_norm else {})
+        about = {"meaning": meaning, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
         write_json(path, {"identity": identity, "device": device} | about)
         return
     record = read_record(path)
@@ -125,6 +127,8 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
+    if not run.get("detail", {}).get("curvature_norm", True):
+        run["detail"].pop("curvature_norm")  # likewise
     for stage in run["stages"]:
         if stage["solver"]["kind"] == "ekfac":
             stage.pop("solver")  # likewise

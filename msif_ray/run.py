@@ -13,6 +13,7 @@ import ray
 
 from msif_ray import layout, lease, stages
 from msif_ray.carrying import Carrying
+from msif_ray.cluster.curvature import Curvature, stage_curvature
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
@@ -221,6 +222,7 @@ class _Driver:
                 self.config.cluster.directions_memory,
                 tracked=maps,
                 shares=wanted,
+                curvature=self._curvature(index) if detail.curvature_norm else None,
             ),
             blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
@@ -230,6 +232,9 @@ class _Driver:
             metadata=MEANING | about,
             candidates=chosen,
         )
+
+    def _curvature(self, index: int) -> Curvature:
+        return stage_curvature(self.config, index, factors_folder(self.config, index), self.resolved.maps)
 
     def _choose_candidates(self) -> None:
         """At once, so that what is wrong with a list is told before any replica is started."""
