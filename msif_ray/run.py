@@ -297,7 +297,8 @@ class _Driver:
         if has_top(self.config.run_dir, self.config.top):
             self.reporter.say("top documents are there")
             return
-        write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
+        norms = self.config.detail.curvature_norm
+        write_top(self.config.run_dir, self._top_rows(pool), self.config.top, norms)
 
     def _report(self) -> None:
         run_dir = self.config.run_dir

@@ -69,6 +69,7 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
             "modules": task.score.maps,
             "module_scores": share.by_map.astype(numpy.float32),
         }
+        | ({} if pair.curvature_norm is None else {"curvature_norm": pair.curvature_norm})
         for pair, share in ((pair, shares[pair.doc_id, queries[pair.query_id]]) for pair in task.pairs)
     )
 

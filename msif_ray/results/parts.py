@@ -225,11 +225,17 @@ def read_part(path: Path) -> pa.Table:
         return _as_scores(part, part.read(columns=SCORES_SCHEMA.names))
 
 
-def read_rows(path: Path) -> Iterator[pa.Table]:
-    """A part's rows as of `read_part` in their order, some at a time. Raises UserError as `read_part` does."""
+def read_rows(path: Path, also: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """A part's rows as of `read_part` in their order, some at a time, with such columns of `also` as it has. Raises
+    UserError as `read_part` does."""
     with _opened(path) as part:
+        more = [name for name in also if name in part.schema_arrow.names]
         for group in range(part.num_row_groups):
-            yield _as_scores(part, part.read_row_group(group, columns=SCORES_SCHEMA.names))
+            rows = part.read_row_group(group, columns=[*SCORES_SCHEMA.names, *more])
+            found = _as_scores(part, rows.select(SCORES_SCHEMA.names))
+            for name in more:
+                found = found.append_column(name, rows[name])
+            yield found
 
 
 def query_scores(run_dir: str | Path, stage: str, query: str) -> tuple[pa.Array, np.ndarray]:
