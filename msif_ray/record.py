@@ -16,6 +16,7 @@ from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
+from msif_ray.results.parts import CURVATURE_NORM
 from msif_ray.store import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
@@ -77,6 +78,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
         _refuse_unrecorded(run_dir)
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
         means = meaning(resolved.run) | ({"adapter": ADAPTER} if any(s.adapter for s in resolved.stages) else {})
+        means |= CURVATURE_NORM if resolved.run.detail.curvature_norm else {}
         about = {"meaning": means, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
         write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
         return
@@ -157,6 +159,8 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
+    if not run.get("detail", {}).get("curvature_norm", True):
+        run["detail"].pop("curvature_norm")  # likewise
     for entry in run["score"]:
         entry.pop("out_of")
     for stage in run["stages"]:

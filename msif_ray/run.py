@@ -8,6 +8,7 @@ from typing import Literal
 from msif_ray import layout, lease, stages
 from msif_ray.carrying import Carrying
 from msif_ray.checkpoint import load_tokenizer
+from msif_ray.cluster.curvature import Curvature, stage_curvature
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
@@ -175,6 +176,7 @@ class _Driver:
                 self.config.cluster.directions_memory,
                 tracked=maps,
                 shares=wanted,
+                curvature=self._curvature(index) if detail.curvature_norm else None,
             ),
             blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
@@ -184,6 +186,9 @@ class _Driver:
             metadata=meaning(self.config) | about,
             candidates=chosen,
         )
+
+    def _curvature(self, index: int) -> Curvature:
+        return stage_curvature(self.config, index, factors_folder(self.config, index), self.resolved.maps)
 
     def _choose_candidates(self) -> None:
         """At once, so that what is wrong with a list is told before any replica is started."""
@@ -256,7 +261,8 @@ class _Driver:
         if has_top(self.config.run_dir, self.config.top):
             self.reporter.say("top documents are there")
             return
-        write_top(self.config.run_dir, self._top_rows(pool), self.config.top)
+        norms = self.config.detail.curvature_norm
+        write_top(self.config.run_dir, self._top_rows(pool), self.config.top, norms)
 
     def _report(self) -> None:
         run_dir = self.config.run_dir

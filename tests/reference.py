@@ -327,6 +327,21 @@ def scores(
     return found, skipped
 
 
+def curvature_norms(stage: StageSpec, fits: dict[str, Fit], documents: Sequence[Document]) -> dict[Any, float]:
+    """{document id: root of Σ_windows Σ_maps vec(G)ᵀ (H + c)⁻¹ vec(G)} of documents with a target; c the scored
+    stage's damping at each map."""
+    found = {}
+    for document in documents:
+        cut = windows(stage.tokenizer, document, stage.max_tokens, stage.append_eos)
+        total = 0.0
+        for name, gradient in (pair for w in cut for pair in window_gradients(stage.model, list(fits), *w).items()):
+            vector = gradient.reshape(-1, 1)
+            total += float((vector * stage_respond(stage, fits[name].hessian(), vector, scored=True)).sum())
+        if cut:
+            found[document["id"]] = math.sqrt(total)
+    return found
+
+
 def shares(
     stages: Sequence[StageSpec], queries: Sequence[Document], documents: Sequence[Document], scored: int = 0
 ) -> dict[tuple[Any, Any], tuple[dict[str, float], list[float]]]:

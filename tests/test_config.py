@@ -199,3 +199,34 @@ def test_an_index_keeps_no_tokens() -> None:
     with pytest.raises(UserError, match=r"detail\.tokens: score\.0 reads an index, which keeps no tokens"):
         parse_run(indexed)
     assert parse_run(indexed | {"detail": {"modules": True}}).detail.modules
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"score.0.index": "other"},
+            "detail.curvature_norm: score.0 reads an index, which keeps too little of a gradient for this norm; leave "
+            "one out",
+        ),
+        (
+            {"score.0.responses": {"pre": {"kind": "identity"}}},
+            "detail.curvature_norm: in score.0 the response of 'pre' is identity, and the norm is that of a damped "
+            "inverse; leave one out",
+        ),
+        (
+            {"stages.0.response": {"kind": "unrolled", "rate": 0.1, "steps": 5}},
+            "detail.curvature_norm: in score.0 the response of 'pre' is unrolled, and the norm is",
+        ),
+    ],
+)
+def test_a_norm_in_the_inverse_curvature_wants_one(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse_run(changed_all(changes | {"detail": {"curvature_norm": True}}))
+    assert str(refused.value).startswith(f"run description: {message}") and "\n" not in str(refused.value)
+    assert not parse_run(changed_all(changes)).detail.curvature_norm
+
+
+def test_a_later_stage_left_out_leaves_the_norm_in_the_inverse_curvature() -> None:
+    left_out = {"score.0.responses": {"tune": {"kind": "identity"}}, "detail": {"curvature_norm": True}}
+    assert parse_run(changed_all(left_out)).detail.curvature_norm

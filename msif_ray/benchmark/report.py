@@ -26,6 +26,8 @@ STEPS = {
     "correction_own_pass": "the same without what the covariances' pass kept",
 }
 
+CURVATURE = "_curvature"  # ends the name of scores with norms in the inverse curvature
+
 
 @dataclass(frozen=True)
 class Options:
@@ -43,7 +45,7 @@ class Options:
 def measure(workload: Workload, options: Options) -> dict[str, Any]:
     """Seconds of a training pass, and every step's ratio to it (`eigh_s` in seconds).
 
-    In three parts, each with training passes of its own: what one part holds is gone before the next.
+    In four parts, each with training passes of its own: what one part holds is gone before the next.
     """
     steps = Steps(workload, keep=options.keep)
     timed: list[dict[str, float]] = []
@@ -57,7 +59,10 @@ def measure(workload: Workload, options: Options) -> dict[str, Any]:
     _correct(steps, bases, time)
     eigenvalues = steps.correction(bases) if options.rank is None else {}
     directions = {n: steps.directions(bases, eigenvalues, n, options.rank) for n in options.queries}
+    metrics, few = steps.metrics(bases, eigenvalues), options.queries[0]
     del bases, eigenvalues
+    time(**{f"score_q{few}{CURVATURE}": partial(steps.score, directions[few], metrics)})
+    del metrics
     time(**{f"score_q{n}": partial(steps.score, each) for n, each in directions.items()})
     train = statistics.median(each["train"] for each in timed)
     ratios = {name: taken / each["train"] for each in timed for name, taken in each.items() if name != "train"}
@@ -140,7 +145,9 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for column in ("step", "ratio to a training pass", "tokens/s"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, rate in found["tokens_per_s"].items():
-        label = STEPS.get(name, f"scores of {name.removeprefix('score_q')} queries")
+        queries = name.removeprefix("score_q").removesuffix(CURVATURE)
+        label = STEPS.get(name, f"scores of {queries} queries")
+        label += ", with norms in the inverse curvature" if name.endswith(CURVATURE) else ""
         table.add_row(label, f"{found[name]:.3f}", f"{rate:,.0f}")
     if found["eigh_s"] is not None:
         table.add_row("eigendecompositions", f"{found['eigh_s'] / found['train_s']:.3f}", "")

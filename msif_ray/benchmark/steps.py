@@ -11,6 +11,7 @@ from msif_ray.benchmark.workload import Workload
 from msif_ray.heap import trim
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture
+from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
 from msif_ray.influence.kept import KeptPasses
@@ -127,11 +128,29 @@ class Steps:
             found[name] = DenseDirections(carry_back(torch.stack(stacked), [(factor, response)]))
         return found
 
-    def score(self, directions: Mapping[str, Directions]) -> Tensor:
-        """Scores `[documents, queries]`, on the CPU."""
-        scorer = Scorer(directions)
+    def metrics(self, bases: Mapping[str, Basis], eigenvalues: Mapping[str, Tensor]) -> dict[str, CurvatureMetric]:
+        """The inverse curvature of every map; without `eigenvalues` with ones for weights, which take the same time."""
+        found = {}
+        for name, described in self.maps.items():
+            weights = torch.ones(described.shape, dtype=bases[name].gradients.dtype, device=self.workload.device)
+            if name in eigenvalues:
+                factor = Factor(bases[name], eigenvalues[name])
+                weights = DampedInverse(DAMPING * factor.mean_eigenvalue)(factor.eigenvalues)
+            found[name] = CurvatureMetric(bases[name], weights)
+        return found
+
+    def score(
+        self, directions: Mapping[str, Directions], metrics: Mapping[str, CurvatureMetric] | None = None
+    ) -> Tensor:
+        """Scores `[documents, queries]`, on the CPU; with `metrics` documents' norms in them are computed, too."""
+        scorer, scores = Scorer(directions), []
         with Capture(self.model, self.maps) as capture:
-            return torch.cat([scorer.score(capture.run(batch))[0].cpu() for batch in self.batches])
+            for batch in self.batches:
+                captured = capture.run(batch)
+                scores.append(scorer.score(captured)[0].cpu())
+                if metrics is not None:
+                    curvature_squares(metrics, captured).cpu()
+        return torch.cat(scores)
 
 
 def _eigenvectors(covariance: Tensor) -> Tensor:

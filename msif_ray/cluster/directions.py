@@ -65,8 +65,8 @@ def save_shard(path: Path, directions: Directions, ranks: Tensor, kept: Tensor, 
 
 
 @dataclass
-class ShardFile:
-    """One map's shard on storage. Checksums are compared when it is first read, and not again."""
+class ReadAgain:
+    """A file of tensors that is read many times. Checksums are compared when one is first read, and not again."""
 
     path: Path
     _file: TensorFile | None = None
@@ -82,6 +82,11 @@ class ShardFile:
             raise UserError(f"{error}; delete it, and run the same command again") from None
         self._verified.add(name)
         return tensor
+
+
+@dataclass
+class ShardFile(ReadAgain):
+    """One map's shard on storage."""
 
     def load(self, device: torch.device) -> Directions:
         if self.dense:
@@ -121,6 +126,11 @@ def stored_shards(folder: Path, maps: Sequence[str]) -> list[Stored]:
         }
         found.append(Stored(folder, (start, stop), vectors, sizes))
     return found
+
+
+def stored_bytes(folders: Sequence[Path], maps: Sequence[str]) -> int:
+    """What several folders' directions take together."""
+    return sum(sum(each.bytes.values()) for folder in folders for each in stored_shards(folder, maps))
 
 
 def entries(queries: int, shape: tuple[int, int], vectors: int | None) -> int:

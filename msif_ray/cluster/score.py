@@ -51,10 +51,11 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
     ids = list(outcome.tokens)
     places = {document: place for place, document in enumerate(ids)}
     table = numpy.zeros((len(ids), len(task.labels) * len(task.queries)))
-    squares = numpy.zeros(len(ids))
+    squares, in_curvature = numpy.zeros(len(ids)), numpy.zeros(len(ids))
     for document in documents:
         table[places[document.document_id]] += document.scores.numpy()
         squares[places[document.document_id]] += document.squared_norm
+        in_curvature[places[document.document_id]] += document.squared_curvature_norm
     by_map, by_token = _shares(task, outcome, documents)
     chosen = None if task.candidates is None else read_chosen(str(task.candidates)).pairs(ids, task.queries)
     count = len(task.queries)
@@ -74,6 +75,7 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
                 None if by_map is None else by_map[:, own],
                 None if by_token is None else [shares[own] for shares in by_token],
                 task.detail.normalised,
+                numpy.sqrt(in_curvature) if task.detail.curvature_norm else None,
             ),
             chosen,
         )

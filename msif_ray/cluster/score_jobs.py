@@ -8,10 +8,12 @@ import numpy
 import torch
 from torch import Tensor
 
-from msif_ray.cluster.directions import LoadedDirections, load
+from msif_ray.cluster.curvature import Curvature
+from msif_ray.cluster.directions import LoadedDirections, load, stored_bytes
 from msif_ray.cluster.jobs import Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.influence.capture import Captured
+from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
 from msif_ray.influence.groups import FREE_SHARE
 
 
@@ -19,13 +21,15 @@ from msif_ray.influence.groups import FREE_SHARE
 class DocumentScores:
     """One document's scores `[queries]` (float64) and the squared norm of its gradient, both sums over windows.
 
-    Where they were asked for: the scores by map, `[queries, maps]`, and by token, `[queries, tokens]` of each
-    window (float32), from the document's token that it begins with.
+    Where they were asked for: the squared norm in the inverse curvature, likewise; the scores by map,
+    `[queries, maps]`, and by token, `[queries, tokens]` of each window (float32), from the document's token that it
+    begins with.
     """
 
     document_id: str
     scores: Tensor
     squared_norm: float = 0.0
+    squared_curvature_norm: float = 0.0
     by_map: Tensor | None = None
     by_token: list[tuple[int, numpy.ndarray]] = field(default_factory=list)
 
@@ -43,7 +47,7 @@ class ScoreJob:
     """Scores against the queries of every folder of directions, one folder's after the other's.
 
     `memory`: bytes of a rank's for the directions; None: a share of what is free. `shares`: with the scores by map
-    and perhaps by token.
+    and perhaps by token. `curvature`: with norms in that stage's inverse curvature.
     """
 
     directions: tuple[Path, ...]
@@ -51,10 +55,20 @@ class ScoreJob:
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
     shares: Shares | None = None
+    curvature: Curvature | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
+        # First, since the default for directions is a share of what is free then.
+        metrics = None if self.curvature is None else self.curvature.load(device, self._left_for_factors(maps, device))
         loaded = load_directions(self.directions, maps, device, self.memory)
-        return _ScoreWork(loaded) if self.shares is None else _DetailWork(loaded, shares=self.shares)
+        if self.shares is None:
+            return _ScoreWork(loaded, metrics)
+        return _DetailWork(loaded, metrics, shares=self.shares)
+
+    def _left_for_factors(self, maps: Sequence[str], device: torch.device) -> int:
+        """The default's bytes for factors: what directions leave of the memory for both, half of it at least."""
+        needed = stored_bytes(self.directions, maps)
+        return left_beside(needed if self.memory is None else min(needed, self.memory), _share_of_free(device))
 
 
 @dataclass
@@ -62,6 +76,7 @@ class _ScoreWork:
     """Sums over a document's windows as they come: of long documents there are many."""
 
     loaded: LoadedDirections
+    metrics: Mapping[str, CurvatureMetric] | None = None
     documents: dict[str, DocumentScores] = field(default_factory=dict)
 
     def add(self, captured: Captured) -> None:
@@ -71,13 +86,18 @@ class _ScoreWork:
     def _count(self, captured: Captured, scores: Tensor, squared_norms: Tensor) -> list[DocumentScores]:
         """Adds a batch's scores `[rows, queries]` and norms `[rows]` to their documents; gives each row's."""
         found = []
-        for key, row, square in zip(captured.batch.keys, scores, squared_norms.tolist(), strict=True):
+        in_curvature = torch.zeros_like(squared_norms)
+        if self.metrics is not None:
+            in_curvature = curvature_squares(self.metrics, captured)
+        columns = (scores, squared_norms.tolist(), in_curvature.tolist())
+        for key, row, square, curvature in zip(captured.batch.keys, *columns, strict=True):
             document = self.documents.get(key.document_id)
             if document is None:
                 document = DocumentScores(key.document_id, torch.zeros_like(row))
                 self.documents[key.document_id] = document
             document.scores += row
             document.squared_norm += square
+            document.squared_curvature_norm += curvature
             found.append(document)
         return found
 
@@ -171,5 +191,13 @@ def load_directions(
     folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None
 ) -> LoadedDirections:
     """The directions of several folders as one list of queries, within `memory` bytes, or a share of what is free."""
-    budget = memory or int(FREE_SHARE * free_memory(device, torch.get_num_threads()))
-    return load(folders, maps, device, budget)
+    return load(folders, maps, device, memory or _share_of_free(device))
+
+
+def left_beside(directions: int, both: int) -> int:
+    """What so many bytes of directions leave for factors of the bytes for both: half of these at least."""
+    return both - min(directions, both // 2)
+
+
+def _share_of_free(device: torch.device) -> int:
+    return int(FREE_SHARE * free_memory(device, torch.get_num_threads()))

@@ -71,6 +71,7 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
             "modules": task.score.maps,
             "module_scores": share.by_map.astype(numpy.float32),
         }
+        | ({} if pair.curvature_norm is None else {"curvature_norm": pair.curvature_norm})
         for pair, share, document in (
             (pair, shares[pair.doc_id, queries[pair.query_id]], documents[pair.doc_id]) for pair in task.pairs
         )

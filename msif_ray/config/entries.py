@@ -130,9 +130,11 @@ class Index(Strict):
 
 class Detail(Strict):
     """What is written beside every score: as list columns what it is a sum of, by token and by tracked map, which the
-    top documents have in any case; and `normalised`, the score per token and per unit of the gradient's norm.
+    top documents have in any case; `curvature_norm`, the norm of the document's gradient in the scored stage's inverse
+    curvature; and `normalised`, the score per token and per unit of each of the gradient's norms.
     """
 
     tokens: bool = False
     modules: bool = False
+    curvature_norm: bool = False
     normalised: bool = False

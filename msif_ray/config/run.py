@@ -127,6 +127,23 @@ class Run(Strict):
         return self
 
     @model_validator(mode="after")
+    def _measurable(self) -> Self:
+        """Refuses norms in the inverse curvature where there is no damped inverse, or not the whole gradient."""
+        for index, score in enumerate(self.score if self.detail.curvature_norm else ()):
+            if score.index is not None:
+                raise ValueError(
+                    f"detail.curvature_norm: score.{index} reads an index, which keeps too little of a gradient for "
+                    "this norm; leave one out"
+                )
+            response = self.answering(score).stages[self.stage_index(score.stage)].response
+            if isinstance(response, IdentityResponse | UnrolledResponse):
+                raise ValueError(
+                    f"detail.curvature_norm: in score.{index} the response of {score.stage!r} is "
+                    f"{response.kind}, and the norm is that of a damped inverse; leave one out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _solvable(self) -> Self:
         """Refuses what conjugate gradients do not answer, or would answer wrongly."""
         for index, stage in enumerate(self.stages):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.modules import LinearMap
 from msif_ray.influence.products import add_gram, mirror, operand, outer, times, wide_type, with_ones
 from msif_ray.influence.response import Identity, Response
 from msif_ray.influence.threads import side_by_side
@@ -109,18 +108,27 @@ class CorrectionSums:
                 self.sums[f"E/{name}"] = inputs.new_zeros(described.shape, dtype=wide_type(inputs.dtype))
             total, basis = self.sums[f"E/{name}"], self.bases[name]
             if rotates_vectors(inputs.shape[1], *described.shape):
-                activations = _rotated_activations(inputs, basis, described)
-                add_squares(total, activations, times(gradients, basis.gradients), inputs.dtype)
+                add_squares(total, *rotated_vectors(inputs, gradients, basis, described.bias), inputs.dtype)
             else:
                 for rotated in map(basis.rotate, window_gradients(inputs, gradients, described.bias)):
                     total.add_(rotated.square_().sum(0))
 
 
-def _rotated_activations(inputs: Tensor, basis: Basis, described: LinearMap) -> Tensor:
-    """a Q_A, `[rows, positions, columns]`; the constant 1 of a bias meets the basis's last row."""
-    if not described.bias:
-        return times(inputs, basis.activations)
-    return times(inputs, basis.activations[:-1]).add_(basis.activations[-1])
+def rotated_vectors(inputs: Tensor, gradients: Tensor, basis: Basis, bias: bool) -> tuple[Tensor, Tensor]:
+    """a Q_A `[rows, positions, columns]` and g Q_S `[rows, positions, out]`; with `bias` the constant 1 behind the
+    inputs meets the basis's last row."""
+    if not bias:
+        return times(inputs, basis.activations), times(gradients, basis.gradients)
+    activations = times(inputs, basis.activations[:-1]).add_(basis.activations[-1])
+    return activations, times(gradients, basis.gradients)
+
+
+def rotated_gradients(inputs: Tensor, gradients: Tensor, basis: Basis, bias: bool) -> Iterator[Tensor]:
+    """Q_Sᵀ G Q_A of each row, `[some rows, out, columns]` at a time, from rotated vectors or by rotating G: whichever
+    takes fewer multiplications. Vectors, memory and what is yielded as of `window_gradients`."""
+    if rotates_vectors(inputs.shape[1], gradients.shape[2], inputs.shape[2] + int(bias)):
+        return _outer_products(*rotated_vectors(inputs, gradients, basis, bias), inputs.dtype)
+    return map(basis.rotate, window_gradients(inputs, gradients, bias))
 
 
 def add_squares(total: Tensor, activations: Tensor, gradients: Tensor, narrow: torch.dtype) -> None:

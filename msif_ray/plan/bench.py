@@ -12,14 +12,16 @@ from msif_ray.cluster.directions import kept_entries
 from msif_ray.cluster.iterates import ProductWork
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
+from msif_ray.cluster.score_jobs import left_beside
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Window, pack
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, compress
+from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
 from msif_ray.influence.ekfac import CorrectionSums, CovarianceSums
 from msif_ray.influence.gauss_newton import ProductSums
-from msif_ray.influence.groups import Shapes
+from msif_ray.influence.groups import Shapes, module_groups
 from msif_ray.influence.scoring import Scorer, squared_norms
 from msif_ray.plan import counts
 from msif_ray.plan.memory import Gauge
@@ -32,8 +34,9 @@ Kind = Literal["covariance", "correction", "indexing", "products", "queries", "s
 
 @dataclass(frozen=True)
 class Trial:
-    """A job to be tried: how its documents are read, some of them; for scoring how many queries of which `rank` and
-    the bytes that they may take (None: a share of what is free), for indexing the index's `rank`."""
+    """A job to be tried: how its documents are read, some of them; for scoring how many queries of which `rank`, the
+    bytes that they may take (None: a share of what is free), and whether with norms in the inverse curvature; for
+    indexing the index's `rank`."""
 
     name: str
     kind: Kind
@@ -43,6 +46,7 @@ class Trial:
     queries: int = 0
     rank: int | None = None
     memory: int | None = None
+    curvature: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ class _Passing:
 @dataclass
 class _Scoring:
     scorer: Scorer
+    metrics: dict[str, CurvatureMetric]
 
     def add(self, captured: Captured) -> None:
         self.scorer.score(captured)
+        curvature_squares(self.metrics, captured)
 
 
 @dataclass
@@ -108,7 +114,8 @@ class _Indexing:
 
 @dataclass
 class Bench:
-    """One trial on a loaded rank; maps are those of `shapes`. `budget`: bytes for query directions."""
+    """One trial on a loaded rank; maps are those of `shapes`. `budget`: bytes for query directions; `factors`: bytes
+    for a scored stage's factors."""
 
     rank: Rank
     trial: Trial
@@ -117,6 +124,7 @@ class Bench:
     gauge: Gauge
     loaded: int
     budget: int
+    factors: int
 
     def run(self) -> Measured:
         trial = self.trial
@@ -198,10 +206,24 @@ class Bench:
         if self.trial.kind == "queries":
             held = int(counts.gradient_bytes(shapes, seen.positions, dtype.itemsize))
             return QueryJob().start(list(shapes), device), held, 0.0
-        directions = counts.make_directions(shapes, self._queries, self.trial.rank, dtype, device)
-        kept = kept_entries(counts.directions_bytes(directions), self.budget, dtype.itemsize)
-        scorer = Scorer(directions, kept)
-        return _Scoring(scorer), counts.scorer_bytes(scorer, seen), counts.scoring_flops(scorer, seen)
+        return self._scoring(seen)
+
+    def _scoring(self, seen: Tally) -> tuple[_Scoring, int, float]:
+        """As `_work`; norms in the inverse curvature of as many maps as there is room for beside the directions."""
+        device, dtype = self.rank.device, self._accumulating
+        directions = counts.make_directions(self.shapes, self._queries, self.trial.rank, dtype, device)
+        taken = counts.directions_bytes(directions)
+        measured: Shapes = {}
+        if self.trial.curvature:
+            room = left_beside(taken, self.factors)
+            measured = {name: self.shapes[name] for name in module_groups(self.shapes, room, dtype.itemsize)[0]}
+        bases = counts.make_bases(measured, dtype, device)
+        ones = {name: torch.ones(shape, dtype=dtype, device=device) for name, shape in measured.items()}
+        metrics = {name: CurvatureMetric(bases[name], ones[name]) for name in measured}
+        held = counts.curvature_bytes(measured, dtype.itemsize)
+        scorer = Scorer(directions, kept_entries(taken, self.budget - held, dtype.itemsize))
+        flops = counts.scoring_flops(scorer, seen) + counts.curvature_flops(measured, seen)
+        return _Scoring(scorer, metrics), held + counts.scorer_bytes(scorer, seen), flops
 
     @property
     def _accumulating(self) -> torch.dtype:

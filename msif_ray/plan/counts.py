@@ -118,6 +118,12 @@ def correction_flops(shapes: Shapes, tally: Tally) -> float:
     return total
 
 
+def curvature_flops(shapes: Shapes, tally: Tally) -> float:
+    """Norms in the inverse curvature: the products of a correction, and each window's squares times the weights."""
+    entries = sum(out * columns for out, columns in shapes.values())
+    return correction_flops(shapes, tally) + 2.0 * entries * sum(tally.lengths.values())
+
+
 def scoring_flops(scorer: Scorer, tally: Tally) -> float:
     """The contractions that the scorer chooses, by its own count of multiplications; directions may be on `meta`."""
     total = 0.0
@@ -270,6 +276,11 @@ def stored_factor_bytes(shapes: Shapes, itemsize: int) -> int:
     """A stage's factors on storage: both bases with their eigenvalues, and the corrected eigenvalues."""
     values = sum((out + columns) * itemsize for out, columns in shapes.values())
     return covariance_bytes(shapes, itemsize) + values + corrected_bytes(shapes, itemsize)
+
+
+def curvature_bytes(shapes: Shapes, itemsize: int) -> int:
+    """What norms in the inverse curvature need: the bases, and a weight for every corrected eigenvalue."""
+    return covariance_bytes(shapes, itemsize) + corrected_bytes(shapes, itemsize)
 
 
 def gradient_bytes(shapes: Shapes, positions: float, itemsize: int) -> float:

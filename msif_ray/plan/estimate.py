@@ -17,7 +17,7 @@ from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
 from msif_ray.influence.scoring import Scorer
-from msif_ray.plan import counts
+from msif_ray.plan import counts, curvature
 from msif_ray.plan import solves as solving
 from msif_ray.plan.measure import Calibration
 from msif_ray.plan.tokens import Tally
@@ -113,7 +113,14 @@ class Estimate:
         calibration = self.inputs.calibrations.get(index)
         if given is not None or calibration is None:
             return given
-        return max(1, int(FREE_SHARE * (calibration.free + self._not_held(index))))
+        return max(1, int(FREE_SHARE * (calibration.free + self._not_held(index) - self.factors_held(entries))))
+
+    def factors_held(self, entries: Sequence[Score]) -> int:
+        """What a rank holds of the scored stage's factors in the entries' pass."""
+        calibration = self.inputs.calibrations.get(index := self.run.stage_index(entries[0].stage))
+        free = None if calibration is None else calibration.free + self._not_held(index)
+        directions = len(entries) * counts.directions_bytes(self.directions())
+        return curvature.held_bytes(self.run, self.shapes, self.itemsize, free, directions)
 
     def _directions_held(self, entries: Sequence[Score], needed: int) -> int:
         memory = self.directions_memory(entries)
@@ -232,6 +239,7 @@ class Estimate:
             rank = self._indexed_rank(entries[0])
             tally = replace(tally, lengths={rank: tally.documents - tally.skipped})
             flops = counts.scoring_flops(scorer, tally)
+        held = self._directions_held(entries, counts.scorer_bytes(scorer, tally))
         return Step(
             f"{', '.join(entry.label for entry in entries)}: scores",
             tally.documents,
@@ -239,15 +247,17 @@ class Estimate:
             1,
             flops,
             self.hours(index, job, flops),
-            self.peak(index, job, self._directions_held(entries, counts.scorer_bytes(scorer, tally))),
+            self.peak(index, job, held + self.factors_held(entries)),
         )
 
     def _scoring_flops(self, scorer: Scorer, tally: Tally) -> float:
-        """Of scores alone by the cheaper contraction of every map; with those of every token, token by token."""
+        """Of scores alone by the cheaper contraction of every map; with those of every token, token by token; and of
+        norms in the inverse curvature where they are wanted."""
+        norms = counts.curvature_flops(self.shapes, tally) if self.run.detail.curvature_norm else 0.0
         if not self.run.detail.tokens:
-            return counts.scoring_flops(scorer, tally)
+            return norms + counts.scoring_flops(scorer, tally)
         queries = len(next(iter(scorer.directions.values())))
-        return queries * counts.token_score_flops(scorer, tally.positions)
+        return norms + queries * counts.token_score_flops(scorer, tally.positions)
 
     def _indexed_rank(self, entry: Score) -> int:
         """The rank of the index that an entry scores from."""

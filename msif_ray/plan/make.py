@@ -16,7 +16,7 @@ from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.machines import with_gpus
 from msif_ray.paths import is_remote
-from msif_ray.plan import counts
+from msif_ray.plan import counts, curvature
 from msif_ray.plan.bench import Trial
 from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Inputs, Step, indexing_job, scoring_job
@@ -222,7 +222,8 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             queries = len(entries) * len(resolved.queries)
             name = scoring_job(position)
             memory = run.cluster.directions_memory
-            trials.append(Trial(name, "scoring", setup, documents, False, queries, run.queries.rank, memory))
+            norms = run.detail.curvature_norm
+            trials.append(Trial(name, "scoring", setup, documents, False, queries, run.queries.rank, memory, norms))
     return trials
 
 
@@ -295,6 +296,8 @@ def _notes(estimate: Estimate) -> list[str]:
                 "cluster.directions_memory; the rest is read from local disk for every batch, and the time of that is "
                 "not counted. Larger batches (cluster.tokens_per_batch) read less often."
             )
+        held = estimate.factors_held(entries)
+        notes += curvature.streaming_note(run, estimate.shapes, estimate.itemsize, held, entries[0].stage)
     if run.cluster.ranks_per_replica > 1 and calibrations:
         notes.append("The models were measured whole; the run shards them, and the time of its gathers is not counted.")
     return notes

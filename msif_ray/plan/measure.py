@@ -112,7 +112,7 @@ def measure(request: Request) -> Calibration:
     for trial in request.trials:
         measured_shapes = shapes if trial.kind in ("covariance", "correction") else request.shapes
         allowed = trial.memory or int(FREE_SHARE * free)
-        jobs[trial.name] = Bench(rank, trial, measured_shapes, size, gauge, loaded, allowed).run()
+        jobs[trial.name] = Bench(rank, trial, measured_shapes, size, gauge, loaded, allowed, budget).run()
     return Calibration(_device_name(setup), empty, loaded, loading, free, jobs, *_task_rates())
 
 

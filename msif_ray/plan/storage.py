@@ -60,6 +60,7 @@ def stored(estimate: Estimate) -> list[Stored]:
         detail = estimate.run.detail
         tokens = seen.tokens / max(1.0, seen.documents - seen.skipped)
         lists = tokens * detail.tokens + len(resolved.maps) * detail.modules + 2 * detail.normalised
+        lists += detail.curvature_norm * (1 + detail.normalised)
         scores += 4.0 * pairs * lists
         found += [Stored(f"scores of {entry.label} (Parquet)", scores) for entry in entries]
     return found

@@ -43,6 +43,13 @@ SHARES = {
 NORMALISED = {
     "score_per_token": "score / n_tokens",
     "score_per_norm": "score / norm; null where the norm is zero",
+    "score_per_curvature_norm": "score / curvature_norm; null where that is zero",
+}
+
+CURVATURE_NORM = {
+    "curvature_norm": "norm of that gradient g in the inverse curvature of the scored stage: the root of "
+    "g'(H + c)^-1 g with H its EK-FAC factors and c its damping, in the root of nats per unit of weight; "
+    "for several windows the root of the sum of their squares",
 }
 
 SCORES_SCHEMA = pa.schema(
@@ -65,12 +72,14 @@ SKIPPED_SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class Details:
     """What scores are sums of: by map, `[documents, queries, maps]`, and by token, `[queries, tokens]` of each
-    document; None where it is not wanted. `modules` names the maps."""
+    document; None where it is not wanted. `modules` names the maps. Beside these `curvature_norms`, `[documents]`, and
+    the `normalised` scores."""
 
     modules: tuple[str, ...]
     by_map: np.ndarray | None = None
     by_token: Sequence[np.ndarray] | None = None
     normalised: bool = False
+    curvature_norms: np.ndarray | None = None
 
     @property
     def fields(self) -> list[pa.Field]:
@@ -80,26 +89,31 @@ class Details:
             for name, shares in wanted.items()
             if shares is not None
         ]
-        return lists + [pa.field(name, pa.float32()) for name in NORMALISED if self.normalised]
+        norms = [pa.field(name, pa.float32(), nullable=False) for name in CURVATURE_NORM]
+        divided = [pa.field(name, pa.float32()) for name in list(NORMALISED)[: 2 + (self.curvature_norms is not None)]]
+        return (norms if self.curvature_norms is not None else []) + lists + (divided if self.normalised else [])
 
     @property
     def metadata(self) -> dict[str, str]:
         names = {} if self.by_map is None else {"modules": json.dumps(self.modules)}
-        return {field.name: (SHARES | NORMALISED)[field.name] for field in self.fields} | names
+        return {field.name: (CURVATURE_NORM | SHARES | NORMALISED)[field.name] for field in self.fields} | names
 
     def columns(
         self, queries: np.ndarray, scores: np.ndarray, norms: np.ndarray, n_tokens: np.ndarray
     ) -> list[pa.Array]:
         """The columns of every pair of some queries, by query and then by document, from those queries' scores
         `[documents, queries]`. A score per unit of a norm of zero is null."""
-        found = []
+        divisors, found = [n_tokens, norms], []
+        if self.curvature_norms is not None:
+            divisors.append(np.asarray(self.curvature_norms, dtype=np.float32))
+            found.append(pa.array(np.tile(divisors[-1], len(queries))))
         if self.by_token is not None:
             rows = [shares[query] for query in queries for shares in self.by_token]
             found.append(_lists(np.concatenate(rows or [np.zeros(0)]), [len(row) for row in rows]))
         if self.by_map is not None:
             shares = self.by_map[:, queries].transpose(1, 0, 2)
             found.append(_lists(shares.reshape(-1), [shares.shape[2]] * (shares.shape[0] * shares.shape[1])))
-        for divisor in (n_tokens, norms) if self.normalised else ():
+        for divisor in divisors if self.normalised else ():
             zero = np.tile(divisor == 0, len(queries))
             divided = (scores / np.where(divisor == 0, 1, divisor)[:, None]).T.reshape(-1)
             found.append(pa.array(divided.astype(np.float32), mask=zero))
@@ -211,11 +225,17 @@ def read_part(path: Path) -> pa.Table:
         return _as_scores(part, part.read(columns=SCORES_SCHEMA.names))
 
 
-def read_rows(path: Path) -> Iterator[pa.Table]:
-    """A part's rows as of `read_part` in their order, some at a time. Raises UserError as `read_part` does."""
+def read_rows(path: Path, also: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """A part's rows as of `read_part` in their order, some at a time, with such columns of `also` as it has. Raises
+    UserError as `read_part` does."""
     with _opened(path) as part:
+        more = [name for name in also if name in part.schema_arrow.names]
         for group in range(part.num_row_groups):
-            yield _as_scores(part, part.read_row_group(group, columns=SCORES_SCHEMA.names))
+            rows = part.read_row_group(group, columns=[*SCORES_SCHEMA.names, *more])
+            found = _as_scores(part, rows.select(SCORES_SCHEMA.names))
+            for name in more:
+                found = found.append_column(name, rows[name])
+            yield found
 
 
 def query_scores(run_dir: str | Path, stage: str, query: str) -> tuple[pa.Array, np.ndarray]:

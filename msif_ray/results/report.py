@@ -111,6 +111,7 @@ def _document(row: Mapping[str, Any], shares: np.ndarray, total: float, limit: i
         "rank": row["rank"],
         "score": _short(row["score"]),
         "norm": _short(row["norm"]),
+        **({"curvature_norm": _short(row["curvature_norm"])} if "curvature_norm" in row else {}),
         "n_tokens": row["n_tokens"],
         "share": _short(abs(row["score"]) / total if total else 0.0),
         "largest": _short(largest),

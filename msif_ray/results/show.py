@@ -86,13 +86,19 @@ def _print(
         table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
         table.add_column(TITLES[side], justify="right", style=STYLES[side], no_wrap=True)
         table.add_column("share", justify="right", style="dim", no_wrap=True)
+        per_norm = any("curvature_norm" in row for row in rows)
+        if per_norm:
+            table.add_column("per curvature norm", justify="right", style="dim", no_wrap=True)
         table.add_column("document", ratio=1)
         for row in (row for row in rows if row["side"] == side):
             share = f"{abs(row['score']) / total:.1%}" if total else ""
             name = Text(visible(row["doc_id"], None), style="bold")
-            table.add_row(f"{row['score']:+.4g}", share, Group(name, _tokens(row)))
+            divided = (
+                [f"{row['score'] / row['curvature_norm']:+.3g}" if row["curvature_norm"] else ""] if per_norm else []
+            )
+            table.add_row(f"{row['score']:+.4g}", share, *divided, Group(name, _tokens(row)))
         if not table.row_count:
-            table.add_row("–", "", Text("no document has a score on this side", style="dim"))
+            table.add_row("–", "", *[""] * per_norm, Text("no document has a score on this side", style="dim"))
         console.print(table)
 
 

@@ -1,6 +1,6 @@
 """The highest and lowest documents of each query, from the parts of a stage's scores."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from msif_ray.errors import UserError
 from msif_ray.paths import exists, path_of, storage
-from msif_ray.results.parts import SHARES, UNITS, part_files, read_rows
+from msif_ray.results.parts import CURVATURE_NORM, SHARES, UNITS, part_files, read_rows
 from msif_ray.store import replacing
 
 Side = Literal["highest", "lowest"]
@@ -41,7 +41,7 @@ TOP_SCHEMA = pa.schema(
         ("token_scores", pa.list_(pa.float32())),
         ("modules", pa.list_(pa.string())),
         ("module_scores", pa.list_(pa.float32())),
-    ],
+    ],  # and `curvature_norm`, where the scores have it
     metadata={
         **UNITS,
         "side": "highest: the documents that support the completion most; lowest: those that oppose it most",
@@ -65,10 +65,11 @@ class TopPair:
     norm: float
     n_tokens: int
     block_id: str
+    curvature_norm: float | None = None
 
 
 # Orders candidates: the score, negated for the highest, then the document's id.
-_Candidate = tuple[float, str, float, int, str]
+_Candidate = tuple[float, str, float, int, float | None, str]
 
 
 @dataclass
@@ -89,13 +90,13 @@ def top_pairs(run_dir: str | Path, stage: str, k: int) -> list[TopPair]:
     """
     ends: dict[str, _Ends] = {}
     for block, path in part_files(run_dir, stage):
-        for rows in read_rows(path):
+        for rows in read_rows(path, list(CURVATURE_NORM)):
             _merge_part(ends, rows, block, k)
     return [
-        TopPair(query, document, side, rank, -key if side == "highest" else key, norm, tokens, block)
+        TopPair(query, document, side, rank, -key if side == "highest" else key, norm, tokens, block, curvature)
         for query, end in ends.items()
         for side, kept in _sides(end)
-        for rank, (key, document, norm, tokens, block) in enumerate(kept, start=1)
+        for rank, (key, document, norm, tokens, curvature, block) in enumerate(kept, start=1)
     ]
 
 
@@ -132,9 +133,17 @@ def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, 
     if not len(within):
         return kept
     found = rows.take(pa.array(within)).to_pydict()
-    columns = (found["doc_id"], found["norm"], found["n_tokens"])
+    columns = (found["doc_id"], found["norm"], found["n_tokens"], *_curvature_norms(found, len(within)))
     new = [(float(key), *values, block) for key, *values in zip(keys[within], *columns, strict=True)]
     return sorted([*kept, *new])[:k]
+
+
+def _curvature_norms(found: Mapping[str, list[Any]], count: int) -> list[list[float | None]]:
+    return [found.get(name, [None] * count) for name in CURVATURE_NORM]
+
+
+def _is_current(names: Sequence[str]) -> bool:
+    return [name for name in names if name not in CURVATURE_NORM] == TOP_SCHEMA.names
 
 
 def has_top(run_dir: str | Path, k: int) -> bool:
@@ -146,7 +155,7 @@ def has_top(run_dir: str | Path, k: int) -> bool:
     with storage(path, "read"), path.open("rb") as file:
         try:
             schema = pq.read_schema(file)
-            return schema.names == TOP_SCHEMA.names and schema.metadata.get(K) == str(k).encode()
+            return _is_current(schema.names) and schema.metadata.get(K) == str(k).encode()
         except (pa.ArrowException, AttributeError):  # not Parquet, or without metadata: to be written anew
             return False
 
@@ -163,7 +172,7 @@ def read_top(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     Raises UserError where it is missing, damaged or of an earlier version.
     """
     with _opened(run_dir) as file:
-        columns = [name for name in TOP_SCHEMA.names if name != "text"]
+        columns = [name for name in file.schema_arrow.names if name != "text"]
         for batch in file.iter_batches(ROWS_READ, columns=columns):
             yield from batch.to_pylist()
 
@@ -178,22 +187,24 @@ def _opened(run_dir: str | Path) -> Iterator[pq.ParquetFile]:
             file = pq.ParquetFile(raw)
         except pa.ArrowException:
             raise UserError(f"{path}: damaged; delete it, and run `msif run` again") from None
-        if file.schema_arrow.names != TOP_SCHEMA.names:
+        if not _is_current(file.schema_arrow.names):
             raise UserError(f"{path}: of another version; delete it, and run `msif run` again")
         yield file
 
 
-def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]], k: int) -> None:
-    """Writes `top.parquet`, of k documents at each end, from rows with the columns of `TOP_SCHEMA`, in their order,
-    some at a time.
+def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]], k: int, curvature_norm: bool = False) -> None:
+    """Writes `top.parquet`, of k documents at each end, from rows with the columns of `TOP_SCHEMA`, and perhaps
+    `curvature_norm`, in their order, some at a time.
 
     Raises ValueError for a row whose keys are not those columns.
     """
     left = iter(rows)
-    schema = TOP_SCHEMA.with_metadata({**TOP_SCHEMA.metadata, K: str(k)})
+    more = CURVATURE_NORM if curvature_norm else {}
+    schema = pa.schema([*TOP_SCHEMA, *(pa.field(name, pa.float32()) for name in more)])
+    schema = schema.with_metadata({**TOP_SCHEMA.metadata, **more, K: str(k)})
     with replacing(path_of(run_dir) / TOP) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         while some := list(islice(left, ROWS_AT_ONCE)):
             for row in some:
-                if row.keys() != set(TOP_SCHEMA.names):
-                    raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(TOP_SCHEMA.names)}")
+                if row.keys() != set(schema.names):
+                    raise ValueError(f"a row of top.parquet has {', '.join(row)}, not {', '.join(schema.names)}")
             writer.write_table(pa.Table.from_pylist(some, schema))

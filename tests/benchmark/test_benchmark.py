@@ -17,7 +17,8 @@ from msif_ray.influence.directions import DenseDirections
 ROOT = Path(__file__).parents[2]
 TINY = Shape(layers=2, hidden=16, heads=2, vocabulary=40, tokens_per_batch=48)
 PROMISED = {
-    "train_s", "covariance", "eigh_s", "correction", "score_q2", "score_q5", "fit_total", "peak_rss_mib",
+    "train_s", "covariance", "eigh_s", "correction", "score_q2", "score_q2_curvature", "score_q5", "fit_total",
+    "peak_rss_mib",
 }  # fmt: skip
 
 

@@ -104,6 +104,21 @@ def expected_shares(folder: Path, scored: int) -> dict[Pair, tuple[dict[str, flo
         return reference.shares(stages, QUERIES, stages[scored].documents, scored)
 
 
+def expected_curvature_norms(folder: Path, scored: int) -> dict[str, float]:
+    """The dense reference's norm in the scored stage's inverse curvature of every document of the run above."""
+    stage = specs(folder)[scored]
+    with torch.enable_grad():
+        fits = reference.fit(stage, reference.tracked_names(stage.model))
+        return reference.curvature_norms(stage, fits, stage.documents)
+
+
+def read_curvature_norms(run_dir: str, stage: str) -> dict[str, float]:
+    table = pq.read_table(Path(run_dir) / "scores" / f"stage={stage}", partitioning=None)
+    norms = dict(zip(table["doc_id"].to_pylist(), table["curvature_norm"].to_pylist(), strict=True))
+    assert len({*zip(*(table[name].to_pylist() for name in ("doc_id", "curvature_norm")), strict=True)}) == len(norms)
+    return norms
+
+
 def specs(folder: Path) -> list[reference.StageSpec]:
     """The stages of the run above, for the dense reference."""
     stages = []

@@ -111,9 +111,9 @@ def test_run_json_says_what_changes_a_score(one_process: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_replicas(folder: Path) -> str:
-    """The same run on two replicas, with the shares of every score."""
+    """The same run on two replicas, with the shares of every score and norms in the inverse curvature."""
     description = runs.two_stages(folder, "replicas", replicas=2)
-    run(parse_run(description | {"detail": {"tokens": True, "modules": True}}))
+    run(parse_run(description | {"detail": {"tokens": True, "modules": True, "curvature_norm": True}}))
     return str(description["run_dir"])
 
 
@@ -140,7 +140,14 @@ def test_shares_equal_the_dense_reference_and_sum_to_the_score(
         for shares in (row["module_scores"], row["token_scores"]):
             assert math.fsum(shares) == pytest.approx(row["score"], abs=FLOAT32 * sum(map(abs, shares)))
     detail = read_json(Path(two_replicas) / "run.json")["identity"]["run"]["detail"]
-    assert detail == {"tokens": True, "modules": True, "normalised": False}
+    assert detail == {"tokens": True, "modules": True, "curvature_norm": True, "normalised": False}
+
+
+@pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
+def test_curvature_norms_equal_the_dense_reference(folder: Path, two_replicas: str, stage: str, scored: int) -> None:
+    found, wanted = runs.read_curvature_norms(two_replicas, stage), runs.expected_curvature_norms(folder, scored)
+    assert found == pytest.approx(wanted, rel=FLOAT32)
+    assert "(H + c)^-1" in read_json(Path(two_replicas) / "run.json")["meaning"]["curvature_norm"]
 
 
 def test_shares_of_top_documents_are_those_of_the_scores(one_process: str, two_replicas: str) -> None:
@@ -157,9 +164,12 @@ def test_two_ranks_that_shard_the_weights_give_the_same_scores(folder: Path, one
     # All matrices are sharded (spy.shard_small_weights), and the later stage's response is proximal.
     description = runs.two_stages(folder, "ranks", ranks_per_replica=2)
     description["score"] = [{"stage": "pretrain"}]
+    description["detail"] = {"curvature_norm": True}
     run(parse_run(description), until="score")
     found = runs.read_scores(description["run_dir"], "pretrain")
     assert runs.largest_error(found, runs.read_scores(one_process, "pretrain")) < 1e-5
+    norms = runs.read_curvature_norms(description["run_dir"], "pretrain")
+    assert norms == pytest.approx(runs.expected_curvature_norms(folder, 0), rel=1e-5)
 
 
 def test_a_finished_run_is_not_run_again_and_asks_for_no_machine(
@@ -240,7 +250,7 @@ def test_candidates_alone_are_scored_with_normalised_columns(folder: Path, one_p
         {"stage": "pretrain", "candidates": chosen},
         {"stage": "pretrain", "name": "single", "candidates": chosen, "responses": {"tune": {"kind": "identity"}}},
     ]
-    description["detail"] = {"normalised": True}
+    description["detail"] = {"normalised": True, "curvature_norm": True}
     run(parse_run(description))
     run_dir = Path(description["run_dir"])
     table = pq.read_table(run_dir / "candidates" / "stage=pretrain.parquet", partitioning=None).to_pylist()
@@ -252,6 +262,11 @@ def test_candidates_alone_are_scored_with_normalised_columns(folder: Path, one_p
     for row in pq.read_table(run_dir / "scores" / "stage=pretrain", partitioning=None).to_pylist():
         assert row["score_per_token"] == pytest.approx(row["score"] / row["n_tokens"], rel=1e-6)
         assert row["score_per_norm"] == pytest.approx(row["score"] / row["norm"], rel=1e-6)
+        assert row["score_per_curvature_norm"] == pytest.approx(row["score"] / row["curvature_norm"], rel=1e-6)
+    norms = runs.expected_curvature_norms(folder, 0)
+    for label in ("pretrain", "single"):  # of one pass: a document's norm is the same for both
+        of_chosen = runs.read_curvature_norms(str(run_dir), label)
+        assert of_chosen == pytest.approx({document: norms[document] for _, document in pairs}, rel=FLOAT32)
     top = pq.read_table(run_dir / "top.parquet").to_pylist()
     assert {(row["query_id"], row["doc_id"]) for row in top} == pairs
     assert "were skipped" not in (run_dir / "report.html").read_text(encoding="utf-8")

@@ -19,6 +19,7 @@ from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture, Captured
+from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
@@ -167,6 +168,25 @@ def score(
         for name in scores
     }
     return found, {entry.document_id: entry.reason for entry in skipped}
+
+
+def curvature_norms(
+    stage: StageSpec,
+    factors: Factors,
+    rows: Sequence[Mapping[str, Any]],
+    tokens_per_batch: int = 150,
+    blocks: Blocks | None = None,
+) -> dict[str, float]:
+    """{document id: norm of its gradient in the stage's inverse curvature}."""
+    metrics = {
+        name: CurvatureMetric(factor.basis, response(stage, factor.mean_eigenvalue, True)(factor.eigenvalues))
+        for name, factor in factors.items()
+    }
+    squares: dict[str, float] = {}
+    for captured in captures(stage, rows, tokens_per_batch, blocks):
+        for key, square in zip(captured.batch.keys, curvature_squares(metrics, captured).tolist(), strict=True):
+            squares[key.document_id] = squares.get(key.document_id, 0.0) + square
+    return {name: math.sqrt(square) for name, square in squares.items()}
 
 
 def dense(carried: Mapping[str, Tensor]) -> dict[str, Directions]:

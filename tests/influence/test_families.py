@@ -28,7 +28,8 @@ def stages_of(first, second, answers=12):
 
 
 def compare(stages, expected_stages=None, blocks=None):
-    """Largest relative errors of scores and of norms of the first stage's documents."""
+    """Largest relative errors of scores, of norms and of norms in the inverse curvature of the first stage's
+    documents."""
     documents = TEXTS[:6]
     factors = [pipeline.fit(stage, 90, blocks).factors for stage in stages]
     carried = pipeline.dense(pipeline.carry(stages, factors, QUERIES, 0, blocks))
@@ -36,13 +37,17 @@ def compare(stages, expected_stages=None, blocks=None):
     dense = expected_stages or stages
     names = [name for name in reference.tracked_names(dense[-1].model) if not name.endswith("router")]
     assert set(names) == set(factors[0])
-    expected, _ = reference.scores(dense, QUERIES, documents, 0, names)
+    fits = [reference.fit(stage, names) for stage in dense]
+    expected, _ = reference.scores(dense, QUERIES, documents, 0, names, fits)
     assert found.keys() == expected.keys()
     assert all(found[pair][2] == expected[pair][2] for pair in found)
+    norms = pipeline.curvature_norms(stages[0], factors[0], documents, 150, blocks)
+    expected_norms = reference.curvature_norms(dense[0], fits[0], documents)
+    assert norms.keys() == expected_norms.keys()
     return [
         max(abs(found[pair][i] - expected[pair][i]) for pair in found) / max(abs(each[i]) for each in expected.values())
         for i in (0, 1)
-    ]
+    ] + [max(abs(norms[name] - norm) for name, norm in expected_norms.items()) / max(expected_norms.values())]
 
 
 # Each of another kind; the rest are `long`.

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture, Captured
+from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.influence.scoring import Scorer
@@ -102,6 +103,22 @@ def test_corrections(captured: Captured) -> None:
     planned = counts.correction_flops(shapes_of(captured), TALLY)
     assert planned == pytest.approx(count.get_total_flops(), rel=0.02) and planned >= count.get_total_flops()
     assert counts.corrected_bytes(shapes_of(captured), 8) == 8 * sum(total.numel() for total in sums.sums.values())
+
+
+def test_norms_in_the_inverse_curvature(captured: Captured) -> None:
+    metrics = {
+        name: CurvatureMetric(
+            Basis(torch.eye(columns).double(), torch.eye(out).double()), torch.ones(out, columns).double()
+        )
+        for name, (out, columns) in shapes_of(captured).items()
+    }
+    with counter() as count:
+        curvature_squares(metrics, captured)
+    planned = counts.curvature_flops(shapes_of(captured), TALLY)
+    # The counter knows no product of a matrix and a vector, which is one in T + out + columns here.
+    assert planned == pytest.approx(count.get_total_flops(), rel=0.04) and planned >= count.get_total_flops()
+    tensors = [t for m in metrics.values() for t in (m.basis.activations, m.basis.gradients, m.weights)]
+    assert counts.curvature_bytes(shapes_of(captured), 8) == 8 * sum(tensor.numel() for tensor in tensors)
 
 
 @pytest.mark.parametrize(("rank", "dense_entries"), [(None, 2**28), (2, 2**28), (2, 0)])

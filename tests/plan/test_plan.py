@@ -151,6 +151,24 @@ def test_details_are_planned(description: Description, plan: Plan) -> None:
     assert next(each for each in found.steps if each.name == step.name).flops > 0
 
 
+def test_norms_in_the_inverse_curvature_are_planned(description: Description, plan: Plan) -> None:
+    """Like the products of a correction; factors within what they may take, with a note where that is too little."""
+    wanted = description | {"detail": {"curvature_norm": True, "normalised": True}}
+    found = make_plan(parse_run(wanted), measured=False)
+    steps, before = ({step.name: step for step in each.steps} for each in (found, plan))
+    covariance, correction = before["pretrain: covariance"], before["pretrain: correction"]
+    added = steps["pretrain: scores"].flops - before["pretrain: scores"].flops
+    assert 0 < added < correction.flops and covariance.passes > 1
+    more = [(steps[f"{s}: scores"].memory or 0) - (before[f"{s}: scores"].memory or 0) for s in ("pretrain", "tune")]
+    assert more == [40_000, 40_000]  # cluster.factor_memory
+    assert sum("detail.curvature_norm" in note and "the rest is read from" in note for note in found.notes) == 2
+    name, step = "scores of pretrain (Parquet)", before["pretrain: scores"]
+    columns = 4 * 4 * len(runs.QUERIES) * (step.documents - 2)
+    assert stored(found, name) - stored(plan, name) == pytest.approx(columns)
+    roomy = wanted | {"cluster": description["cluster"] | {"factor_memory": 2**30}}
+    assert not any("detail.curvature_norm" in note for note in make_plan(parse_run(roomy), measured=False).notes)
+
+
 def test_candidates_are_planned(description: Description, plan: Plan) -> None:
     chosen = description | {"score": [{"stage": "pretrain", "candidates": {"method": "bm25", "top": 2}}]}
     steps = {step.name: step for step in make_plan(parse_run(chosen), measured=False).steps}
@@ -181,6 +199,8 @@ def test_products_of_a_solver_are_planned(description: Description, plan: Plan) 
 
 def test_the_command_measures_and_leaves_nothing_behind(description: Description, tmp_path: Path) -> None:
     one_stage = {
+        "detail": {"curvature_norm": True},
+        "cluster": description["cluster"] | {"factor_memory": 2**20},
         "run_dir": str(tmp_path / "deep" / "run"),
         "stages": description["stages"][:1],
         "queries": description["queries"] | {"rank": 1},

@@ -50,9 +50,13 @@ class Finished:
             self._scores(run_dir, label)
         parts.write_skipped(run_dir, self.labels[:1])
         rows = [row for label in self.labels for row in self._top(run_dir, label)]
-        top.write_top(run_dir, rows, self.top)
+        top.write_top(run_dir, rows, self.top, self.has_curvature_norms)
         write_statistics(run_dir, self.labels)
         return run_dir
+
+    @property
+    def has_curvature_norms(self) -> bool:
+        return bool(self.changes.get("detail", {}).get("curvature_norm"))
 
     def scores(self, label: str) -> np.ndarray:
         """`[documents, queries]`, of both signs."""
@@ -113,6 +117,7 @@ class Finished:
                 lengths[some],
                 self.skipped if block == 0 else (),
                 {"stage": "pretrain", "name": label},
+                parts.Details((), curvature_norms=10 * norms[some] if self.has_curvature_norms else None),
             )
 
     def _top(self, run_dir: Path, label: str) -> list[dict[str, Any]]:
@@ -141,6 +146,7 @@ class Finished:
                     "modules": MAPS,
                     "module_scores": by_map.astype(np.float32),
                 }
+                | ({"curvature_norm": pair.curvature_norm} if self.has_curvature_norms else {})
             )
         return rows
 

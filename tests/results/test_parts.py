@@ -172,3 +172,22 @@ def test_normalised_columns_and_chosen_pairs(tmp_path: Path) -> None:
     ]
     metadata = pq.read_schema(path).metadata
     assert metadata[b"score_per_norm"] == b"score / norm; null where the norm is zero"
+
+
+def test_curvature_norms_stand_beside_the_norms_and_divide_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "GROUP_ROWS", 2)  # a query at a time
+    scores, path = np.array([[1.0, 2.0], [3.0, 4.0]]), tmp_path / "p"
+    for normalised in (False, True):
+        details = parts.Details((), None, [np.zeros((2, 1))] * 2, normalised, np.array([0.0, 16.0]))
+        parts.write_part(path, ["b", "a"], ["x", "y"], scores, np.array([1.0, 8.0]), [2, 4], [], {}, details)
+        table = pq.ParquetFile(path).read()
+        names = ["query_id", "doc_id", "score", "norm", "n_tokens", "curvature_norm", "token_scores"]
+        divided = ["score_per_token", "score_per_norm", "score_per_curvature_norm"]
+        assert table.column_names == names + (divided if normalised else [])
+        assert table["curvature_norm"].to_pylist() == [0.0, 16.0, 0.0, 16.0]
+        assert {b"curvature_norm", *(name.encode() for name in divided * normalised)} < table.schema.metadata.keys()
+    assert table["score_per_norm"].to_pylist() == [2.0, 0.5, 1.0, 0.375]
+    assert table["score_per_curvature_norm"].to_pylist() == [None, 0.25, None, 0.1875]
+    assert parts.read_part(path).column_names == parts.SCORES_SCHEMA.names

@@ -245,6 +245,14 @@ def test_a_query_without_scores_and_one_side_alone(chromium: Any, tmp_path: Path
     seen.assert_quiet()
 
 
+def test_documents_have_their_norms_in_the_inverse_curvature_where_the_run_has_them(tmp_path: Path) -> None:
+    run = Finished(changes={"detail": {"curvature_norm": True}})
+    pages = [write_report(each.write(tmp_path / name))[0].read_text() for name, each in (("a", run), ("b", Finished()))]
+    with_norms, without = (page_data(page)["scored"][0]["queries"][0]["supports"][0] for page in pages)
+    assert with_norms["curvature_norm"] == 10 * with_norms["norm"] and "curvature_norm" not in without
+    assert ["per-curvature-norm" in page.partition("<script")[0] for page in pages] == [True, False]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run\.json there"):
         write_report(tmp_path)

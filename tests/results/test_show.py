@@ -56,6 +56,15 @@ def test_what_queries_ask_is_shown(tmp_path: Path) -> None:
     assert "\x1b[1;4mAnn\x1b[0m." in console.export_text(styles=True)
 
 
+def test_scores_per_curvature_norm_are_a_column_where_there_are_such_norms(run_dir: Path, tmp_path: Path) -> None:
+    run = Finished(changes={"detail": {"curvature_norm": True}})
+    printed, best = shown(str(run.write(tmp_path / "norms"))), run.scores("pretrain")[:, 0].argmax()
+    divided = run.scores("pretrain")[best, 0] / (10 * (best % 5 + 1.0))
+    line = next(line for line in printed.splitlines() if f"doc-{best:02d}" in line)
+    assert f"{divided:+.3g}" in line and "per curvature norm" in printed
+    assert "per curvature norm" not in shown(str(run_dir))
+
+
 def test_escapes_of_a_terminal_and_markup_are_text(tmp_path: Path) -> None:
     run = Finished(tokens_of=lambda number: ["\x1b[31mred", " [bold]b[/bold]"])
     printed = shown(str(run.write(tmp_path)))

@@ -43,6 +43,18 @@ def test_a_pair_carries_its_document_s_norm_and_tokens(tmp_path: Path) -> None:
     ]
 
 
+def test_norms_in_the_inverse_curvature_are_carried_where_the_scores_have_them(tmp_path: Path) -> None:
+    details = parts.Details((), curvature_norms=np.array([3.0, 5.0]))
+    path, scores = parts.part_path(tmp_path, "s", "b"), np.array([[1.0], [2.0]])
+    parts.write_part(path, ("q",), ["x", "y"], scores, np.ones(2), [7, 7], [], {}, details)
+    assert [(pair.doc_id, pair.curvature_norm) for pair in top.top_pairs(tmp_path, "s", 1)] == [("y", 5.0), ("x", 3.0)]
+    top.write_top(tmp_path, [row(curvature_norm=5.0)], 2, curvature_norm=True)
+    assert top.has_top(tmp_path, 2) and next(top.read_top(tmp_path))["curvature_norm"] == 5.0
+    assert b"curvature_norm" in pq.read_schema(tmp_path / "top.parquet").metadata
+    with pytest.raises(ValueError, match="curvature_norm"):
+        top.write_top(tmp_path, [row(curvature_norm=5.0)], 2)
+
+
 def test_a_score_that_is_not_a_number_has_no_rank(tmp_path: Path) -> None:
     write(tmp_path, "b", ["x", "y", "z"], np.array([[np.nan], [2.0], [np.nan]]), ("q",))
     assert {pair.doc_id for pair in top.top_pairs(tmp_path, "s", 2)} == {"y"}

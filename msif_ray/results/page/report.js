@@ -189,12 +189,13 @@
     strongest.forEach(([word, score], index) => line.append(index ? ", " : "", make("bdi", {}, `“${word}”`), ` ${signed(score)}`));
     const carriers = each.maps.map(([map, share]) => `${data.maps.names[map]} ${percent(Math.abs(share))}`);
     const maps = make("p", { class: "strongest" }, `strongest maps ${carriers.join(", ")}`);
+    const curvature = each.curvature_norm === undefined ? [] : [make("span", {}, `curvature norm ${number(each.curvature_norm)}`)];
     const bar = make("i");
     bar.style.width = `${Math.min(100, 100 * each.share)}%`;
     const score = make("span", { class: "score" }, signed(each.score));
     const node = make("li", { class: side }, make("article", { "aria-label": `rank ${each.rank}, ${each.id}, score ${signed(each.score)}` },
       make("div", { class: "head" }, make("span", { class: "rank" }, String(each.rank)), make("h4", {}, each.id), score),
-      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, `${each.n_tokens.toLocaleString("en")} tokens`), make("span", {}, `norm ${number(each.norm)}`)),
+      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, `${each.n_tokens.toLocaleString("en")} tokens`), make("span", {}, `norm ${number(each.norm)}`), ...curvature),
       text, line, maps));
     const mark = (on) => document.querySelector(`[data-mark="${side}-${each.rank}"]`)?.classList.toggle("tick-on", on);
     node.addEventListener("pointerenter", () => mark(true));
@@ -208,6 +209,7 @@
     length: (one, other) => other.n_tokens - one.n_tokens,
     norm: (one, other) => other.norm - one.norm,
     "per-norm": (one, other) => Math.abs(other.score / (other.norm || 1)) - Math.abs(one.score / (one.norm || 1)),
+    "per-curvature-norm": (one, other) => Math.abs(other.score / (other.curvature_norm || 1)) - Math.abs(one.score / (one.curvature_norm || 1)),
     id: (one, other) => one.id < other.id ? -1 : 1,
   };
   const showDocuments = () => {

@@ -1,0 +1,129 @@
+"""A stage's inverse curvature on a rank: the plain numbers whatever its memory, and files that are damaged by name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cluster import runs
+from cluster.test_directions import CLOSE, CPU, World
+from influence import pipeline
+
+from msif_ray import layout
+from msif_ray.cluster.curvature import Curvature, _Metrics, stage_curvature
+from msif_ray.cluster.directions import STREAM_COPIES
+from msif_ray.cluster.score_jobs import left_beside
+from msif_ray.config import parse_run
+from msif_ray.errors import UserError
+from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
+from msif_ray.influence.response import DampedInverse, Response
+from msif_ray.paths import path_of
+from msif_ray.store import load_tensors, save_tensors, write_json
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    yield World(tmp_path_factory.mktemp("world"))
+
+
+def responses(world: World) -> dict[str, Response]:
+    return {name: DampedInverse(1e-3 * factor.mean_eigenvalue) for name, factor in world.factors[0].items()}
+
+
+def curvature(world: World, folder: Path | None = None, memory: int | None = None) -> Curvature:
+    return Curvature(folder or world.folder / "pretrain", world.maps, responses(world), "float64", memory)
+
+
+def squares(world: World, metrics: object) -> torch.Tensor:
+    return torch.cat([curvature_squares(metrics, batch) for batch in world.captured])  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def expected(world: World) -> torch.Tensor:
+    pairs = responses(world).items()
+    factors = world.factors[0]
+    plain = {n: CurvatureMetric(factors[n].basis, response(factors[n].eigenvalues)) for n, response in pairs}
+    return squares(world, plain)
+
+
+def held(metric: CurvatureMetric) -> int:
+    tensors = (metric.basis.activations, metric.basis.gradients, metric.weights)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_memory_changes_no_norm_and_no_more_than_it_is_held(world: World, expected: torch.Tensor) -> None:
+    sizes = [held(metric) for metric in curvature(world).load(CPU, 2**30).values()]
+    total, streaming = sum(sizes), STREAM_COPIES * max(sizes)
+    assert total > streaming + min(sizes)
+    for memory in (2**30, total, total - 1, streaming + min(sizes), streaming, 1):
+        for metrics in (curvature(world).load(CPU, memory), curvature(world, memory=memory).load(CPU, 2**30)):
+            assert isinstance(metrics, _Metrics)
+            for _ in range(2):
+                torch.testing.assert_close(squares(world, metrics), expected, **CLOSE)
+            resident = [held(metric) for metric in metrics.resident.values()]
+            streamed = [held(metrics[name]) for name in metrics if name not in metrics.resident]
+            assert (not streamed) == (memory >= total)
+            assert sum(resident) + STREAM_COPIES * max(streamed, default=0) <= memory or not resident
+            assert bool(resident) == (memory >= streaming + min(sizes))
+
+
+def test_factors_are_read_in_the_type_that_the_model_s_sums_have(world: World, expected: torch.Tensor) -> None:
+    narrow = Curvature(world.folder / "pretrain", world.maps, responses(world), "bfloat16").load(CPU, 2**30)
+    assert {metric.weights.dtype for metric in narrow.values()} == {torch.float32}
+    captured = pipeline.captures(pipeline.in_dtype(world.stages[0], torch.float32), runs.BASE[:14])
+    found = torch.cat([curvature_squares(narrow, batch) for batch in captured])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0.0)
+
+
+def test_factors_on_object_storage_are_fetched_once_to_be_streamed(
+    world: World, expected: torch.Tensor, bucket: str, tmp_path: Path
+) -> None:
+    folder = path_of(f"s3://{bucket}/factors")
+    for name in world.maps:
+        for file in (layout.basis_file, layout.eigenvalues_file):
+            save_tensors(file(folder, name), load_tensors(file(world.folder / "pretrain", name)))
+    for memory in (2**30, 1, 1):
+        torch.testing.assert_close(squares(world, curvature(world, folder).load(CPU, memory)), expected, **CLOSE)
+        copies = [path for path in (tmp_path / "cache").glob("*") if path.is_dir()]
+        assert len(copies) == (1 if memory == 1 else 0)
+
+
+@pytest.mark.parametrize("memory", [2**30, 1])
+@pytest.mark.parametrize("file", [layout.basis_file, layout.eigenvalues_file])
+def test_a_damaged_or_missing_factor_is_named(world: World, tmp_path: Path, memory: int, file: object) -> None:
+    for name in world.maps:
+        for each in (layout.basis_file, layout.eigenvalues_file):
+            save_tensors(each(tmp_path, name), load_tensors(each(world.folder / "pretrain", name)))
+    path = file(tmp_path, list(world.maps)[1])  # type: ignore[operator]
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+    for fault in ("damaged", "is not there"):
+        with pytest.raises(UserError) as refused:
+            squares(world, curvature(world, tmp_path).load(CPU, memory))
+        message = str(refused.value)
+        assert str(path) in message and fault in message and "delete it, and run" in message and "\n" not in message
+        path.unlink(missing_ok=True)
+
+
+def test_damping_is_the_scored_stage_s_at_every_map_and_an_unreached_expert_has_no_part(
+    world: World, tmp_path: Path
+) -> None:
+    means = {"0.up": 2.0, "0.experts.1.up": 0.0, "0.experts.2.up": 4.0}
+    write_json(layout.factors_manifest(tmp_path), {"maps": {n: {"mean_eigenvalue": m} for n, m in means.items()}})
+    shapes = dict.fromkeys(means, (3, 2))
+    run = world.run()
+    changed = run.model_copy(update={"cluster": run.cluster.model_copy(update={"factor_memory": 77})})
+    found = stage_curvature(changed, 0, tmp_path, shapes)
+    assert found.responses == {"0.up": DampedInverse(0.2), "0.experts.2.up": DampedInverse(0.4)}
+    assert (found.factors, found.dtype, found.memory) == (tmp_path, "float64", 77)
+    # A later stage's response is its part in scores of an earlier one; its own documents meet its damping.
+    assert stage_curvature(run, 1, tmp_path, shapes).responses["0.up"] == DampedInverse(0.02)
+    flat = parse_run(
+        run.model_dump() | {"stages": [s.model_dump() | {"damping": {"absolute": 0.5}} for s in run.stages]}
+    )
+    assert len(stage_curvature(flat, 0, tmp_path, shapes).responses) == 3
+
+
+def test_factors_get_what_directions_leave_and_half_at_least() -> None:
+    assert [left_beside(directions, 100) for directions in (0, 10, 50, 90, 1000)] == [100, 90, 50, 50, 50]
