@@ -133,20 +133,21 @@ def texts_apart(stage: reference.StageSpec) -> float:
     encoded, _ = pipeline.encode_rows(stage, stage.documents)
     with Capture(stage.model, find_linear_maps(stage.model)) as capture:
         together = capture.run(to_batch([next(text.windows(64)) for text in encoded]))
+    loose = replace(stage, model=families.loosened(stage.model))
     worst = 0.0
     for row, text in enumerate(stage.documents):
-        loss = reference_objectives.loss(stage, text)
-        for name, gradient in reference_objectives.gradient(stage, list(together.maps), loss).items():
+        loss = reference_objectives.loss(loose, text)
+        for name, gradient in reference_objectives.gradient(loose, list(together.maps), loss).items():
             found = together.gradients(name)[row].T @ together.activations(name)[row]
             largest = gradient.abs().max().clamp_min(1e-6)  # zero where attention sees one token
             worst = max(worst, float((found - gradient).abs().max() / largest))
     return worst
 
 
-DENSE = [family for family in families.FAMILIES if family not in families.MIXTURES]
+CLASSIFYING = [family for family in families.FAMILIES if family not in ("olmoe", "llama4")]  # transformers has none
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_families_classify_over_the_maps_of_their_language_models(family: str) -> None:
     base = families.build(family, 0)
     made = models.classifier(base, 2, attention="eager")
