@@ -60,7 +60,7 @@ NO_PAIRS = {
     "far": {"prompt": "the", "chosen": " sea" * 40, "rejected": " old"},
     "same": {"prompt": "the", "chosen": " sea", "rejected": " sea"},
 }
-BETA = 0.05
+BETA = 1.0
 
 
 def preferring(folder: Path, run_dir: str) -> dict[str, Any]:

@@ -138,6 +138,6 @@ def test_what_a_pair_looks_like_and_what_the_record_says(folder: Path, preferred
     assert identity["run"]["stages"][2]["objective"] == {"kind": "dpo", "beta": BETA, "reference": None}
     assert identity["references"]["prefer"]["sha256"] == identity["models"]["tune"]["sha256"]
     description = preferring(folder, "preferred") | {"detail": {"tokens": True, "modules": True}}
-    description["stages"][2]["objective"]["beta"] = 1.0
-    with pytest.raises(UserError, match=r"stages\.2\.objective\.beta was 0\.05 and is 1\.0"):
+    description["stages"][2]["objective"]["beta"] = 0.5
+    with pytest.raises(UserError, match=r"stages\.2\.objective\.beta was 1\.0 and is 0\.5"):
         run(parse_run(description))

@@ -27,7 +27,7 @@ CLASSES = Classes(("no", "maybe", "yes"))
 TEXTS = models.random_documents(1, 12, words=(2, 20))
 LABELLED = models.random_texts(2, 14)
 ASKED = models.random_texts(5, 2, (3, 9))
-PAIRS = Pairs(beta=0.05)  # margins of a few nats
+PAIRS = Pairs(beta=1.0)  # margins up to four nats
 ANSWERS = models.random_documents(2, 16, words=(2, 9), completions=True)
 PAIRED = models.random_pairs(4, 16)
 QUERIES = models.random_documents(7, 2, words=(2, 7), completions=True, prefix="query")
@@ -133,20 +133,21 @@ def texts_apart(stage: reference.StageSpec) -> float:
     encoded, _ = pipeline.encode_rows(stage, stage.documents)
     with Capture(stage.model, find_linear_maps(stage.model)) as capture:
         together = capture.run(to_batch([next(text.windows(64)) for text in encoded]))
+    loose = replace(stage, model=families.loosened(stage.model))
     worst = 0.0
     for row, text in enumerate(stage.documents):
-        loss = reference_objectives.loss(stage, text)
-        for name, gradient in reference_objectives.gradient(stage, list(together.maps), loss).items():
+        loss = reference_objectives.loss(loose, text)
+        for name, gradient in reference_objectives.gradient(loose, list(together.maps), loss).items():
             found = together.gradients(name)[row].T @ together.activations(name)[row]
             largest = gradient.abs().max().clamp_min(1e-6)  # zero where attention sees one token
             worst = max(worst, float((found - gradient).abs().max() / largest))
     return worst
 
 
-DENSE = [family for family in families.FAMILIES if family not in families.MIXTURES]
+CLASSIFYING = [family for family in families.FAMILIES if family not in ("olmoe", "llama4")]  # transformers has none
 
 
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", CLASSIFYING)
 def test_families_classify_over_the_maps_of_their_language_models(family: str) -> None:
     base = families.build(family, 0)
     made = models.classifier(base, 2, attention="eager")
@@ -231,7 +232,7 @@ def test_pairs_in_one_padded_batch_equal_each_alone() -> None:
 
 def test_sampled_preferences_follow_the_margin_and_not_the_batch() -> None:
     stage = preferring("gpt_neox")[-1]
-    pairs = [referred(stage, pair) for pair in models.random_pairs(9, 300, (1, 2))]
+    pairs = [referred(stage, pair) for pair in models.random_pairs(9, 300, (2, 6))]
     encoded, _ = pipeline.encode_rows(stage, pairs)
     windows = [next(pair.windows(64)) for pair in encoded]
     batch = to_batch(windows)
@@ -241,8 +242,9 @@ def test_sampled_preferences_follow_the_margin_and_not_the_batch() -> None:
         assert int(capture.run(alone, batch_uniforms(3, "prefer", alone)).labels) == int(drawn[7])
     with torch.no_grad():
         chances = torch.stack([reference_objectives.margin(stage, pair).sigmoid() for pair in pairs])
-    assert 0.1 < float(drawn.double().mean()) < 0.9
-    assert abs(float((1 - drawn.double()).mean() - chances.mean())) < 3 * 0.5 / 300**0.5
+    for likely in (chances > 0.6, chances < 0.4):  # of which the other's share is 0.2 off at least
+        share, count = float((drawn[likely] == 0).double().mean()), int(likely.sum())
+        assert count > 60 and abs(share - float(chances[likely].mean())) < 3 * 0.5 / count**0.5
 
 
 def test_a_pair_without_its_reference_has_no_finite_loss() -> None:
