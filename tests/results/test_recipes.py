@@ -16,6 +16,7 @@ from msif_ray.results import parts
 
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 RUN = Finished(documents=40, labels=("pretrain", "single-stage"), tokens_of=lambda n: ["t"] * (2 + n))
+NORMS = np.array([4.0, 0.0, 0.5])
 
 
 def blocks() -> list[tuple[str, str, str]]:
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scores = by_map.sum(2)
     by_token = [np.stack([[score - 9, 9] for score in row]) for row in scores]
     path = parts.part_path(folder / "detailed", "pretrain", "00000-0000000")
-    details = parts.Details(tuple(MAPS), by_map, by_token)
+    details = parts.Details(tuple(MAPS), by_map, by_token, curvature_norms=NORMS)
     parts.write_part(path, ["q0", "q1"], ids[:3], scores, np.ones(3), [2] * 3, [], {}, details)
     return folder
 
@@ -106,6 +107,15 @@ def test_by_length(result: Any) -> None:
     assert row["documents"].item() == 16 and row["mean_size"].item() == pytest.approx(own.mean(), rel=1e-5)
     best = (SCORES[:, 0] / (np.arange(40) % 5 + 1.0)).argmax()
     assert result["top_per_norm"]["doc_id"][0] == f"doc-{best:02d}"
+
+
+@having("Documents that state")
+def test_standing(result: Any) -> None:
+    by_norm = {row[0]: row[1:] for row in result}
+    assert by_norm["doc-01"][0] is None and result[-1][0] == "doc-01"
+    standing = [by_norm[f"doc-0{number}"] for number in (0, 2)]
+    assert [each for each, _ in standing] == pytest.approx([standing[0][1] / 4.0, standing[1][1] / 0.5])
+    assert result[0][1] == max(each for each, _ in standing)
 
 
 @having("Compare two sets of scores")
