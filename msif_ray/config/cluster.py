@@ -28,8 +28,8 @@ class Cluster(Strict):
 
     `factor_memory` (bytes, or a text such as 8GiB) is what a rank may use for the factors that it fits; what
     does not fit at once takes several passes. By default it is a share of what is free once the model is loaded. Scores
-    with `detail.curvature_norm` hold a stage's factors in it, by default in what the directions leave of that share,
-    and half of it at least; what does not fit is read from local disk for every batch.
+    with `detail.curvature_norm` hold a stage's factors in it, by default in what directions leave of that share, half
+    of it at least; what does not fit is read from local disk for every batch.
     `directions_memory` is what a rank may use for the carried-back queries that it scores with, in the same units and
     with the same default; what does not fit is read from local disk for every batch.
     `activations_memory` is what a rank that holds a whole model on CPUs may use for the activations and gradients of a

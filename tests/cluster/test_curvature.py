@@ -12,7 +12,7 @@ from influence import pipeline
 from msif_ray import layout
 from msif_ray.cluster.curvature import Curvature, _Metrics, stage_curvature
 from msif_ray.cluster.directions import STREAM_COPIES
-from msif_ray.cluster.score_jobs import left_beside
+from msif_ray.cluster.score_jobs import ScoreJob, Shares, left_beside
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
@@ -104,6 +104,25 @@ def test_a_damaged_or_missing_factor_is_named(world: World, tmp_path: Path, memo
         message = str(refused.value)
         assert str(path) in message and fault in message and "delete it, and run" in message and "\n" not in message
         path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("shares", [None, Shares(tokens=True, stride=1)])
+def test_a_scoring_job_adds_up_the_windows_norms_and_scores_as_without(
+    world: World, expected: torch.Tensor, tmp_path: Path, shares: Shares | None
+) -> None:
+    folder = world.write(tmp_path, [(0, 11)], 2**30)
+    jobs = [ScoreJob((folder, folder), shares=shares, curvature=each) for each in (curvature(world), None)]
+    found, without = (job.start(list(world.maps), CPU) for job in jobs)
+    for work in (found, without):
+        for captured in (*world.captured, *world.captured):  # as if each document had two windows, both alike
+            work.add(captured)
+    taken = found.take()
+    norms = {document.document_id: document.squared_curvature_norm for document in taken}
+    keys = [key.document_id for captured in world.captured for key in captured.batch.keys]
+    assert norms == pytest.approx(dict(zip(keys, (2 * expected).tolist(), strict=True)), rel=1e-12)
+    for one, other in zip(taken, without.take(), strict=True):
+        assert torch.equal(one.scores, other.scores) and one.squared_norm == other.squared_norm
+        assert other.squared_curvature_norm == 0.0
 
 
 def test_damping_is_the_scored_stage_s_at_every_map_and_an_unreached_expert_has_no_part(

@@ -153,7 +153,7 @@ def test_a_tokenizer_without_a_template_is_refused_by_name(tmp_path):
 CONFIGURATIONS = [
     (
         {"messages": "talk", "text": "t"},
-        "give one of `text`, `completion` with an optional `prompt`, `messages`, and",
+        "give one of `text`, `completion` with an optional `prompt`, `messages`, `packed`, and",
     ),
     ({"messages": "talk", "prompt": "p"}, "`prompt` goes with `completion`, not with `messages`"),
     ({"messages": "talk", "append_eos": True}, "`append_eos` does not go with `messages`"),

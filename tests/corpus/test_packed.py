@@ -221,7 +221,7 @@ CONFIGURATIONS = [
     ({"packed": packed(lengths="n", eos=1)}, r"documents\.packed: give one of `lengths`, `positions`, `documents`"),
     ({"packed": {"ids": "ids", "eos": 1}}, r"documents\.packed\.attention: is missing"),
     ({"packed": packed(eos=-1)}, r"documents\.packed\.eos: "),
-    ({"packed": packed(eos=1), "text": "t"}, r"documents: give one of `text`, .* `messages`, and `packed`"),
+    ({"packed": packed(eos=1), "text": "t"}, r"documents: give one of `text`, .* `messages`, `packed`, and"),
     ({"packed": packed(eos=1), "prompt": "t"}, r"documents: `prompt` goes with `completion`, not with `packed`"),
     ({"packed": packed(eos=1), "append_eos": True}, r"documents: `append_eos` does not go with `packed`"),
 ]
