@@ -29,9 +29,9 @@ class DocumentScores:
     document_id: str
     scores: Tensor
     squared_norm: float = 0.0
-    squared_curvature_norm: float = 0.0
     by_map: Tensor | None = None
     by_token: list[tuple[int, numpy.ndarray]] = field(default_factory=list)
+    squared_curvature_norm: float = 0.0
 
 
 @dataclass(frozen=True)
