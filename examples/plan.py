@@ -31,6 +31,7 @@ from msif_ray.plan.report import print_plan
 
 EXAMPLES = Path(__file__).parent
 WORDS = [f"w{number}" for number in range(1000)]
+CONVERSATIONS = ("messages", "chosen", "rejected")
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }} {% endfor %}"
 
 
@@ -71,14 +72,18 @@ def text(number: int, words: int) -> str:
     return " ".join(WORDS[(number * 31 + place * place) % len(WORDS)] for place in range(words))
 
 
+def talk(asked: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked[:200]}, {"role": "assistant", "content": answer}]
+
+
 def rows(about: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Of a corpus or the queries: `documents` rows, with so many words in each column."""
     for number in range(about["documents"]):
         row: dict[str, Any] = {"id": str(number)}
         for column, words in about["words"].items():
             said = text(number, words)
-            turns = [{"role": "user", "content": said[:200]}, {"role": "assistant", "content": said}]
-            row[column] = turns if column == "messages" else said
+            answer = text(number + 1, words) if column == "rejected" else said
+            row[column] = talk(said, answer) if column in CONVERSATIONS else said
         yield row
 
 

@@ -37,7 +37,7 @@ def objective_of(run: Run, index: int, documents: Documents, classes: tuple[str,
     if documents.label is not None and isinstance(objective, Classification):
         return Classes(classes, objective.truncate)
     if documents.chosen is not None and isinstance(objective, Preference):
-        return Pairs(objective.beta)
+        return Pairs(objective.beta, objective.length_normalised)
     return None
 
 

@@ -28,9 +28,11 @@ class Classified(reference.StageSpec):
 
 @dataclass
 class Preferred(reference.StageSpec):
-    """Documents are {"id", "prompt", "chosen", "rejected"}, texts; without a prompt both begin alike."""
+    """Documents are {"id", "prompt", "chosen", "rejected"}, texts; without a prompt both begin alike. `per_token`: a
+    sequence's log-probability is its completion's mean."""
 
     beta: float = 0.1
+    per_token: bool = False
     reference_model: nn.Module | None = None
 
 
@@ -47,9 +49,9 @@ def log_classes(stage: reference.StageSpec, document: reference.Document) -> Ten
     return torch.log_softmax(stage.model(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
 
 
-def sequences(stage: reference.StageSpec, document: reference.Document) -> list[tuple[list[int], Flags]]:
+def sequences(stage: Preferred, document: reference.Document) -> list[tuple[list[int], Flags]]:
     """The tokens of the chosen and of the rejected sequence, with EOS, and which are targets: those of the completion,
-    from where the two differ."""
+    and unless they are averaged, from where the two differ."""
     found = []
     for what in ("chosen", "rejected"):
         before = list(stage.tokenizer(document["prompt"])["input_ids"]) if "prompt" in document else []
@@ -57,26 +59,28 @@ def sequences(stage: reference.StageSpec, document: reference.Document) -> list[
         ids = [*before, *after, stage.tokenizer.eos_token_id]
         found.append((ids, [t > 0 and t >= len(before) for t in range(len(ids))]))
     alike = 0
-    while alike < min(len(ids) for ids, _ in found) and found[0][0][alike] == found[1][0][alike]:
+    while (
+        not stage.per_token and alike < min(len(ids) for ids, _ in found) and found[0][0][alike] == found[1][0][alike]
+    ):
         alike += 1
     return [(ids, [flag and t >= alike for t, flag in enumerate(flags)]) for ids, flags in found]
 
 
-def log_ratio(model: nn.Module, pair: list[tuple[list[int], Flags]]) -> Tensor:
-    """log π(chosen) − log π(rejected)."""
+def log_ratio(model: nn.Module, stage: Preferred, document: reference.Document) -> Tensor:
+    """log π(chosen) − log π(rejected), of sums or of means."""
     of_each = []
-    for ids, flags in pair:
+    for ids, flags in sequences(stage, document):
         table = reference.log_probabilities(model, ids)
-        of_each.append(sum((table[t - 1, ids[t]] for t in range(1, len(ids)) if flags[t]), torch.zeros(())))
+        terms = [table[t - 1, ids[t]] for t in range(1, len(ids)) if flags[t]]
+        of_each.append(sum(terms, torch.zeros(())) / (len(terms) if stage.per_token else 1))
     return of_each[0] - of_each[1]
 
 
 def margin(stage: Preferred, document: reference.Document) -> Tensor:
     """β times what the model prefers the chosen sequence by, beyond the reference model."""
-    pair = sequences(stage, document)
     with torch.no_grad():
-        before = log_ratio(stage.reference_model, pair)
-    return stage.beta * (log_ratio(stage.model, pair) - before)
+        before = log_ratio(stage.reference_model, stage, document)
+    return stage.beta * (log_ratio(stage.model, stage, document) - before)
 
 
 def loss(stage: reference.StageSpec, document: reference.Document, sampled: bool = False) -> Tensor:

@@ -123,6 +123,19 @@ def olmo2_inputs(folder: Path) -> None:
     path.parent.mkdir()
     pq.write_table(pa.Table.from_pylist([{"id": "x", "messages": each, "source": "s"} for each in turns]), path)
     own.write_lines(data / "sft-sample.jsonl", own.chats(own.sample(own.read_rows(path.parent), 8, 0)))
+    path = data / "olmo-2-0425-1b-preference-mix" / "train-00000.parquet"
+    path.parent.mkdir()
+    pairs = [
+        {
+            "id": "x",
+            "source": "s",
+            "chosen": [{"content": a, "role": "user"}, {"content": b, "role": "assistant"}],
+            "rejected": [{"content": a, "role": "user"}, {"content": c, "role": "assistant"}],
+        }
+        for a, b, c in zip(*(texts(seed, 12, 8) for seed in (7, 8, 9)), strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(pairs), path)
+    own.write_lines(data / "dpo-sample.jsonl", own.pairs(own.sample(own.read_rows(path.parent), 8, 0)))
     own.write_lines(data / "queries.jsonl", [own.query("q", texts(5, 1)[0], texts(6, 1)[0])])
 
 
@@ -197,6 +210,10 @@ def test_its_run_ends_with_scores(example: str, cluster: None, tmp_path: Path, m
             assert len(scores) == 2 * 4  # the candidates
     assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "stages.parquet").exists() == (example == "olmo2")
+    if example == "olmo2":
+        rows = pq.read_table(tmp_path / "run" / "stages.parquet").to_pylist()
+        assert [row["stage"] for row in rows] == ["stage1", "stage2", "sft", "dpo"]
+        assert all(0 < row["share"] < 1 for row in rows) and sum(row["share"] for row in rows) == pytest.approx(1)
 
 
 def test_nearest_is_by_cosine_and_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from msif_ray import layout, store
+from msif_ray.cluster.references import ReferenceJob, ReferenceTask
 from msif_ray.config import parse_run
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
+from msif_ray.references import reference_passes
+from msif_ray.setup import corpus_blocks, model_setup, reference_setup
 
 Description = dict[str, Any]
 NAMES = {0: "negative", 1: "positive"}
@@ -262,6 +266,20 @@ def test_the_stage_before_is_the_reference_unless_another_is_named(folder: Path)
     assert (named.model_path, named.model_hash) == (str(folder / "other"), resolved.stages[1].model_hash)
 
 
+def test_of_means_the_reference_is_of_means_and_of_sums_nothing_is_written_down(folder: Path) -> None:
+    """So that a run of sums is the run that it was before there was the key."""
+    for value in (False, True):
+        run = parse_run(changed(preferring(folder), "stages.1.objective.length_normalised", value))
+        written = {"kind": "dpo", "beta": 0.2, "reference": None} | ({"length_normalised": True} if value else {})
+        assert run.model_dump(mode="json")["stages"][1]["objective"] == written
+        resolved = check(run)
+        (each,) = reference_passes(run, resolved.corpora)
+        blocks = corpus_blocks(resolved, each.key, each.documents)
+        assert ReferenceTask(reference_setup(resolved, each), blocks, folder).job == ReferenceJob(value)
+        setup = model_setup(resolved, each.stage, each.documents, each.max_tokens)
+        assert setup.objective == Pairs(0.2, length_normalised=value)
+
+
 def save_small(folder: Path, **options: int) -> str:
     models.save(models.build_model("gpt_neox", 1, **options), models.build_tokenizer(), folder / "small")
     return str(folder / "small")
@@ -352,7 +370,8 @@ def test_factors_of_another_objective_are_refused(folder: Path) -> None:
     own = {"kind": "dpo", "beta": 0.2, "reference_sha256": resolved.stages[0].model_hash}
     store.write_json(layout.factors_manifest(other), about | {"objective": own})
     assert check(parse_run(description)).reused.keys() == {"prefer"}
-    for objective in (own | {"beta": 0.1}, own | {"reference_sha256": "another"}, None):
+    others = ({"beta": 0.1}, {"reference_sha256": "another"}, {"length_normalised": True})
+    for objective in (*(own | other for other in others), None):
         store.write_json(layout.factors_manifest(other), about | {"objective": objective})
         with pytest.raises(UserError, match=r"^stages\.1\.factors: .* was fitted with another objective; use the same"):
             check(parse_run(description))

@@ -32,8 +32,17 @@ def texts(rows: Iterable[Row], name: str) -> Iterator[dict[str, str]]:
 
 def chats(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(rows):
-        messages = [{"role": each["role"], "content": each["content"]} for each in row["messages"]]
-        yield {"id": f"sft-{number}", "messages": messages}
+        yield {"id": f"sft-{number}", "messages": turns(row["messages"])}
+
+
+def pairs(rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+    """Preferences: two conversations that begin alike."""
+    for number, row in enumerate(rows):
+        yield {"id": f"dpo-{number}", "chosen": turns(row["chosen"]), "rejected": turns(row["rejected"])}
+
+
+def turns(messages: Iterable[Row]) -> list[dict[str, str]]:
+    return [{"role": each["role"], "content": each["content"]} for each in messages]
 
 
 def query(name: str, question: str, answer: str) -> dict[str, str]:
@@ -67,6 +76,7 @@ def main() -> None:
     parser.add_argument("--stage1", type=Path, required=True, help="shards of olmo-mix-1124")
     parser.add_argument("--stage2", type=Path, required=True, help="shards of dolmino-mix-1124")
     parser.add_argument("--sft", type=Path, required=True, help="tulu-3-sft-olmo-2-mixture-0225")
+    parser.add_argument("--dpo", type=Path, required=True, help="olmo-2-0425-1b-preference-mix")
     parser.add_argument("--questions", type=Path, required=True, help="JSON lines with `id`, `question` and `answer`")
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -78,6 +88,7 @@ def main() -> None:
     write_lines(asked.out / "olmo-mix.jsonl", texts(drawn["stage1"], "stage1"))
     write_lines(asked.out / "dolmino-mix.jsonl", texts(drawn["stage2"], "stage2"))
     write_lines(asked.out / "sft-sample.jsonl", chats(sample(read_rows(asked.sft), asked.documents, asked.seed)))
+    write_lines(asked.out / "dpo-sample.jsonl", pairs(sample(read_rows(asked.dpo), asked.documents, asked.seed)))
     with asked.questions.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     write_lines(asked.out / "queries.jsonl", [query(row["id"], row["question"], row["answer"]) for row in rows])

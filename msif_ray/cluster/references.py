@@ -16,32 +16,39 @@ from msif_ray.cluster.jobs import Work
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Block
 from msif_ray.influence.capture import Captured
 from msif_ray.paths import matching
 from msif_ray.store import write_json
 
 Loss = tuple[str, int, float]
-"""A document, the number of its sequence (0: chosen), and that sequence's −log π_ref in nats."""
+"""A document, the number of its sequence (0: chosen), and that sequence's −log π_ref in nats, or nats per target."""
 
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """The losses of both sequences of every pair. No map is tracked, so there is no backward pass."""
+    """The losses of both sequences of every pair, or with `length_normalised` those divided by their targets. No map is
+    tracked, so there is no backward pass."""
 
+    length_normalised: bool = False
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = ()
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
-        return _ReferenceWork()
+        return _ReferenceWork(self.length_normalised)
 
 
 @dataclass
 class _ReferenceWork:
+    length_normalised: bool
     losses: list[Loss] = field(default_factory=list)
 
     def add(self, captured: Captured) -> None:
-        for key, loss in zip(captured.batch.keys, captured.losses.tolist(), strict=True):
+        losses = captured.losses
+        if self.length_normalised:
+            losses = losses / captured.batch.targets.sum(dim=1)
+        for key, loss in zip(captured.batch.keys, losses.tolist(), strict=True):
             self.losses.append((key.document_id, key.window, loss))
 
     def take(self) -> list[Loss]:
@@ -59,7 +66,11 @@ class ReferenceTask:
     blocks: CorpusBlocks
     folder: Path
     wanted: frozenset[str] | None = None
-    job: ReferenceJob = ReferenceJob()
+
+    @property
+    def job(self) -> ReferenceJob:
+        pairs = self.setup.objective
+        return ReferenceJob(isinstance(pairs, Pairs) and pairs.length_normalised)
 
     @property
     def replica(self) -> type[ModelReplica]:
@@ -70,7 +81,7 @@ class ReferenceTask:
         return written if self.wanted is None else written | (self.blocks.ids - self.wanted)
 
     def write(self, block: Block, outcome: Outcome, taken: Sequence[Loss]) -> None:
-        """log π_ref(chosen) − log π_ref(rejected) of every pair of which both are finite."""
+        """log π_ref(chosen) − log π_ref(rejected) of every pair of which both are finite, as `job` has them."""
         ratios = dict.fromkeys(outcome.tokens, 0.0)
         for document, sequence, loss in taken:
             if document in ratios:

@@ -1,5 +1,6 @@
 """What a stage was trained to do, where that is not a language model's next token."""
 
+from operator import not_
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -24,12 +25,15 @@ class Preference(Strict):
     """Direct preference optimisation: −log σ(β[log π(chosen)/π(rejected) − log π_ref(chosen)/π_ref(rejected)]).
 
     Rafailov et al. 2023, arXiv 2305.18290, eq. 7. The `reference` model is by default the stage's before. A pair of
-    which either sequence is longer than `max_tokens` is skipped.
+    which either sequence is longer than `max_tokens` is skipped. `length_normalised` divides each log-probability by
+    the number of tokens of its completion (Tülu 3: Lambert et al. 2024, arXiv 2411.15124, preference finetuning).
     """
 
     kind: Literal["dpo"]
     beta: Positive = 0.1
     reference: Location | None = None
+    # Written down only where it is set: a run without it is the run that it was before there was such a key.
+    length_normalised: Annotated[bool, Field(exclude_if=not_)] = False
 
 
 def _by_name(value: Any) -> Any:

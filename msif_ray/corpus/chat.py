@@ -11,10 +11,9 @@ GENERATION = "generation"  # the template's own mark of what the assistant write
 
 
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], last_alone: bool = False
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], since: int = 0
 ) -> tuple[list[int], list[bool]]:
-    """A conversation's tokens and which of them the assistant wrote, or with `last_alone` those of the last turn, which
-    is the assistant's.
+    """A conversation's tokens and which of them the assistant wrote in turn `since` and after it.
 
     Those are what the template marks (`{% generation %}`), where it marks any. Otherwise an assistant's turn is what
     the conversation up to and with it has more than the conversation before it with the generation prompt, and both
@@ -26,11 +25,11 @@ def encode_chat(
     whole = _tokens(tokenizer, messages)
     if _marks_generation(tokenizer):
         marked = _apply(tokenizer, messages, return_assistant_tokens_mask=True)["assistant_masks"]
-        first = _last_turn(tokenizer, messages, whole) if last_alone else 0
+        first = _beginning(tokenizer, messages, since, whole) if since else 0
         return whole, [bool(mark) and place >= first for place, mark in enumerate(marked)]
     targets = [False] * len(whole)
     for number, message in enumerate(messages):
-        if message["role"] == "assistant" and (not last_alone or number == len(messages) - 1):
+        if message["role"] == "assistant" and number >= since:
             before = _tokens(tokenizer, messages[:number], add_generation_prompt=True) if number else []
             after = _tokens(tokenizer, messages[: number + 1])
             if whole[: len(before)] != before or whole[: len(after)] != after or len(after) < len(before):
@@ -42,11 +41,13 @@ def encode_chat(
     return whole, targets
 
 
-def _last_turn(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], whole: list[int]) -> int:
-    """Where the last turn begins among the `whole` conversation's tokens."""
-    before = _tokens(tokenizer, messages[:-1]) if len(messages) > 1 else []
+def _beginning(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], turn: int, whole: list[int]
+) -> int:
+    """Where a turn, not the first, begins among the `whole` conversation's tokens."""
+    before = _tokens(tokenizer, messages[:turn])
     if whole[: len(before)] != before:
-        raise ValueError("the last turn does not begin between tokens of the whole conversation")
+        raise ValueError(f"turn {turn} does not begin between tokens of the whole conversation")
     return len(before)
 
 

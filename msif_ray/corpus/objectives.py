@@ -123,7 +123,8 @@ def empty_window(objective: Objective) -> Window:
     if isinstance(objective, Classes):
         return Window(key, (0, 0), (True, True), 0)
     if isinstance(objective, Pairs) and not objective.apart:
-        return Window(key, (0, 0, 0, 0), (False, True, False, True), preference=Preferred(2, objective.beta, 0.0))
+        preferred = Preferred(2, objective.beta, 0.0, objective.length_normalised)
+        return Window(key, (0, 0, 0, 0), (False, True, False, True), preference=preferred)
     return Window(key, (0, 0), (False, True))
 
 

@@ -103,11 +103,13 @@ class Window:
 @dataclass(frozen=True)
 class Preferred:
     """Of a window that holds two sequences, the chosen one before token `split` and the rejected one from there on: β
-    and log π_ref(chosen) − log π_ref(rejected), None where it is not known."""
+    and log π_ref(chosen) − log π_ref(rejected), None where it is not known. `length_normalised`: with each of its
+    log-probabilities divided by the number of its targets."""
 
     split: int
     beta: float
     reference: float | None
+    length_normalised: bool = False
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos: bool) -> Encoded | Skipped:
@@ -198,7 +200,8 @@ def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> En
     try:
         if isinstance(document, Query) and document.span is not None:
             return _of_span(document, _encoded(document.id, *overlapping_turn(tokenizer, document.text, document.span)))
-        return _encoded(document.id, *encode_chat(tokenizer, document.text, last_alone=isinstance(document, Query)))
+        since = len(document.text) - 1 if isinstance(document, Query) else 0  # of a query the last turn alone
+        return _encoded(document.id, *encode_chat(tokenizer, document.text, since))
     except ValueError as error:
         return Skipped(document.id, str(error))
 
@@ -260,5 +263,6 @@ def to_batch(windows: Sequence[Window]) -> Batch:
     if preferences:
         known = [torch.nan if each.reference is None else each.reference for each in preferences]
         beta = torch.tensor([each.beta for each in preferences], dtype=torch.float64)
-        return replace(batch, reference=torch.tensor(known, dtype=torch.float64), beta=beta)
+        reference, normalised = torch.tensor(known, dtype=torch.float64), preferences[0].length_normalised
+        return replace(batch, reference=reference, beta=beta, length_normalised=normalised)
     return batch

@@ -25,7 +25,8 @@ class Batch:
     one's class, and `targets` marks all of a text's tokens.
 
     Of preferences a row is the sequence that was chosen, padded, and beside it the one that was rejected, padded to the
-    same length; `reference` `[rows]` (float64) is log π_ref(chosen) − log π_ref(rejected), and `beta` `[rows]` β.
+    same length; `reference` `[rows]` (float64) is log π_ref(chosen) − log π_ref(rejected), and `beta` `[rows]` β. Where
+    they are `length_normalised`, each log-probability, and so each in `reference`, is divided by its number of targets.
     """
 
     input_ids: Tensor
@@ -35,6 +36,7 @@ class Batch:
     classes: Tensor | None = None
     reference: Tensor | None = None
     beta: Tensor | None = None
+    length_normalised: bool = False
 
     def to(self, device: torch.device | str) -> "Batch":
         names = ("input_ids", "attention_mask", "targets", "classes", "reference", "beta")

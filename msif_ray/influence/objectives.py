@@ -5,6 +5,8 @@
 * Preferences: −log σ(m) of the margin m = β[log π(w) − log π(l) − (log π_ref(w) − log π_ref(l))] of the sequence w that
   was chosen over l that was rejected (DPO: Rafailov et al. 2023, arXiv 2305.18290, eq. 7). It is the likelihood of
   one outcome of two, so its Gauss-Newton Hessian is σ(m)(1 − σ(m)) ∇m ∇mᵀ, and its label is which was preferred.
+  Length-normalised, every log-probability is divided by the number of its sequence's targets (Tülu 3: Lambert et al.
+  2024, arXiv 2411.15124, on preference finetuning).
 
 Labels are the data's own, or drawn from the model by uniform numbers (`labels.batch_uniforms`).
 """
@@ -91,7 +93,7 @@ def _chosen(batch: Batch) -> Tensor:
 @dataclass(frozen=True)
 class _Margins:
     """`values` `[rows]`; the row of each target, and what its −log p counts in the row's margin: −β in the chosen
-    sequence, β in the rejected one, `[targets]` each."""
+    sequence, β in the rejected one, or those divided by the sequence's number of targets, `[targets]` each."""
 
     values: Tensor
     rows: Tensor
@@ -104,7 +106,11 @@ class _Margins:
         rows, columns = batch.predicts.nonzero(as_tuple=True)
         terms = nats(logits, data_labels(batch))
         beta = batch.beta.to(terms.dtype)
-        signs = torch.where(columns < batch.predicts.shape[1] // 2, -beta[rows], beta[rows])
+        half = batch.predicts.shape[1] // 2
+        signs = torch.where(columns < half, -beta[rows], beta[rows])
+        if batch.length_normalised:
+            lengths = batch.apart(batch.predicts).sum(dim=1)  # of both sequences of each row in turn
+            signs = signs / lengths[2 * rows + columns // half]
         begun = cls(-beta * batch.reference.to(terms.dtype), rows, signs)
         return cls(begun.values + begun.summed(terms), rows, signs)
 

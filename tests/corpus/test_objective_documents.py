@@ -1,5 +1,7 @@
 """What an objective makes of a document, and why it makes nothing of another."""
 
+from typing import Any
+
 import models
 import pytest
 
@@ -14,8 +16,12 @@ CLASSES = Classes(("negative", "positive"))
 
 
 PAIRS = Pairs(0.1)
+MEANS = Pairs(0.1, length_normalised=True)
 PLAIN = "{% for m in messages %}<bos>{{ m['role'] }} {{ m['content'] }}<eos>{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<bos>assistant{% endif %}"
+SAID = " {% generation %}{{ m['content'] }}<eos>{% endgeneration %}"
+MARKED = "{% for m in messages %}<bos>{{ m['role'] }}{% if m['role'] == 'assistant' %}" + SAID
+MARKED += "{% else %} {{ m['content'] }}<eos>{% endif %}{% endfor %}"
 
 
 def text(words: object, label: object) -> Document:
@@ -149,6 +155,71 @@ NO_PAIR = {
 @pytest.mark.parametrize("reason", NO_PAIR)
 def test_what_is_no_pair_is_skipped_with_a_reason(reason: str) -> None:
     assert encode_for(PAIRS, TOKENIZER, NO_PAIR[reason], True, 6) == Skipped("d", reason)
+
+
+def test_of_means_all_of_a_completion_counts_also_what_both_begin_with() -> None:
+    found = encode_for(MEANS, TOKENIZER, pair("the king", " is old", " is the sea"), append_eos=True, max_tokens=8)
+    assert found.targets == (False, False, True, True, True, False, False, True, True, True, True)
+    (window,) = found.windows(8)
+    assert to_batch([window]).length_normalised
+    unprompted = encode_for(MEANS, TOKENIZER, pair("", "the king", "the sea"), append_eos=False, max_tokens=8)
+    assert unprompted.targets == (False, True, False, True)  # nothing predicts a first token
+
+
+def talk(*said: str) -> list[dict[str, str]]:
+    """Turns of the user and the assistant in turn."""
+    return [{"role": ("user", "assistant")[n % 2], "content": words} for n, words in enumerate(said)]
+
+
+def chatting(template: str) -> Any:
+    tokenizer = models.build_tokenizer(bos=True)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+SYSTEM = [{"role": "system", "content": "old"}]
+# Where each conversation's completion begins; its tokens are the assistant's from there on.
+TALKS: dict[str, tuple[Document, int]] = {
+    "one question": (pair(..., talk("the sea", "is green"), talk("the sea", "is old the")), 1),
+    "a talk before it": (pair(..., talk("the", "a", "sea", "is old"), talk("the", "a", "sea", "is the")), 3),
+    "another talk before it": (pair(..., talk("the", "a", "sea", "is"), talk("the", "is", "sea", "is")), 1),
+    "one that goes on": (pair(..., talk("the", "a"), talk("the", "a", "sea", "is")), 1),
+    "a named prompt": (pair(talk("the"), talk("the", "a")[1:], talk("the", "is")[1:]), 1),
+    "of a named prompt the answers": (pair(talk("the", "a", "sea"), talk("", "a")[1:], talk("", "is")[1:]), 3),
+    "no question": (pair(..., SYSTEM + talk("", "the sea")[1:], SYSTEM + talk("", "the king")[1:]), 0),
+}
+
+
+@pytest.mark.parametrize("template", [PLAIN + PROMPT, MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize("case", TALKS)
+def test_of_means_the_prompt_is_the_turns_that_both_share_up_to_the_users_last(case: str, template: str) -> None:
+    document, since = TALKS[case]
+    tokenizer = chatting(template)
+    found = encode_for(MEANS, tokenizer, document, append_eos=True, max_tokens=None)
+    assert not isinstance(found, Skipped)
+    before = document.prompt if document.has_prompt else []
+    for part, answer in zip(found.parts, (document.text, document.rejected), strict=True):
+        own = [turn["content"] for turn in [*before, *answer][since:] if turn["role"] == "assistant"]
+        wanted = [t for words in own for t in tokenizer(f" {words}<eos>", add_special_tokens=False)["input_ids"]]
+        assert [t for t, target in zip(found.ids[part], found.targets[part], strict=True) if target] == wanted
+
+
+ENDED = MARKED + "<eos>"
+OF_MEANS = {
+    "chosen is text, whose length is counted after its prompt; name the `prompt` column": (pair(..., "a", "b"), MARKED),
+    "chosen and rejected do not differ": (pair("the", " king", " king"), MARKED),
+    "rejected has no tokens after its prompt": (
+        pair(..., talk("the", "a", "sea", "is"), talk("the", "a", "sea")),
+        MARKED,
+    ),
+    "turn 1 does not begin between tokens of the whole conversation": (TALKS["one question"][0], ENDED),
+}
+
+
+@pytest.mark.parametrize("reason", OF_MEANS)
+def test_what_has_no_mean_is_skipped_with_a_reason(reason: str) -> None:
+    document, template = OF_MEANS[reason]
+    assert encode_for(MEANS, chatting(template), document, True, None) == Skipped("d", reason)
 
 
 def test_a_pair_is_shown_with_what_tells_its_sequences_apart() -> None:

@@ -14,6 +14,7 @@ import reference_objectives
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from msif_ray.cluster.references import ReferenceJob
 from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.windows import to_batch
@@ -28,6 +29,7 @@ TEXTS = models.random_documents(1, 12, words=(2, 20))
 LABELLED = models.random_texts(2, 14)
 ASKED = models.random_texts(5, 2, (3, 9))
 PAIRS = Pairs(beta=1.0)  # margins up to four nats
+MEANS = Pairs(beta=4.0, length_normalised=True)
 ANSWERS = models.random_documents(2, 16, words=(2, 9), completions=True)
 PAIRED = models.random_pairs(4, 16)
 QUERIES = models.random_documents(7, 2, words=(2, 7), completions=True, prefix="query")
@@ -57,12 +59,12 @@ class Preferred(reference_objectives.Preferred):
     objective: Any = PAIRS
 
 
-def preferring(kind: str) -> list[reference.StageSpec]:
+def preferring(kind: str, pairs: Pairs = PAIRS) -> list[reference.StageSpec]:
     """A language model, one tuned from it, and one that learned preferences with that as its reference."""
     first, tokenizer = models.build_model(kind, 0), models.build_tokenizer()
     second = models.perturb(first, 1)
     third = Preferred(
-        "prefer", models.perturb(second, 2), tokenizer, [], **SMALL, beta=PAIRS.beta, reference_model=second
+        "prefer", models.perturb(second, 2), tokenizer, [], **SMALL, **told(pairs), reference_model=second
     )
     return [
         reference.StageSpec("pretrain", first, tokenizer, TEXTS, max_tokens=12, **SMALL),
@@ -71,14 +73,19 @@ def preferring(kind: str) -> list[reference.StageSpec]:
     ]
 
 
+def normalised(kind: str) -> list[reference.StageSpec]:
+    """The same, of the completions' means."""
+    return preferring(kind, MEANS)
+
+
+def told(pairs: Pairs) -> dict[str, Any]:
+    return {"objective": pairs, "beta": pairs.beta, "per_token": pairs.length_normalised}
+
+
 def referred(stage: reference_objectives.Preferred, pair: dict[str, Any]) -> dict[str, Any]:
     """The pair with what the reference model makes of it."""
     with torch.no_grad():
-        return pair | {
-            "reference": float(
-                reference_objectives.log_ratio(stage.reference_model, reference_objectives.sequences(stage, pair))
-            )
-        }
+        return pair | {"reference": float(reference_objectives.log_ratio(stage.reference_model, stage, pair))}
 
 
 def largest_error(stages: list[reference.StageSpec], queries: Any, documents: Any, scored: int) -> float:
@@ -180,7 +187,7 @@ def test_sampled_classes_follow_the_model_and_not_the_batch() -> None:
     assert (shares - chances.mean(0)).abs().max() < 3 * 0.5 / 600**0.5
 
 
-@pytest.mark.parametrize("make", [classified, preferring])
+@pytest.mark.parametrize("make", [classified, preferring, normalised])
 def test_gauss_newton_products(make: Callable[[str], list[reference.StageSpec]]) -> None:
     stage = make("gpt_neox")[-1]
     stage = replace(stage, documents=stage.documents[:5])
@@ -201,21 +208,28 @@ def test_gauss_newton_products(make: Callable[[str], list[reference.StageSpec]])
 
 
 SCORED = [("gpt_neox", 0), ("gpt_neox", 1), ("gpt_neox", 2), ("gpt2", 0), ("stablelm", 2), ("opt", 0), ("opt", 2)]
+SCORED_MEANS = [("gpt_neox", 0), ("gpt_neox", 2), ("gpt2", 2), ("opt", 0)]
+OF_PAIRS = [pytest.param(PAIRS, id="sums"), pytest.param(MEANS, id="means")]
 
 
-@pytest.mark.parametrize(("kind", "scored"), SCORED)
-def test_a_stage_of_preferences_equals_the_dense_reference(kind: str, scored: int) -> None:
-    stages = preferring(kind)
+@pytest.mark.parametrize(
+    ("pairs", "kind", "scored"),
+    [*((PAIRS, *each) for each in SCORED), *((MEANS, *each) for each in SCORED_MEANS)],
+)
+def test_a_stage_of_preferences_equals_the_dense_reference(pairs: Pairs, kind: str, scored: int) -> None:
+    stages = preferring(kind, pairs)
     assert largest_error(stages, QUERIES, stages[scored].documents[:6], scored) < 1e-8
 
 
-def test_preferences_of_the_data_equal_the_dense_reference() -> None:
-    *before, last = preferring("gpt_neox")
+@pytest.mark.parametrize("pairs", OF_PAIRS)
+def test_preferences_of_the_data_equal_the_dense_reference(pairs: Pairs) -> None:
+    *before, last = preferring("gpt_neox", pairs)
     assert largest_error([*before, replace(last, labels="empirical")], QUERIES, TEXTS[:4], 0) < 1e-8
 
 
-def test_pairs_in_one_padded_batch_equal_each_alone() -> None:
-    stage = preferring("gpt_neox")[-1]
+@pytest.mark.parametrize("pairs", OF_PAIRS)
+def test_pairs_in_one_padded_batch_equal_each_alone(pairs: Pairs) -> None:
+    stage = preferring("gpt_neox", pairs)[-1]
     encoded, _ = pipeline.encode_rows(stage, stage.documents)
     windows = [next(pair.windows(64)) for pair in encoded]
     assert len({window.width for window in windows}) > 3 and any(w.width > len(w.ids) for w in windows)
@@ -230,10 +244,11 @@ def test_pairs_in_one_padded_batch_equal_each_alone() -> None:
             torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-10)
 
 
-def test_sampled_preferences_follow_the_margin_and_not_the_batch() -> None:
-    stage = preferring("gpt_neox")[-1]
-    pairs = [referred(stage, pair) for pair in models.random_pairs(9, 300, (2, 6))]
-    encoded, _ = pipeline.encode_rows(stage, pairs)
+@pytest.mark.parametrize("pairs", OF_PAIRS)
+def test_sampled_preferences_follow_the_margin_and_not_the_batch(pairs: Pairs) -> None:
+    stage = preferring("gpt_neox", pairs)[-1]
+    documents = [referred(stage, pair) for pair in models.random_pairs(9, 300, (2, 6))]
+    encoded, _ = pipeline.encode_rows(stage, documents)
     windows = [next(pair.windows(64)) for pair in encoded]
     batch = to_batch(windows)
     with Capture(stage.model, find_linear_maps(stage.model)) as capture:
@@ -241,7 +256,7 @@ def test_sampled_preferences_follow_the_margin_and_not_the_batch() -> None:
         alone = to_batch(windows[7:8])
         assert int(capture.run(alone, batch_uniforms(3, "prefer", alone)).labels) == int(drawn[7])
     with torch.no_grad():
-        chances = torch.stack([reference_objectives.margin(stage, pair).sigmoid() for pair in pairs])
+        chances = torch.stack([reference_objectives.margin(stage, pair).sigmoid() for pair in documents])
     for likely in (chances > 0.6, chances < 0.4):  # of which the other's share is 0.2 off at least
         share, count = float((drawn[likely] == 0).double().mean()), int(likely.sum())
         assert count > 60 and abs(share - float(chances[likely].mean())) < 3 * 0.5 / count**0.5
@@ -254,16 +269,18 @@ def test_a_pair_without_its_reference_has_no_finite_loss() -> None:
         assert capture.run(to_batch(list(encoded[0].windows(64)))).losses.isnan().all()
 
 
-def test_without_a_backward_pass_the_sequences_of_a_pair_apart_give_the_reference() -> None:
-    stage = preferring("gpt_neox")[-1]
-    apart = replace(stage, objective=replace(PAIRS, apart=True))
+@pytest.mark.parametrize("pairs", OF_PAIRS)
+def test_without_a_backward_pass_the_sequences_of_a_pair_apart_give_the_reference(pairs: Pairs) -> None:
+    stage = preferring("gpt_neox", pairs)[-1]
+    apart = replace(stage, objective=replace(pairs, apart=True))
     encoded, _ = pipeline.encode_rows(apart, PAIRED)
     windows = [window for pair in encoded for window in pair.windows(64)]
     found = dict.fromkeys((pair["id"] for pair in PAIRED), 0.0)
+    work = ReferenceJob(pairs.length_normalised).start([], torch.device("cpu"))
     with Capture(stage.reference_model, {}) as capture:
-        captured = capture.run(to_batch(windows))
-    for key, loss in zip(captured.batch.keys, captured.losses.tolist(), strict=True):
-        found[key.document_id] += loss if key.window else -loss
+        work.add(capture.run(to_batch(windows)))
+    for document, sequence, loss in work.take():
+        found[document] += loss if sequence else -loss
     assert found == pytest.approx({pair["id"]: pair["reference"] for pair in stage.documents}, rel=1e-10)
 
 
@@ -274,7 +291,7 @@ def sharing(stage: reference.StageSpec) -> reference.StageSpec:
     return replace(stage, model=model)
 
 
-@pytest.mark.parametrize("make", [classified, preferring])
+@pytest.mark.parametrize("make", [classified, preferring, normalised])
 def test_a_layer_that_is_used_twice(make: Callable[[str], list[reference.StageSpec]]) -> None:
     stage = sharing(make("gpt_neox")[-1])
     names = ["gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.0.mlp.dense_4h_to_h"]
@@ -286,7 +303,7 @@ def test_a_layer_that_is_used_twice(make: Callable[[str], list[reference.StageSp
         assert found_mean == pytest.approx(mean, rel=1e-9)
 
 
-@pytest.mark.parametrize("objective", [CLASSES, PAIRS])
+@pytest.mark.parametrize("objective", [CLASSES, PAIRS, MEANS])
 def test_experts_of_a_mixture(objective: Any) -> None:
     base = families.build("mixtral", 0)
     options = {"tokenizer": models.build_tokenizer(), **SMALL}
@@ -294,7 +311,7 @@ def test_experts_of_a_mixture(objective: Any) -> None:
         stage: Any = Classified("classify", models.classifier(base, 2), documents=LABELLED[:6], **options)
     else:
         before = families.loosened(models.perturb(base, 1))
-        stage = Preferred("prefer", base, documents=[], reference_model=before, beta=PAIRS.beta, **options)
+        stage = Preferred("prefer", base, documents=[], reference_model=before, **told(objective), **options)
         with families.Exact():
             stage = replace(stage, documents=[referred(stage, pair) for pair in PAIRED[:6]])
     encoded, _ = pipeline.encode_rows(stage, stage.documents)
