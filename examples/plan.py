@@ -1,6 +1,7 @@
 """`msif plan` of an example without its weights and data: on a model of the same shape, all zeros, and stand-in text.
 
     python examples/plan.py dolly
+    python examples/plan.py olmo2 7b      # with the changes of configs/changes/7b.json: another size, another cluster
 
 The stand-in's shapes are those of the example's `configs/`; its corpora have the numbers of documents and tokens of
 `stand_in.json`. Zeros are sparse files, so this takes no room; nothing is measured, so there are no hours.
@@ -104,14 +105,24 @@ def pairs(about: dict[str, Any]) -> list[dict[str, str]]:
     return [{"query_id": str(n // per_query), "doc_id": str(n)} for n in range(per_query * about["queries"])]
 
 
-def main(example: str) -> None:
+def changed(description: dict[str, Any], example: str, changes: str | None) -> dict[str, Any]:
+    """A run's description, and what its models' shapes are changed to."""
+    if changes is None:
+        return {}
+    found = json.loads((EXAMPLES / example / "configs" / "changes" / f"{changes}.json").read_text(encoding="utf-8"))
+    description["cluster"] |= found["cluster"]
+    return dict(found["config"])
+
+
+def main(example: str, changes: str | None = None) -> None:
     description = description_of(example)
+    config = changed(description, example, changes)
     with tempfile.TemporaryDirectory() as temporary:
         os.chdir(temporary)
         write_corpora(example, Path(temporary))
         for stage in description["stages"]:
             folder = Path(temporary) / "models" / stage["name"]
-            save_zeros(config_of(example, stage["name"]), folder)
+            save_zeros(config_of(example, stage["name"]) | config, folder)
             save_tokenizer(folder)
             stage.pop("revision", None)
             stage["model"] = str(folder)
@@ -123,4 +134,4 @@ def main(example: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
