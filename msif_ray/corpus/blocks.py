@@ -9,7 +9,6 @@ from typing import Protocol
 from msif_ray import layout
 from msif_ray.config import Documents
 from msif_ray.corpus.reader import Block, CorpusFile, block_id, read_file_blocks
-from msif_ray.store import read_json
 
 
 class Blocks(Protocol):
@@ -79,6 +78,8 @@ class CorpusBlocks:
 
 
 def _with_references(block: Block, folder: Path) -> Block:
+    from msif_ray.store import read_json  # here: it imports PyTorch, and who reads blocks needs none
+
     found = read_json(layout.reference_block(folder, block.id))
     return Block(block.id, tuple(replace(each, reference=found.get(each.id)) for each in block.documents))
 
