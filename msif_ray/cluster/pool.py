@@ -104,6 +104,7 @@ class ReplicaPool:
     def lend(self, progress: Progress) -> list[Any]:
         """The actors of those replicas that have started, `replicas.min` at least, for others to work with until this
         pool is used again. Those that wait for room are given up: whoever borrows asks for more."""
+        self._deaths = 0  # those that died while they were lent have done blocks, of which this pool is not told
         self._fill()
         refs = {worker.actor.release.remote(): worker for worker in self._workers}
         started: list[_Worker] = []
