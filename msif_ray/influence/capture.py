@@ -24,6 +24,7 @@ from msif_ray.influence.heads import Pooling
 from msif_ray.influence.linear import LinearMap
 from msif_ray.influence.modules import output_head
 from msif_ray.influence.objectives import Losses, curvature, differentiate_losses
+from msif_ray.influence.onednn import model_products
 from msif_ray.influence.products import wide
 from msif_ray.influence.routed import RoutedModules
 from msif_ray.influence.seen import Seen, Use, gather
@@ -164,7 +165,9 @@ class Capture:
         Raises UserError, naming the map, when the model uses it in a way that has no per-document
         gradient (not called, an input without a row per token, changed in place).
         """
-        return self._captured(batch, differentiate_losses(self._logits(batch), batch, uniforms))
+        with model_products(batch.input_ids.device):
+            found = differentiate_losses(self._logits(batch), batch, uniforms)
+        return self._captured(batch, found)
 
     def curve(self, batch: Batch, direction: Mapping[str, Tensor]) -> Captured:
         """As `run`, with the gradients of Σ_t (J_t v)ᵀ C_t f_t in place of the loss's, where f_t are a target's
@@ -176,7 +179,7 @@ class Capture:
         UserError as `run` does, and for a model with an operation that has no forward-mode derivative.
         """
         # Fused attention kernels have no forward-mode derivative; the plain products have.
-        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), model_products(batch.input_ids.device):
             self._direction = direction
             try:
                 logits, tangents = forward_ad.unpack_dual(self._logits(batch))
@@ -193,7 +196,8 @@ class Capture:
             tangents = torch.zeros_like(logits) if tangents is None else tangents.detach()
         curved, found = curvature(logits.detach(), tangents, batch)
         if logits.requires_grad:
-            logits.backward(curved)
+            with model_products(batch.input_ids.device):
+                logits.backward(curved)
         return self._captured(batch, found)
 
     def _logits(self, batch: Batch) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.products import add_gram, mirror, operand, outer, times, wide_type, with_ones
+from msif_ray.influence.products import add_gram, mirror, mm, operand, outer, times, wide_type, with_ones
 from msif_ray.influence.response import Identity, Response
 from msif_ray.influence.threads import side_by_side
 
@@ -143,7 +143,7 @@ def add_squares(total: Tensor, activations: Tensor, gradients: Tensor, narrow: t
         return
     product = torch.empty_like(total)
     for a, g in zip(activations, gradients, strict=True):
-        torch.mm(g.T, a, out=product)
+        mm(g.T, a, product)
         total.addcmul_(product, product)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from msif_ray.influence import onednn
+
 # Columns of a block of A and S. Only the blocks on and below the diagonal are multiplied: 5/8 of four by four.
 BLOCK = {"cpu": 256, "cuda": 2048}
 
@@ -56,12 +58,14 @@ def add_gram(total: Tensor, vectors: Tensor, positions: Tensor, bias: bool) -> N
     """
     features, block = vectors.shape[1], BLOCK[total.device.type]
     for some in positions.split(POSITIONS[total.device.type]):
-        chosen = operand(vectors.index_select(0, some))
+        chosen = operand(vectors.index_select(0, some)).T
+        if onednn.suits(chosen, chosen.T):
+            chosen = chosen.contiguous()  # or each block would be copied
         for start in range(0, features, block):
             stop = min(start + block, features)
-            _add_product(total[start:features, start:stop], chosen[:, start:], chosen[:, start:stop])
+            _add_product(total[start:features, start:stop], chosen[start:], chosen[start:stop])
         if bias:
-            summed = chosen.sum(0, dtype=total.dtype)
+            summed = chosen.sum(1, dtype=total.dtype)
             total[-1, :-1] += summed
             total[:-1, -1] += summed
             total[-1, -1] += len(some)
@@ -74,11 +78,13 @@ def covariance_cost(features: int, device: str = "cpu") -> int:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right, `[left features, right features]`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+    """total += left rightᵀ, `[left rows, right rows]`."""
+    if onednn.suits(left, right.T):
+        total += onednn.multiply(left, right.T)
+    elif left.dtype == total.dtype:
+        total.addmm_(left, right.T)
     else:
-        total += torch.mm(left.T, right, out_dtype=total.dtype)
+        total += torch.mm(left, right.T, out_dtype=total.dtype)
 
 
 def mirror(total: Tensor) -> None:
@@ -91,12 +97,20 @@ def mirror(total: Tensor) -> None:
 
 def times(vectors: Tensor, matrix: Tensor) -> Tensor:
     """vectors `[..., n]` times a wide matrix `[n, m]`, in the matrix's type."""
-    if vectors.dtype == matrix.dtype or not vectors.is_cuda:
-        return vectors.to(matrix.dtype) @ matrix
     flat = vectors.flatten(0, -2)
+    if vectors.dtype == matrix.dtype or not vectors.is_cuda:
+        return mm(flat.to(matrix.dtype), matrix).unflatten(0, vectors.shape[:-1])
     terms = torch.cat(_terms(_aligned(matrix), vectors.dtype))
     product = torch.mm(torch.cat([flat, flat], 1), terms, out_dtype=matrix.dtype)
     return product[:, : matrix.shape[1]].unflatten(0, vectors.shape[:-1])
+
+
+def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """left `[n, k]` right `[k, m]` of one type, written to `out` if there is one."""
+    if not onednn.suits(left, right):
+        return torch.mm(left, right, out=out)
+    product = onednn.multiply(left, right)
+    return product if out is None else out.copy_(product)
 
 
 def outer(left: Tensor, right: Tensor, out: Tensor, narrow: torch.dtype | None = None) -> Tensor:
@@ -108,6 +122,10 @@ def outer(left: Tensor, right: Tensor, out: Tensor, narrow: torch.dtype | None =
     if left.is_cuda and narrow is not None and narrow != left.dtype:
         (high, low), (also_high, also_low) = _terms(_aligned(left), narrow), _terms(_aligned(right), narrow)
         left, right = torch.cat([high, high, low], 1), torch.cat([also_high, also_low, also_high], 1)
+    if onednn.suits(left.transpose(1, 2), right):
+        for row, (one, other) in enumerate(zip(left, right, strict=True)):
+            mm(one.T, other, out[row])
+        return out
     if left.dtype == out.dtype:
         return torch.bmm(left.transpose(1, 2), right, out=out)
     product = torch.bmm(_aligned(left).transpose(1, 2), _aligned(right), out_dtype=out.dtype)
@@ -140,6 +158,8 @@ def inner(left: Tensor, right: Tensor) -> Tensor:
     On a CPU a few rows at a time, cut into pieces side by side: one product so long and thin occupies one core.
     """
     left, right = left.flatten(1), right.flatten(1)
+    if onednn.suits(left, right.T):
+        return mm(left, right.T)
     if left.is_cuda or left.shape[1] % PIECES or min(len(left), len(right)) >= MANY:
         return left @ right.T
     cut = right.unflatten(1, (PIECES, -1)).permute(1, 2, 0)

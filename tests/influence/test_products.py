@@ -3,18 +3,23 @@
 import pytest
 import torch
 
-from msif_ray.influence import products
+from msif_ray.influence import onednn, products
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", "onednn", *(["cuda"] if torch.cuda.is_available() else [])]
 # Largest error over largest entry: a float32 matrix is two bfloat16 terms to 4e-6 of each entry.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1e-5}
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
-    monkeypatch.setitem(products.BLOCK, request.param, 5)
-    monkeypatch.setitem(products.POSITIONS, request.param, 7)
-    return request.param
+    """`onednn`: the CPU, as if all float32 products were faster there."""
+    monkeypatch.setattr(onednn, "available", lambda: request.param == "onednn")
+    monkeypatch.setattr(onednn, "LEAST", 1)
+    monkeypatch.setattr(onednn, "ROWS", 1)
+    device = "cuda" if request.param == "cuda" else "cpu"
+    monkeypatch.setitem(products.BLOCK, device, 5)
+    monkeypatch.setitem(products.POSITIONS, device, 7)
+    return device
 
 
 def random(*shape, dtype, device, seed=0):
