@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.products import add_gram, mirror, mm, operand, outer, times, wide_type, with_ones
+from msif_ray.influence.products import add_gram, mirror, mm, operand, outer, sandwich, times, wide_type, with_ones
 from msif_ray.influence.response import Identity, Response
 from msif_ray.influence.threads import side_by_side
 
@@ -83,11 +83,11 @@ class Basis:
 
     def rotate(self, gradient: Tensor) -> Tensor:
         """Q_Sᵀ G Q_A of gradients `[..., out, columns]`."""
-        return self.gradients.T @ gradient @ self.activations
+        return sandwich(self.gradients.T, gradient, self.activations)
 
     def rotate_back(self, gradient: Tensor) -> Tensor:
         """Q_S G Q_Aᵀ of rotated gradients `[..., out, columns]`."""
-        return self.gradients @ gradient @ self.activations.T
+        return sandwich(self.gradients, gradient, self.activations.T)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture, Captured
-from msif_ray.influence.products import operand, wide_type, with_ones
+from msif_ray.influence.products import mm, operand, wide_type, with_ones
 
 
 @dataclass
@@ -60,5 +60,5 @@ def _product(captured: Captured, name: str) -> Tensor:
     if captured.maps[name].bias:
         inputs = with_ones(inputs)
     if gradients.dtype == wide_type(gradients.dtype):
-        return gradients.T @ inputs
+        return mm(gradients.T, inputs)
     return torch.mm(gradients.T, inputs, out_dtype=wide_type(gradients.dtype))

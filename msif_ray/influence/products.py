@@ -113,6 +113,15 @@ def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return product if out is None else out.copy_(product)
 
 
+def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
+    """left `[k, m]` times matrices `[..., m, n]` times right `[n, l]`, `[..., k, l]`."""
+    if not onednn.suits(left, middle):
+        return left @ middle @ right
+    flat = middle.reshape(-1, *middle.shape[-2:])
+    made = torch.stack([mm(mm(left, each), right) for each in flat])
+    return made.reshape(*middle.shape[:-2], *made.shape[1:])
+
+
 def outer(left: Tensor, right: Tensor, out: Tensor, narrow: torch.dtype | None = None) -> Tensor:
     """Σ_t l_t r_tᵀ of each row: left `[rows, t, m]`, right `[rows, t, n]` of one type; `[rows, m, n]` in `out`'s type.
 

@@ -56,6 +56,18 @@ def test_times_a_wide_matrix(device, dtype):
     assert error(found, vectors.double() @ matrix.double()) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("shape", ((), (1,), (3, 2)))
+def test_sandwich(device, dtype, shape):
+    left, middle, right = (
+        random(*size, dtype=dtype, device=device, seed=seed)
+        for seed, size in enumerate(((9, 12), (*shape, 12, 17), (17, 5)))
+    )
+    found = products.sandwich(left, middle, right)
+    assert found.shape == (*shape, 9, 5) and found.dtype == dtype
+    assert error(found, left.double() @ middle.double() @ right.double()) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_outer(device, dtype):
     pair = [random(4, 33, size, dtype=dtype, device=device, seed=size) for size in (6, 8)]
