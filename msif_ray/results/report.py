@@ -133,6 +133,7 @@ def render(gathered: Gathered) -> str:
     facts = gathered.facts
     return template.render(
         facts=facts,
+        said=_said(facts),
         scored=[_scored(gathered, each) for each in facts.scored],
         several_stages=bool(gathered.by_stage),
         parameters=sum(out * columns for out, columns in facts.maps.values()),
@@ -143,6 +144,11 @@ def render(gathered: Gathered) -> str:
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
+
+
+def _said(facts: Facts) -> str:
+    """What the queries are about."""
+    return "completion" if facts.run.queries.label is None else "class"
 
 
 def _hash(content: str) -> str:
@@ -169,6 +175,7 @@ def _data(gathered: Gathered) -> Json:
     layers, kinds, cells = grid(gathered.modules)
     names = [short_name(name) for name in gathered.modules]
     return {
+        "said": _said(gathered.facts),
         "queries": [_query(query) for query in gathered.facts.queries],
         "maps": {"layers": layers, "kinds": kinds, "cells": cells, "names": names},
         "scored": [

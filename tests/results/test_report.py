@@ -86,6 +86,25 @@ def test_what_queries_ask_is_told_apart(chromium: Any, tmp_path: Path) -> None:
     assert page.locator("#queries-found").inner_text() == "2 found"
 
 
+def test_a_class_is_called_so(chromium: Any, tmp_path: Path) -> None:
+    documents = {"path": "base.jsonl", "text": "text"}
+    base = {"name": "pretrain", "model": "models/base", "documents": documents}
+    second = {"stage": "tune", "documents": {"path": "tune.jsonl", "text": "text", "label": "label"}}
+    run = Finished(
+        queries=[("q0", "Good.", "positive")],
+        labels=("pretrain", "tune"),
+        changes={
+            "stages": [base, {"name": "tune", "model": "models/tuned", "objective": "classification"}],
+            "queries": {"path": "queries.jsonl", "id": "id", "text": "text", "label": "label"},
+            "score": [{"stage": "pretrain"}, second],
+        },
+    )
+    page = browser.Watched(chromium, write_report(run.write(tmp_path))[0]).page
+    shown = page.locator("body").inner_text()
+    assert "Supports the class" in shown and "the class’s log-likelihood" in shown
+    assert "completion" not in shown.replace("completion_tokens", "")
+
+
 def test_it_asks_for_nothing_and_shows_the_first_query(chromium: Any, large: Path) -> None:
     seen = browser.Watched(chromium, large)
     page = seen.page

@@ -107,7 +107,7 @@
         ...[each.supports, each.opposes, each.net].map((value) => make("td", {}, signed(value))),
         make("td", {}, `${each.documents.toLocaleString("en")}${all}`));
     });
-    place.replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines)), make("p", { class: "quiet" }, "Sums over the documents of score/N, in nats of the completion’s log-likelihood: what leaving each one out would cost."));
+    place.replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...lines)), make("p", { class: "quiet" }, `Sums over the documents of score/N, in nats of the ${data.said}’s log-likelihood: what leaving each one out would cost.`));
   };
 
   // Distribution ----------------------------------------------------------
