@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import reference
+from adapters import adapted
 from cluster import runs
 from four_stages import NAMES, four_stages
 from peft import PeftModel
-from test_lora import adapted
 
 from msif_ray.config import parse_run
 from msif_ray.run import run
