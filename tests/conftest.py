@@ -1,4 +1,5 @@
-"""Settings that all tests share: one thread each, no network, quiet libraries; object storage for those that ask."""
+"""Settings that all tests share: one thread each, no network, quiet libraries; a Ray cluster or object storage for
+those that ask."""
 
 import os
 import sys
@@ -13,8 +14,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
     "RAY_DEDUP_LOGS": "0",
-    # Ray ends processes that have been idle for a second; each new one imports torch for six.
-    "RAY_idle_worker_killing_time_threshold_ms": "60000",
+    # Ray ends processes that have been idle for a second; each new one imports torch for some, and runs follow runs.
+    "RAY_idle_worker_killing_time_threshold_ms": "300000",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,6 +23,37 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kill-seeds", type=int, default=2, help="seeds of the test that kills at random (default: 2)")
+
+
+@pytest.fixture(scope="session")
+def end_of_session() -> Iterator[None]:
+    """Ends the shared cluster."""
+    import ray
+
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(end_of_session: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """The Ray cluster that modules share, started for the first of them. After a failure the next has a new one."""
+    import ray
+    from cluster import runs
+
+    failed = request.session.testsfailed
+    if not ray.is_initialized():
+        runs.start_cluster()
+    yield
+    if request.session.testsfailed > failed:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def no_shared_cluster() -> None:
+    """For tests with clusters or ranks of their own, and for those that measure memory."""
+    import ray
+
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

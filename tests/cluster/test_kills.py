@@ -17,7 +17,7 @@ FEW_KILLS, FEW_SEED = 2, 1
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[chaos.Machines]:
+def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
     with chaos.machines(nodes=2, cpus=1) as found:
         yield found
 

@@ -16,11 +16,7 @@ from msif_ray.errors import UserError
 from msif_ray.progress import Reporter, Step
 from msif_ray.run import run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class InterruptionError(Exception):

@@ -35,7 +35,7 @@ def until(holds: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
 
 
 @pytest.fixture
-def submit() -> Iterator[Callable[..., str]]:
+def submit(no_shared_cluster: None) -> Iterator[Callable[..., str]]:
     """Runs `ray job ...` against a head of its own; both have RAY_AUTH_MODE=token, as the README says."""
     with ExitStack() as stack:
         # Ray's sockets need a short path; its token is kept in the home directory.
