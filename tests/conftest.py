@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 # What its modules ask for, by group: never are tests of two modules of a group run at once.
 MACHINE = "the machine"
 GROUPS = {
-    MACHINE: re.compile(r"\b(ray_cluster|no_shared_cluster)\b"),
+    MACHINE: re.compile(r"\b(ray_cluster|no_shared_cluster|own_cluster|chaos)\b"),
     "the S3 server": re.compile(r"\b(s3_port|bucket: str)\b"),
 }
 
