@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/msif demo
 
+# In two processes; tests/conftest.py says what never runs beside what, and what comes first.
 test: lint
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: $(INSTALLED)
 	$(BIN)/pytest -m long

@@ -4,7 +4,7 @@ import gzip
 import importlib.util
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -187,18 +187,14 @@ def test_its_run_is_planned(example: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert found.pairs > 0 and all(corpus.skipped == 0 for corpus in found.corpora)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
-
-
 LONG = pytest.mark.long
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("example", ["dolly", pytest.param("bloomz", marks=LONG), pytest.param("olmo2", marks=LONG)])
-def test_its_run_ends_with_scores(example: str, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_run_ends_with_scores(
+    example: str, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     description = described(example, tmp_path, monkeypatch)
     run(parse_run(description))
     for entry in description["score"]:

@@ -10,10 +10,11 @@ import models
 import object_storage
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from adapters import MAPS, adapted, save_adapter
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_preflight import describe, folder, pair
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from msif_ray import fetch, layout
 from msif_ray.config import parse_run
@@ -25,38 +26,11 @@ from msif_ray.store import read_json
 
 __all__ = ["folder", "pair"]  # fixtures
 
-MAPS = {
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-    "gpt2": ["c_attn", "c_proj"],
-    "llama": ["q_proj", "down_proj"],
-}
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MSIF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def adapted(base: PreTrainedModel, named: str, seed: int = 0, **options: Any) -> PeftModel:
-    """The model with an adapter of random matrices (and random whole tensors, where it has them)."""
-    base = copy.deepcopy(base)
-    base.name_or_path = named
-    model = get_peft_model(base, LoraConfig(**{"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"} | options))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_((0.3 * torch.randn(parameter.shape, generator=generator)).float())
-    return model
-
-
-def save_adapter(folder: Path, base: Path, name: str = "adapter", **options: Any) -> Path:
-    """An adapter of the model in `base`, without a tokenizer."""
-    model, _ = models.load(base)
-    options = {"target_modules": MAPS["gpt_neox"]} | options
-    adapted(model, str(base), **options).save_pretrained(folder / name)
-    return folder / name
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from msif_ray import layout, store
 from msif_ray.config import parse_run
 from msif_ray.corpus import reader
 from msif_ray.errors import UserError
@@ -253,25 +252,6 @@ def test_a_fault_in_the_description_is_one_line(folder: Path, key: str, value: A
     assert "\n" not in str(error.value)
 
 
-def save_factors(folder: Path, resolved: Resolved, **changes: Any) -> Path:
-    """Factors of the first stage as a run in `other` leaves them, but empty; its folder."""
-    other = layout.factors(str(folder / "other"), "pre")
-    manifest = {
-        "model_sha256": resolved.stages[0].model_hash,
-        "maps": {name: {"shape": list(shape)} for name, shape in resolved.maps.items()},
-    }
-    for path in layout.factor_files(other, resolved.maps):
-        store.write_atomic(path, b"")
-    store.write_json(layout.factors_manifest(other), manifest | changes)
-    return other
-
-
-def reusing(folder: Path) -> Description:
-    description = describe(folder)
-    description["stages"][0]["factors"] = str(folder / "other")
-    return description
-
-
 def grow(folder: Path) -> None:
     """Two tokens more in the last stage's vocabulary."""
     model, tokenizer = models.load(folder / "stage1", torch.float32)
@@ -290,42 +270,6 @@ def test_a_grown_vocabulary_is_refused_only_where_the_head_is_tracked(folder: Pa
         f"stages.1.model: lm_head is {SIZE} x 16 in 'pre' and {SIZE + 2} x 16 in 'tune'; all stages need the same "
         "tracked maps: leave the head of a vocabulary that grew out of `modules`"
     )
-
-
-def test_factors_of_another_run_are_taken_instead_of_its_corpus(folder: Path) -> None:
-    save_factors(folder, resolve(describe(folder)))
-    resolved = resolve(reusing(folder))
-    assert "stages.0" not in resolved.corpora and resolved.reused.keys() == {"pre"}
-
-
-BASIS = "basis/gpt_neox.layers.1.mlp.dense_4h_to_h.safetensors"
-FACTORS: dict[str, tuple[Callable[[Path, Resolved], object], str]] = {
-    "another model": (lambda f, r: save_factors(f, r, model_sha256="x"), "{other} was fitted to another model than"),
-    "other maps": (lambda f, r: save_factors(f, r, maps={}), "{other} was fitted over other maps; use the same"),
-    "none": (lambda f, r: None, "{other} holds no finished factors"),
-    "half a manifest": (
-        lambda f, r: save_factors(f, r, maps=[]),
-        "{other}/manifest.json: not a whole manifest; finish or repeat the run in {run}",
-    ),
-    "a broken manifest": (
-        lambda f, r: (save_factors(f, r) / "manifest.json").write_text('{"maps'),
-        "{other}/manifest.json: not whole JSON: .*; finish or repeat the run in {run}",
-    ),
-    "a lost file": (
-        lambda f, r: (save_factors(f, r) / BASIS).unlink(),
-        f"{{other}}/{BASIS} is not there .*; finish or repeat the run in {{run}}",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", FACTORS)
-def test_factors_of_another_run_are_checked(folder: Path, case: str) -> None:
-    spoil, message = FACTORS[case]
-    spoil(folder, resolve(describe(folder)))
-    message = message.format(other=folder / "other" / "factors" / "pre", run=folder / "other")
-    with pytest.raises(UserError, match=rf"^stages\.0\.factors: {message}") as error:
-        resolve(reusing(folder))
-    assert "\n" not in str(error.value)
 
 
 def test_a_corpus_is_read_once_whatever_it_is_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

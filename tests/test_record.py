@@ -8,7 +8,8 @@ from typing import Any
 
 import models
 import pytest
-from test_preflight import BASE, describe, edit_config, folder, pair, reusing, save_factors, write_lines
+from test_preflight import BASE, describe, edit_config, folder, pair, write_lines
+from test_reused_factors import reusing, save_factors
 
 from msif_ray import layout, record
 from msif_ray.config import parse_run

@@ -65,6 +65,7 @@ def processes(node: Any) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def machines(nodes: int, cpus: int) -> Iterator[Machines]:
+    assert not ray.is_initialized(), "the shared cluster is up: ask for no_shared_cluster"
     environment = {"PYTHONPATH": f"{TESTS}:{TESTS.parent}", "RAY_health_check_period_ms": "500"}
     kept = {name: os.environ.get(name) for name in environment}
     os.environ |= environment

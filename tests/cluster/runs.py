@@ -10,6 +10,7 @@ from typing import Any
 import models
 import numpy
 import pyarrow.parquet as pq
+import pytest
 import ray
 import reference
 import torch
@@ -18,18 +19,22 @@ Pair = tuple[str, str]
 TESTS = Path(__file__).parents[1]
 
 
-@contextmanager
-def local_cluster(hook: Callable[[], None] | None = None) -> Iterator[None]:
+def start_cluster(hook: Callable[[], None] | None = None) -> None:
     """A Ray of this machine with two cores, whose workers find the tests' modules, and call `hook` when they start."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = f"{TESTS}:{TESTS / 'cluster'}:{before}"
     environment = {"worker_process_setup_hook": hook} if hook else None
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{TESTS}:{TESTS / 'cluster'}:{os.environ.get('PYTHONPATH', '')}")
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+
+
+@contextmanager
+def own_cluster(hook: Callable[[], None] | None = None) -> Iterator[None]:
+    """Such a cluster that ends with the context; the shared one must not be up."""
+    start_cluster(hook)
     try:
         yield
     finally:
         ray.shutdown()
-        os.environ["PYTHONPATH"] = before
 
 
 BASE = [
@@ -89,9 +94,11 @@ def save_wide_pair(folder: Path) -> None:
     )
 
 
-def expected(folder: Path, scored: int) -> dict[Pair, tuple[float, float, int]]:
-    """The dense reference's (score, norm, tokens) of every pair of the run above."""
+def expected(folder: Path, scored: int, later: str = "proximal") -> dict[Pair, tuple[float, float, int]]:
+    """The dense reference's (score, norm, tokens) of every pair of the run above; `later`: what the later stage does
+    to the scores of the first."""
     stages = specs(folder)
+    stages[1].response = later
     with torch.enable_grad():
         found, _ = reference.scores(stages, QUERIES, stages[scored].documents, scored)
     return found

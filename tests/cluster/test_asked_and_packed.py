@@ -98,8 +98,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster(spy.shard_small_weights):
+def own_cluster(no_shared_cluster: None) -> Iterator[None]:
+    with runs.own_cluster(spy.shard_small_weights):
         yield
 
 

@@ -1,6 +1,5 @@
 """Whole runs of families on a real local Ray cluster: a mixture of experts with a dead one, and heads in blocks."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,8 @@ from msif_ray.errors import UserError
 from msif_ray.run import run
 from msif_ray.store import read_json
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.long, pytest.mark.timeout(900)]
 HEADS = {"q.0": (0, 4), "q.1": (4, 8), "k.0": (8, 12), "k.1": (12, 16), "v.0": (16, 20), "v.1": (20, 24)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
 
 
 def mixture(seed: int) -> PreTrainedModel:

@@ -1,13 +1,11 @@
 """An index on a real local Ray cluster: built, resumed, and scored from with other queries."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import models
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from cluster import runs
 
@@ -15,6 +13,7 @@ from msif_ray.config import parse_run
 from msif_ray.run import run
 from msif_ray.store import load_tensors, read_json
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 FLOAT32 = 2e-7  # scores are written as float32
 OTHERS = models.random_documents(8, 4, (2, 8), completions=True, prefix="other")
 
@@ -22,13 +21,6 @@ OTHERS = models.random_documents(8, 4, (2, 8), completions=True, prefix="other")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def indexing(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ FEW_KILLS, FEW_SEED = 2, 1
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[chaos.Machines]:
+def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
     with chaos.machines(nodes=2, cpus=1) as found:
         yield found
 
@@ -42,6 +42,7 @@ def description(folder: Path, run_dir: str, ranks: int) -> dict[str, Any]:
 def undisturbed(folder: Path, machines: chaos.Machines) -> chaos.Job:
     (folder / "undisturbed").mkdir()
     job = chaos.Job(description(folder, "undisturbed/run", 1), folder / "undisturbed", machines.cluster.address)
+    job.seconds_per_block = 0  # nothing is to be hit
     job.start()
     job.finish()
     return job

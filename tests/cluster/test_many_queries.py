@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import models
 import pyarrow.parquet as pq
 import pytest
-import ray
 from cluster import runs
 
 from msif_ray import layout
@@ -18,15 +16,9 @@ from msif_ray.config import parse_run
 from msif_ray.run import run
 from msif_ray.store import read_json
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 FLOAT32 = 2e-7
 QUERIES = 200
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def describe(folder: Path, run_dir: str, **cluster: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import pytest
 from cluster import chaos, runs
 from ray.autoscaler.v2.sdk import get_cluster_status
 
+pytestmark = pytest.mark.usefixtures("no_shared_cluster")
+
 
 def demanded_cpus(address: str) -> float:
     """What an autoscaler would see asked for and not placed."""

@@ -1,6 +1,7 @@
 """A whole run whose models, corpora, queries and run_dir are on object storage."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import object_storage
@@ -14,21 +15,26 @@ from msif_ray.progress import Step
 from msif_ray.run import run
 
 
+@pytest.fixture(scope="module")
+def logs(no_shared_cluster: None, s3_port: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of a cluster whose workers know the S3 server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in object_storage.environment(s3_port).items():
+            patch.setenv(name, value)
+        patch.setenv("MSIF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        with runs.own_cluster():
+            yield Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
 @pytest.mark.timeout(600)
-def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(bucket: str, tmp_path: Path) -> None:
+def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(logs: Path, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     local = runs.two_stages(tmp_path / "in", "run")
     url = object_storage.put_folder(tmp_path / "in", bucket, "in")
     remote = json.loads(json.dumps(local).replace(str(tmp_path / "in"), url))
     assert remote["run_dir"] == f"{url}/run" and remote["stages"][0]["model"] == f"{url}/stage0"
-    # A cluster of its own, whose workers have this process's environment
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-        run(parse_run(remote))
-        run(parse_run(local))
-    finally:
-        ray.shutdown()
+    run(parse_run(remote))
+    run(parse_run(local))
     written = object_storage.objects(bucket, "in/run/")
     for key, content in written.items():
         path = tmp_path / "fetched" / key.removeprefix("in/run/")
@@ -46,7 +52,7 @@ def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(bucket: str, 
 
 
 def test_a_storage_that_fails_workers_half_way_is_said_and_survived(
-    bucket: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    logs: Path, bucket: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "in").mkdir()
     local = runs.two_stages(tmp_path / "in", "run")
@@ -60,7 +66,6 @@ def test_a_storage_that_fails_workers_half_way_is_said_and_survived(
         if self.name == "pretrain: covariance" and tokens:
             object_storage.check_credentials(s3_port, on=True)
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         with monkeypatch.context() as patch, pytest.raises(UserError) as refused:
             patch.setattr(Step, "add", refused_from_now_on)
@@ -69,13 +74,11 @@ def test_a_storage_that_fails_workers_half_way_is_said_and_survived(
         assert str(refused.value).startswith(f"{url}/run/factors/pretrain/partials/")
         assert "check the credentials in the environment" in str(refused.value) and "\n" not in str(refused.value)
         run(parse_run(remote), until="score")
-        run(parse_run(local), until="score")
     finally:
         object_storage.check_credentials(s3_port, on=False)
-        ray.shutdown()
     for key, content in object_storage.objects(bucket, "in/run/scores/").items():
         path = tmp_path / "fetched" / key.removeprefix("in/run/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    found, wanted = (runs.read_scores(folder, "pretrain") for folder in (str(tmp_path / "fetched"), local["run_dir"]))
-    assert runs.largest_error(found, wanted) < 1e-6
+    wanted = runs.expected(tmp_path / "in", 0, later="identity")
+    assert runs.largest_error(runs.read_scores(str(tmp_path / "fetched"), "pretrain"), wanted) < 1e-6

@@ -1,6 +1,5 @@
 """Whole runs of stages with other objectives on a real local Ray cluster, against their dense reference."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -27,14 +26,9 @@ from msif_ray.errors import UserError
 from msif_ray.run import run
 from msif_ray.store import read_json
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 # Scores are written as float32, whatever they were computed in.
 FLOAT32 = 2e-7
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from msif_ray.config import Cluster
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
+def own_cluster(no_shared_cluster: None) -> Iterator[None]:
+    with runs.own_cluster():
         yield
 
 

@@ -16,11 +16,7 @@ from msif_ray.errors import UserError
 from msif_ray.progress import Reporter, Step
 from msif_ray.run import run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 class InterruptionError(Exception):
@@ -48,9 +44,10 @@ def one_stage(folder: Path, run_dir: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[runs.Pair, tuple[float, float, int]]:
-    description = one_stage(tmp_path_factory.mktemp("undisturbed"), "run")
-    run(parse_run(description), until="score")
-    return runs.read_scores(description["run_dir"], "pretrain")
+    """What every run of one stage says that is not disturbed, by the dense reference."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    one_stage(folder, "run")
+    return runs.expected(folder, 0, later="identity")
 
 
 def finishes(description: dict[str, Any], wanted: dict[runs.Pair, tuple[float, float, int]]) -> None:

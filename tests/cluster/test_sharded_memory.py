@@ -17,6 +17,7 @@ from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
 
+pytestmark = pytest.mark.usefixtures("no_shared_cluster")
 CPU = torch.device("cpu")
 # 701 MiB in float32; the embedding and the head are its largest weights, each 5 % of it.
 CONFIG = LlamaConfig(

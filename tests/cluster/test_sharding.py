@@ -17,6 +17,7 @@ from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
 
+pytestmark = pytest.mark.usefixtures("no_shared_cluster")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

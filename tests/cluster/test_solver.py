@@ -19,6 +19,7 @@ from msif_ray.progress import Reporter, Step
 from msif_ray.run import run
 from msif_ray.store import read_json
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 # Strong, so that few iterations solve a system: every one costs the test a fifth of a second.
 STRENGTH = 100.0
 SOLVER = {"kind": "cg", "iterations": 40, "documents": 5, "tolerance": 1e-5}
@@ -45,12 +46,6 @@ class Watching(Reporter):
             raise InterruptionError(name)
         with super().step(name, total) as step:
             yield step
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(2000)]
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[chaos.Machines]:
+def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
     with chaos.machines(nodes=2, cpus=1) as found:
         yield found
 

@@ -1,6 +1,5 @@
 """Four stages in one run on a real local Ray cluster: continued pre-training, added chat tokens, and an adapter."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import reference
+from adapters import adapted
 from cluster import runs
 from four_stages import NAMES, four_stages
 from peft import PeftModel
-from test_lora import adapted
 
 from msif_ray.config import parse_run
 from msif_ray.run import run
 from msif_ray.store import read_json
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.long, pytest.mark.timeout(600)]
 Scores = dict[runs.Pair, tuple[float, float, int]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
-        yield
 
 
 @pytest.fixture(scope="module")

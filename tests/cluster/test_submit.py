@@ -1,17 +1,17 @@
 """`ray job submit` of jobs/attribute.py to a head started by `ray start`, stopped half-way and submitted again."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import models
+import psutil
 import pytest
 import yaml
 from cluster import runs
@@ -34,8 +34,18 @@ def until(holds: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
+def end(head: subprocess.Popen[bytes]) -> None:
+    """Kills all of a head's processes: asked to end, they take half a minute over it."""
+    ended = [*psutil.Process(head.pid).children(recursive=True), psutil.Process(head.pid)]
+    for process in ended:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait(60)
+    psutil.wait_procs(ended, timeout=60)
+
+
 @pytest.fixture
-def submit() -> Iterator[Callable[..., str]]:
+def submit(no_shared_cluster: None) -> Iterator[Callable[..., str]]:
     """Runs `ray job ...` against a head of its own; both have RAY_AUTH_MODE=token, as the README says."""
     with ExitStack() as stack:
         # Ray's sockets need a short path; its token is kept in the home directory.
@@ -49,7 +59,7 @@ def submit() -> Iterator[Callable[..., str]]:
              f"--temp-dir={folder}/ray"],
             env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        stack.callback(lambda: (os.killpg(head.pid, signal.SIGTERM), head.wait(60)))
+        stack.callback(end, head)
 
         def job(*arguments: str) -> str:
             command = [RAY, "job", arguments[0], "--address", f"http://127.0.0.1:{dashboard}", *arguments[1:]]

@@ -8,6 +8,8 @@ import pytest
 
 from msif_ray.demo.run import run_demo
 
+pytestmark = pytest.mark.usefixtures("no_shared_cluster")
+
 
 @pytest.mark.long
 @pytest.mark.timeout(900)

@@ -14,11 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DbrxConfig, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from msif_ray.config import Strength
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
-from msif_ray.influence.response import Identity, Nothing
 
 
 class HomemadeConfig(PretrainedConfig):
@@ -245,44 +243,6 @@ def test_experts_see_their_tokens_alone_and_nothing_is_left_on_the_model(family)
     assert seen == chosen * int(found.batch.predicts.sum())
 
 
-def dead(model):
-    """With an expert of the second layer that no token is ever sent to."""
-    with torch.no_grad():
-        model.model.layers[1].mlp.router.bias[2] = -1e6
-    return model
-
-
-def test_an_expert_that_no_token_reached_takes_no_part():
-    stage = stages_of(dead(families.build("gpt_oss", 0)), None)[0]
-    name = "model.layers.1.mlp.experts.2.down_proj"
-    with families.Exact():
-        fitted = pipeline.fit(stage, 90)
-        scored = captured(stage.model)
-    factor = fitted.factors[name]
-    assert not factor.eigenvalues.any() and not scored.gradients(name).any()
-    assert torch.equal(factor.basis.gradients.abs(), torch.eye(8, dtype=torch.float64))
-    gradient = torch.randn(1, 8, 13, dtype=torch.float64)
-    assert not factor.apply(Nothing(), gradient).any()
-    assert all(f.eigenvalues.any() for other, f in fitted.factors.items() if "experts.2" not in other)
-
-
-def test_strengths_of_an_expert_that_no_token_reached():
-    from msif_ray.config import parse_run
-    from msif_ray.stages import response_of
-
-    stage = {"model": "m", "documents": {"path": "d", "text": "text"}, "damping": {"relative": 0.1}}
-    run = {"run_dir": "r", "queries": {"path": "q"}, "score": [{"stage": "a"}]}
-    made = parse_run(run | {"stages": [stage | {"name": "a"}, stage | {"name": "b"}]})
-    assert response_of(made, 0, 0, "layers.1.experts.2.w1", 0.0) == (Nothing(), None)
-    assert response_of(made, 1, 0, "layers.1.experts.2.w1", 0.0) == (Identity(), None)
-    assert response_of(made, 0, 0, "layers.1.experts.2.w1", 2.0)[1] == pytest.approx(0.2)
-    with pytest.raises(UserError, match=r"stages\.0\.damping: layers\.1\.mlp has no curvature"):
-        response_of(made, 0, 0, "layers.1.mlp", 0.0)
-    absolute = made.stages[0].model_copy(update={"damping": Strength(absolute=0.5)})
-    made = made.model_copy(update={"stages": [absolute, made.stages[1]]})
-    assert response_of(made, 0, 0, "layers.1.experts.2.w1", 0.0)[1] == 0.5
-
-
 def relative_errors(found, wanted):
     assert found.keys() == wanted.keys()
     return {name: float((found[name].double() - wanted[name]).norm() / wanted[name].norm()) for name in wanted}
@@ -330,64 +290,3 @@ def test_factors_of_blocks_are_those_of_the_rows_of_a_map():
     for label, rows in {"q.0": (0, 4), "v.1": (20, 24)}.items():
         assert torch.equal(cut.activations(f"{name}.{label}"), whole.activations(name))
         assert torch.equal(cut.gradients(f"{name}.{label}"), whole.gradients(name)[..., slice(*rows)])
-
-
-def curved(model, maps, direction):
-    """The Gauss-Newton Hessian of two windows times a direction, by the package, `[out, columns]` by map."""
-    encoded, _ = pipeline.encode_rows(reference.StageSpec("s", model, models.build_tokenizer(), []), ANSWERS[:2])
-    batch = pipeline.to_batch([next(document.windows(len(document.ids))) for document in encoded])
-    with Capture(model, maps) as capture:
-        found = capture.curve(batch, direction)
-    return {n: torch.einsum("rto,rti->oi", found.gradients(n), found.activations(n)) for n in maps}
-
-
-@pytest.mark.parametrize("family", ("mixtral", "gpt_oss"))
-def test_gauss_newton_products_of_experts(family):
-    """Against forward and reverse differentiation in the weights of the loose model, window by window."""
-    model = families.build(family, 0)
-    loose, tokenizer, maps = families.loosened(model), models.build_tokenizer(), find_linear_maps(model)
-    generator = torch.Generator().manual_seed(0)
-    direction = {n: torch.randn(m.shape, generator=generator, dtype=torch.float64) for n, m in maps.items()}
-    moved = {f"{n}.weight": v[:, :-1] if maps[n].bias else v for n, v in direction.items()}
-    moved |= {f"{n}.bias": v[:, -1] for n, v in direction.items() if maps[n].bias}
-    weights = {name: loose.get_parameter(name).detach() for name in moved}
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    with families.Exact():
-        found = curved(model, maps, direction)
-        for document in ANSWERS[:2]:
-            ids, targets = reference.tokenise(tokenizer, document)
-
-            def logits(weights, ids=ids, targets=targets):
-                every = torch.func.functional_call(loose, weights, kwargs={"input_ids": torch.tensor([ids])}).logits[0]
-                return every[torch.tensor([*targets[1:], False])]
-
-            values, tangents = torch.func.jvp(logits, (weights,), (moved,))
-            p = values.softmax(-1)
-            outer = p * (tangents - (p * tangents).sum(-1, keepdim=True))
-            (product,) = torch.func.vjp(logits, weights)[1](outer)
-            total = {name: total[name] + product[name] for name in total}
-    for name, described in maps.items():
-        expected = total[f"{name}.weight"]
-        if described.bias:
-            expected = torch.cat([expected, total[f"{name}.bias"][:, None]], dim=1)
-        torch.testing.assert_close(
-            found[name], expected, rtol=1e-8, atol=1e-9 * float(expected.detach().abs().max() + 1)
-        )
-
-
-def test_gauss_newton_products_of_blocks_are_the_rows_of_the_whole():
-    model = families.build("gpt_neox", 0)
-    whole, blocks = find_linear_maps(model), find_linear_maps(model, None, "qkv")
-    generator = torch.Generator().manual_seed(0)
-    direction = {n: torch.randn(m.shape, generator=generator, dtype=torch.float64) for n, m in whole.items()}
-    cut = {n: m.own(direction[m.source].T).T for n, m in blocks.items()}
-    expected, found = curved(model, whole, direction), curved(model, blocks, cut)
-    for name, described in blocks.items():
-        torch.testing.assert_close(found[name], described.own(expected[described.source].T).T)
-
-
-def test_a_family_with_an_activation_of_its_own_is_refused_by_cg():
-    model = families.build("bloom", 0)  # its GELU is an autograd function without a forward-mode derivative
-    maps = find_linear_maps(model)
-    with pytest.raises(UserError, match=r"^solver: the model has an operation without a forward-mode derivative"):
-        curved(model, maps, {n: torch.zeros(m.shape, dtype=torch.float64) for n, m in maps.items()})

@@ -34,8 +34,8 @@ def plan(description: Description) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def finished(description: Description, plan: Plan) -> Iterator[Path]:
-    """The run folder after the run, which the plan was made before."""
+def finished(no_shared_cluster: None, description: Description, plan: Plan) -> Iterator[Path]:
+    """The run folder after the run, which the plan was made before, on the Ray that a run starts for itself."""
     assert not Path(description["run_dir"]).exists()
     run(parse_run(description))
     yield Path(description["run_dir"])

@@ -13,6 +13,7 @@ import yaml
 from cluster import runs
 from plan.watching import run_watched
 
+pytestmark = pytest.mark.usefixtures("no_shared_cluster")
 TOLERANCE = 0.2
 MEBI = 2**20
 
