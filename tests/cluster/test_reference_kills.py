@@ -13,7 +13,7 @@ KINDS = ("rank", "driver", "node", "replica")
 
 
 @pytest.fixture(scope="module")
-def machines() -> Iterator[chaos.Machines]:
+def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
     with chaos.machines(nodes=2, cpus=1) as found:
         yield found
 
