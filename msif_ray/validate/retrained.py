@@ -108,6 +108,14 @@ class Trainings:
             )
         return models
 
+    @property
+    def documents_loss(self) -> float:
+        """Nats per token of the documents under the model that was pre-trained on all of them: near zero where it has
+        memorised them."""
+        model = self.final[PRETRAINED]
+        said = log_likelihoods(Stack.copies(model, 1), self.documents)
+        return -float(said.sum()) / int(self.documents.targets.sum())
+
     def _drawn(self, number: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed} {number}")
         return [sorted(rng.sample(range(self.count), self.count // 2)) for _ in range(self.at_once)]

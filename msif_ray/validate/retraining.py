@@ -194,6 +194,7 @@ class Retraining:
             "finetuning": len(final.finetuning),
             "queries": len(final.queries),
             "halves": len(measured.included),
+            "documents_nats_per_token": trainings.documents_loss,
             "gradient_left": float(measured.gradient.mean()),
             "log_likelihood": {kind: float(each.mean()) for kind, each in measured.log_likelihoods.items()},
             "spread": {kind: float(each.std(axis=0).mean()) for kind, each in measured.log_likelihoods.items()},

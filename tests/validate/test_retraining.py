@@ -21,7 +21,7 @@ from msif_ray.validate import retraining_report
 from msif_ray.validate.attributions import Attribution, Attributions, Strengths
 from msif_ray.validate.pipeline import Pipeline, Sizes
 from msif_ray.validate.removal import Removals, highest
-from msif_ray.validate.retrained import ADAMW, PROXIMAL, Trainings
+from msif_ray.validate.retrained import ADAMW, PRETRAINED, PROXIMAL, Trainings
 from msif_ray.validate.retraining import Budget, Retraining
 
 SIZES = Sizes(4, 2, 1, 8, 300, epochs=2, finetune_epochs=1, settle_steps=3)
@@ -154,6 +154,17 @@ def test_chunks_that_are_there_are_not_trained_again(trainings: Trainings, monke
     (trainings.folder / "halves" / "00001.safetensors").unlink()
     again = replace(trainings).halves(4)
     assert np.array_equal(again.log_likelihoods[PROXIMAL], both.log_likelihoods[PROXIMAL])
+
+
+def test_the_documents_loss_is_the_models_own(trainings: Trainings) -> None:
+    model, nats, targets = trainings.final[PRETRAINED], 0.0, 0
+    for document in trainings.pipeline.documents:
+        (window,) = document.windows(64)
+        ids = torch.tensor([list(window.ids)])
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=ids).loss  # a mean over all tokens but the first
+        nats, targets = nats + float(loss) * (ids.shape[1] - 1), targets + ids.shape[1] - 1
+    assert trainings.documents_loss == pytest.approx(nats / targets, rel=1e-5)
 
 
 def test_another_setting_is_refused(trainings: Trainings) -> None:
