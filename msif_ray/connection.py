@@ -15,6 +15,9 @@ from msif_ray.paths import reason
 
 # A cluster that is there answers at once; a name or a route that leads nowhere may never.
 ANSWER_SECONDS = 10.0
+# How long a process that is started early may wait for its first task: a pass over a corpus. Beside a longer one it
+# does not matter what it takes to start.
+IDLE_SECONDS = 300
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def connected() -> Iterator[None]:
         # The core's own log lines are for Ray's developers; what fails here is raised.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # Ray ends processes that have been idle for a second; each new one imports torch for some.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
         ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
         yield

@@ -11,8 +11,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from msif_ray.errors import UserError
 from msif_ray.paths import filesystem, is_remote, listing, path_of, reason, storage
@@ -122,6 +120,9 @@ def _digest(files: Listing) -> str:
 
 def _hub_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """A hub model's snapshot, downloaded unless it is there. Raises UserError with the hub's reason."""
+    from huggingface_hub import snapshot_download  # here: it takes longer than much that imports this module
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:

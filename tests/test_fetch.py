@@ -88,7 +88,7 @@ def test_a_node_fetches_the_commit_that_the_driver_found(monkeypatch: pytest.Mon
         asked.append((name, revision, "*.safetensors" in allow_patterns))
         return "/cache/snapshots/abc"
 
-    monkeypatch.setattr(fetch, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     source = fetch.obtain("org/model", None)[1]
     assert fetch.local_model(source) == fetch.local_tokenizer(source) == "/cache/snapshots/abc"
     assert asked[1:] == [("org/model", "abc", True), ("org/model", "abc", False)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -63,24 +63,38 @@ class Job:
                 "cpus_per_rank": threads,
                 "gpus_per_rank": 0,
                 "tokens_per_batch": self.workload.shape.tokens_per_batch,
-                "documents_per_block": 128,
+                # A batch: replicas that are done with a pass wait no longer than that for another.
+                "documents_per_block": max(1, self.workload.shape.tokens_per_batch // self.workload.tokens),
                 "activations_memory": self.keep // replicas,
             },
         }
 
-    def seconds(self, replicas: int, threads: int) -> float:
-        """A run to its scores, in a Ray session that is there already."""
+    def run(self, replicas: int, threads: int) -> "Taken":
+        """A run to its report, in a Ray session that is there already."""
         from rich.console import Console
 
         from msif_ray.config import parse_run
-        from msif_ray.progress import Reporter
+        from msif_ray.progress import Reporter, Snapshot
         from msif_ray.run import run
 
         config = parse_run(self.description(replicas, threads, f"run-{replicas}x{threads}"))
+        began = scored = perf_counter()
+
+        def observe(step: Snapshot) -> None:
+            nonlocal scored
+            if step.name.endswith(": scores"):
+                scored = perf_counter()
+
         with open(os.devnull, "w") as nowhere:
-            began = perf_counter()
-            run(config, until="score", reporter=Reporter(Console(file=nowhere)))
-            return perf_counter() - began
+            run(config, reporter=Reporter(Console(file=nowhere), observe))
+        return Taken(scored - began, perf_counter() - began)
+
+
+class Taken(NamedTuple):
+    """Seconds to the scores, and to the report: with the top documents' token scores and texts."""
+
+    scores: float
+    report: float
 
 
 def _word(token: int) -> str:
@@ -131,19 +145,22 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def compare(workload: Workload, queries: int, threads: int, keep: int) -> dict[str, float]:
-    """`ray_overhead`: the Ray path's extra time over the same steps in process, as a share of these.
-    `replica_scaling`: one replica of one thread over two of them."""
+    """`ray_overhead`: the Ray path's extra time to its scores over the same steps in process, as a share of these.
+    `replica_scaling`: one replica of one thread over two of them, to the scores. The report has no counterpart in
+    process."""
     from msif_ray.connection import connected
 
     with tempfile.TemporaryDirectory() as name, connected():
         job = Job(workload, queries, keep, Path(name))
         job.write()
         alone = in_process_seconds(workload, queries, threads, keep)
-        through = job.seconds(1, threads)
-        one, two = job.seconds(1, 1), job.seconds(2, 1)
+        through, one, two = job.run(1, threads), job.run(1, 1), job.run(2, 1)
     return {
         "in_process_s": alone,
-        "ray_s": through,
-        "ray_overhead": through / alone - 1,
-        "replica_scaling": one / two,
+        "ray_s": through.scores,
+        "ray_report_s": through.report,
+        "ray_overhead": through.scores / alone - 1,
+        "one_replica_s": one.scores,
+        "two_replicas_s": two.scores,
+        "replica_scaling": one.scores / two.scores,
     }

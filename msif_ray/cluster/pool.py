@@ -72,11 +72,12 @@ class _Turn:
 class ReplicaPool:
     """At most `replicas.max` replicas; those that the cluster has no room for yet wait, and join when it has.
 
-    They are asked for when there is work: a run that has none left takes no machine.
+    They are asked for when there is work: a run that has none left takes no machine. What is to be done `meanwhile`,
+    while they start, is called then.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._cluster, self._meanwhile = cluster, meanwhile
         self._resources = RankResources.of(cluster)
         self._workers: list[_Worker] = []
         self._deaths = 0
@@ -263,6 +264,7 @@ class ReplicaPool:
         """Asks for all replicas at once: what waits for room is the demand that an autoscaler sees."""
         while len(self._workers) < self._cluster.replicas.max:
             self._workers.append(self._spawn())
+        self._meanwhile()
 
     def _wanted(self, ready: int, fewest: int) -> str:
         return f"{ready} of {fewest} replicas are ready; each takes {self._resources}"

@@ -1,25 +1,28 @@
-"""A replica: one copy of a stage's model, in this process or sharded over several rank actors."""
+"""A replica: one copy of a stage's model, in this process or sharded over several rank actors.
+
+PyTorch comes with the first model: whoever is given a replica's handle imports this module, and most hand blocks on.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from msif_ray.cluster import partials
 from msif_ray.cluster.deaths import DEATHS, RankLostError
-from msif_ray.cluster.jobs import Job, QueryJob
-from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
 from msif_ray.cluster.room import RankResources, meeting_point, reserve
-from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup, is_lost_rank
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from msif_ray.cluster.jobs import Job
+    from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
 
 # A replica commits when it has worked this many times as long as its last commit took: a twentieth of its time
 # goes into commits, and a death loses as little as that allows.
@@ -40,17 +43,41 @@ class Destination:
     inputs: str = ""
 
 
+@dataclass(frozen=True)
+class Borrower:
+    """An actor by its id, and its handle pickled: made whole it would import what the actor's class is of."""
+
+    id: str
+    handle: bytes = field(compare=False)
+
+    @classmethod
+    def current(cls) -> "Borrower":
+        """The actor that this process is."""
+        context = ray.get_runtime_context()
+        return cls(context.get_actor_id() or "", ray.cloudpickle.dumps(context.current_actor))
+
+    def is_alive(self) -> bool:
+        """Whether it lives, or may: a dead one's end is known to Ray, a busy one's answer is late."""
+        ref = ray.cloudpickle.loads(self.handle).__ray_ready__.remote()
+        answered, _ = ray.wait([ref], timeout=ANSWER_SECONDS)
+        try:
+            ray.get(answered)
+        except DEATHS:
+            return False
+        return True
+
+
 class ModelTask(Protocol):
     """What a stage's model is to do with the blocks of a corpus: its job sees a block's captured batches, and `write`
     what that gave."""
 
     @property
-    def setup(self) -> ModelSetup: ...
+    def setup(self) -> "ModelSetup": ...
 
     @property
-    def job(self) -> Job: ...
+    def job(self) -> "Job": ...
 
-    def write(self, block: Block, outcome: Outcome, taken: Any) -> None: ...
+    def write(self, block: Block, outcome: "Outcome", taken: Any) -> None: ...
 
 
 class Replica:
@@ -65,7 +92,7 @@ class Replica:
         self._destination: Destination | None = None
         self._sums = _Committed()
         self._by_block = False
-        self._borrower: Any = None
+        self._borrower: Borrower | None = None
         self._task: ModelTask | None = None
 
     def has_room(self) -> bool:
@@ -76,7 +103,7 @@ class Replica:
             self._group = reserve(self._resources)
         return self._group.wait(ROOM_SECONDS)
 
-    def prepare(self, setup: ModelSetup, job: Job, destination: Destination | None = None) -> int | None:
+    def prepare(self, setup: "ModelSetup", job: "Job", destination: Destination | None = None) -> int | None:
         """Loads the stage's model unless it is loaded, and starts the job; gives a rank's free memory in bytes.
 
         None where there is no room for the ranks yet: to be asked again, if the step is still under way by then.
@@ -87,6 +114,8 @@ class Replica:
             if not self.has_room():
                 return None
             self._load(setup)
+        from msif_ray.cluster.jobs import QueryJob
+
         self._sums, self._destination = _Committed(), destination
         self._by_block = isinstance(job, QueryJob)
         self._on_ranks("start", job)
@@ -97,9 +126,13 @@ class Replica:
         self._borrower = self._task = None
         return self.has_room()
 
-    def lend(self, borrower: Any) -> bool:
-        """Whether an actor may have this replica to itself: nobody else has it, or whoever had it is dead."""
-        if self._borrower is not None and self._borrower != borrower and _is_alive(self._borrower):
+    def borrower(self) -> Borrower | None:
+        """The actor that has this replica to itself."""
+        return self._borrower
+
+    def lend(self, borrower: Borrower, dead: Borrower | None = None) -> bool:
+        """Whether an actor has this replica to itself from now on: unless another one has it that is not `dead`."""
+        if self._borrower not in (None, dead, borrower):
             return False
         self._borrower = borrower
         return True
@@ -117,7 +150,7 @@ class Replica:
         self._task.write(block, outcome, taken)
         return len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped)
 
-    def accumulate(self, block: Block) -> Outcome:
+    def accumulate(self, block: Block) -> "Outcome":
         """Adds a block to the sums, and commits them when that costs little beside the work that it keeps.
 
         What is gathered and not summed grows with every block: each block of it is a partial of its own.
@@ -130,13 +163,15 @@ class Replica:
                 self._sums = _Committed()
         return outcome
 
-    def process(self, block: Block) -> tuple[Outcome, Any]:
+    def process(self, block: Block) -> "tuple[Outcome, Any]":
         """What one block gives, all ranks together."""
         outcome = self._do(block)
         return outcome, list(chain.from_iterable(self._on_ranks("take")))
 
     def commit(self, destination: Destination) -> None:
         """Writes the sums since the job began, with the blocks that they cover, in place of the last commit."""
+        from msif_ray.cluster import partials
+
         if destination != self._destination:
             raise RuntimeError(f"the sums here belong in {self._destination}, not in {destination}")
         sums = self._sums
@@ -159,7 +194,7 @@ class Replica:
             self._group = None
         self._setup = None
 
-    def _do(self, block: Block) -> Outcome:
+    def _do(self, block: Block) -> "Outcome":
         """One block on all ranks: documents whose loss is not finite are skipped, and what was in a batch with one
         is done again without it."""
         outcomes = self._on_ranks("process", block.documents)
@@ -176,20 +211,27 @@ class Replica:
         try:
             return ray.get([getattr(rank, method).remote(*arguments) for rank in self._remote])
         except RayTaskError as error:
+            from msif_ray.cluster.sharding import is_lost_rank
+
             if isinstance(error.cause, UserError):
                 raise error.cause from None
             if is_lost_rank(error.cause):
                 raise RankLostError(" ".join(str(error.cause).split())) from None
             raise
 
-    def _load(self, setup: ModelSetup) -> None:
+    def _load(self, setup: "ModelSetup") -> None:
+        from msif_ray.cluster.rank import Rank
+
         if self._resources.ranks == 1:
             self._local = Rank(setup)
         else:
             self._spawn(setup)
         self._setup = setup
 
-    def _spawn(self, setup: ModelSetup) -> None:
+    def _spawn(self, setup: "ModelSetup") -> None:
+        from msif_ray.cluster.rank import Rank
+        from msif_ray.cluster.sharding import ENVIRONMENT, RankGroup
+
         resources = self._resources
 
         def options(index: int) -> dict[str, Any]:
@@ -210,18 +252,7 @@ class Replica:
         self._on_ranks("load")
 
 
-def _is_alive(actor: Any) -> bool:
-    """Whether an actor lives, or may: a dead one's end is known to Ray, a busy one's answer is late."""
-    ref = actor.__ray_ready__.remote()
-    answered, _ = ray.wait([ref], timeout=ANSWER_SECONDS)
-    try:
-        ray.get(answered)
-    except DEATHS:
-        return False
-    return True
-
-
-def _union(outcomes: Sequence[Outcome], what: str) -> frozenset[Any]:
+def _union(outcomes: "Sequence[Outcome]", what: str) -> frozenset[Any]:
     return frozenset().union(*(getattr(outcome, what) for outcome in outcomes))
 
 
@@ -229,7 +260,7 @@ def _union(outcomes: Sequence[Outcome], what: str) -> frozenset[Any]:
 class _Committed:
     """The blocks summed since a job began, and how many of them the partial on storage covers."""
 
-    outcomes: list[tuple[str, Outcome]] = field(default_factory=list)
+    outcomes: "list[tuple[str, Outcome]]" = field(default_factory=list)
     covered: int = 0
     folder: Path | None = None
     seconds: float = 0.0

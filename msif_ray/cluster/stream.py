@@ -6,6 +6,7 @@ actor that computed it: a block is all there or not at all, and none is there tw
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -52,7 +53,7 @@ def stream(task: BlockTask, pool: ReplicaPool, progress: Progress) -> None:
     Ray Data replaces dead replicas and redoes lost blocks by itself. Where it gives up, because what it lost
     cannot be had again, the stream is begun anew over the blocks that are left.
     """
-    _quiet_ray_data()
+    quiet_ray_data()
     done = task.done()
     progress.resume(*_documents_done(task, done))
     tries = 0
@@ -150,8 +151,9 @@ def _told_to_wait(progress: Progress, reason: str) -> Iterator[Event]:
         teller.join()
 
 
-def _quiet_ray_data() -> None:
+def quiet_ray_data() -> None:
     """One block of ours is one block of Ray Data's, however small, so that blocks spread and are lost singly."""
+    os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # or it starts a process to count what its users use
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False

@@ -6,6 +6,7 @@ Data is to make actors of be in a module that does.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy
 import ray
 
 from msif_ray.cluster.deaths import DEATHS, answer
+from msif_ray.cluster.replica import Borrower, Replica
 from msif_ray.cluster.room import RankResources, free_ranks_of
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
@@ -76,7 +78,7 @@ class ModelReplica(BlockReplica):
         self._task, self._resources = task[0], resources
         self._begun = False
         self._own: Any = None
-        self._replica = next((actor for actor in lent if _borrows(actor)), None) or self._start()
+        self._replica = _borrowed(lent) or self._start()
         self._surviving(self._await_room)
 
     def __del__(self) -> None:
@@ -110,8 +112,6 @@ class ModelReplica(BlockReplica):
             pass
 
     def _start(self) -> Any:
-        from msif_ray.cluster.replica import Replica  # here: it imports PyTorch
-
         self._own = ray.remote(Replica).options(**self._resources.actor).remote(self._resources)
         return self._own
 
@@ -121,13 +121,26 @@ class ModelReplica(BlockReplica):
             free_ranks_of(_id(self._own))
 
 
-def _borrows(actor: Any) -> bool:
-    """Whether a lent replica lives and is this actor's from now on."""
-    try:
-        lent: bool = answer(actor.lend.remote(ray.get_runtime_context().current_actor))
-        return lent
-    except DEATHS:
-        return False
+def _borrowed(lent: list[Any]) -> Any:
+    """One of the lent replicas, this actor's from now on: one that nobody has, or else whose borrower is dead.
+
+    All are asked at once, since one at work answers after its block, and one without work need not wait for that.
+    """
+    current, taken = Borrower.current(), []
+    asked = {actor.borrower.remote(): actor for actor in lent}
+    while asked:
+        (ref,), _ = ray.wait(list(asked), num_returns=1)
+        actor = asked.pop(ref)
+        with suppress(*DEATHS):
+            holder = answer(ref)
+            if holder is None and answer(actor.lend.remote(current)):
+                return actor
+            taken.append((actor, holder))
+    for actor, holder in taken:
+        with suppress(*DEATHS):
+            if holder is not None and not holder.is_alive() and answer(actor.lend.remote(current, holder)):
+                return actor
+    return None
 
 
 def _id(actor: Any) -> str:

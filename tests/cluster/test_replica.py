@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,8 +80,9 @@ def test_a_lent_replica_is_one_borrowers_until_that_is_dead(monkeypatch: pytest.
         pid = ray.get(borrowers[0].pid.remote())
         os.kill(pid, signal.SIGKILL)
         assert ray.get(borrowers[2].borrow.remote(lent)) == have[0]
+        assert ray.get(ray.remote(Borrower).options(num_cpus=0).remote().borrow.remote(lent)) is None, "both are taken"
         assert set(replicas.lend(Progress())) == set(lent), "what the pool lends again is nobody's"
-        assert ray.get(borrowers[2].borrow.remote(lent)) == have[0]
+        assert ray.get(borrowers[2].borrow.remote(lent)) in replicas.ids
 
 
 def test_a_lent_replica_that_dies_is_replaced_by_its_borrower_and_then_by_the_pool() -> None:
@@ -127,3 +129,24 @@ def test_scoring_that_waits_says_what_for(monkeypatch: pytest.MonkeyPatch) -> No
     with stream._told_to_wait(Told(), "for a replica") as begun:  # type: ignore[arg-type]
         assert begun.wait(10)
     assert said == ["for a replica"]
+
+
+class Working(Replica):
+    """A replica that can be at work."""
+
+    def work(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def test_a_borrower_finds_the_free_replica_while_others_are_at_work() -> None:
+    resources = RankResources(1, 0, 0.0)
+    lent = [ray.remote(Working).options(num_cpus=0).remote(resources) for _ in range(2)]
+    borrowers = [ray.remote(Borrower).options(num_cpus=0).remote() for _ in range(2)]
+    first = ray.get(borrowers[0].borrow.remote(lent))
+    at_work = next(actor for actor in lent if actor._actor_id.hex() == first)
+    for actor in lent:
+        ray.get(actor.has_room.remote())
+    busy = at_work.work.remote(60)
+    second = ray.get(borrowers[1].borrow.remote(lent), timeout=20)
+    assert second is not None and second != first
+    assert not ray.wait([busy], timeout=0)[0], "the wait was for the one at work"

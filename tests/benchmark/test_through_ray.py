@@ -1,0 +1,28 @@
+"""The benchmark's run through Ray, on a model that is tiny."""
+
+from pathlib import Path
+
+import pytest
+
+from msif_ray.benchmark.through_ray import Job
+from msif_ray.benchmark.workload import Shape, Workload
+from msif_ray.connection import connected
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    shape = Shape(layers=1, hidden=8, heads=1, vocabulary=64, tokens_per_batch=32)
+    return Job(Workload(shape, documents=12, tokens=8), queries=2, keep=0, folder=tmp_path)
+
+
+def test_a_block_is_a_batch(job: Job) -> None:
+    assert job.description(2, 1, "run")["cluster"]["documents_per_block"] == 4
+
+
+def test_scores_are_there_before_the_report(job: Job) -> None:
+    job.write()
+    with connected():
+        taken = job.run(1, 1)
+    assert 0 < taken.scores < taken.report
+    assert (job.folder / "run-1x1" / "report.html").exists()
+    assert len(list((job.folder / "run-1x1" / "scores" / "stage=pretrain").glob("*.parquet"))) == 3
