@@ -12,8 +12,8 @@ from msif_ray.config import Cluster
 
 
 @pytest.fixture(autouse=True)
-def cluster() -> Iterator[None]:
-    with runs.local_cluster():
+def cluster(no_shared_cluster: None) -> Iterator[None]:
+    with runs.own_cluster():
         yield
 
 
