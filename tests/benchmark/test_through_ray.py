@@ -19,7 +19,7 @@ def test_a_block_is_a_batch(job: Job) -> None:
     assert job.description(2, 1, "run")["cluster"]["documents_per_block"] == 4
 
 
-def test_scores_are_there_before_the_report(job: Job) -> None:
+def test_scores_are_there_before_the_report(no_shared_cluster: None, job: Job) -> None:
     job.write()
     with connected():
         taken = job.run(1, 1)
