@@ -25,7 +25,7 @@ _aten = torch.ops.aten
 @cache
 def available() -> bool:
     """Whether this processor is one on which oneDNN's float32 products are faster, and PyTorch has them."""
-    found = torch.cpu.get_capabilities()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
     amd = str(found.get("cpu_name", "")).startswith("AMD") and bool(found.get("avx512_f"))
     return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -78,6 +78,8 @@ def test_what_suits(monkeypatch):
 def test_processors(monkeypatch, cpu, used):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     assert onednn.available.__wrapped__() is used
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert onednn.available.__wrapped__() is False
 
 
 def batch(model):
