@@ -171,7 +171,8 @@ class Capture:
 
     def curve(self, batch: Batch, direction: Mapping[str, Tensor]) -> Captured:
         """As `run`, with the gradients of Σ_t (J_t v)ᵀ C_t f_t in place of the loss's, where f_t are a target's
-        logits, J_t v their derivative in the `direction` v (`[out, columns]` by map) and C_t = diag p − p pᵀ is held
+        logits, J_t v their derivative in the `direction` v (`[out, columns]` by map; or `[parts, out, columns]` where
+        the batch's rows are as many parts, one after another, of a direction each) and C_t = diag p − p pᵀ is held
         (or of a row's label, of the logits or the margin that it is told from):
         what they sum to over windows and positions is the Gauss-Newton Hessian times v (Martens 2020, §8.1).
 
@@ -278,6 +279,10 @@ def _start_of_graph(output: Tensor) -> Tensor:
 
 
 def _moved(described: LinearMap, inputs: Tensor, direction: Tensor) -> Tensor:
-    """V [a; 1], `[..., out]`: how a map's outputs move when its weights move by V `[out, columns]`."""
+    """V [a; 1], `[..., out]`: how a map's outputs move when its weights move by V `[out, columns]`, or each part of the
+    rows by its own."""
+    if direction.dim() == 3:
+        parts = zip(inputs.tensor_split(len(direction)), direction, strict=True)
+        return torch.cat([_moved(described, own, each) for own, each in parts])
     weight, bias = (direction[:, :-1], direction[:, -1]) if described.bias else (direction, None)
     return functional.linear(inputs, weight, bias)

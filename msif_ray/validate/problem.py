@@ -15,8 +15,8 @@ from msif_ray.influence.capture import Capture
 from msif_ray.influence.conjugate import System, Vectors
 from msif_ray.influence.directions import DenseDirections
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
-from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.labels import batch_uniforms
+from msif_ray.influence.products import mm
 from msif_ray.influence.queries import query_tokens
 from msif_ray.influence.scoring import Scorer
 from msif_ray.validate.setting import Setting, batches
@@ -48,13 +48,22 @@ class Problem:
         return batches(self.setting.documents, self.tokens_per_batch)
 
     def product(self, directions: Vectors) -> Vectors:
-        """H v of the operator's documents, H over the maps that `directions` name alone."""
+        """H v of the operator's documents, H over the maps that `directions` name alone.
+
+        All queries are in one pass, where the package takes one for each: models and batches are small here.
+        """
         maps = {name: self.setting.maps[name] for name in directions}
-        sums = ProductSums(directions)
+        sums = {name: torch.zeros_like(every) for name, every in directions.items()}
         with Capture(self.setting.model, maps) as capture:
             for batch in self.operator_batches:
-                sums.add(capture, batch)
-        return {name: total / len(self.setting.documents) for name, total in sums.sums.items()}
+                queries = len(next(iter(directions.values())))
+                captured = capture.curve(_repeated(batch, queries), directions)
+                for name, total in sums.items():
+                    inputs, gradients = captured.activations(name), captured.gradients(name)
+                    pairs = zip(gradients.tensor_split(queries), inputs.tensor_split(queries), strict=True)
+                    for query, (g, a) in enumerate(pairs):
+                        total[query] += mm(g.flatten(0, 1).T, a.flatten(0, 1))
+        return {name: total / len(self.setting.documents) for name, total in sums.items()}
 
     def fit(self, documents: Sequence[Encoded], draws: int = 1, seed: int = 0) -> Fitted:
         """EK-FAC of some documents, with so many labels drawn at every position (DESIGN.md §2)."""
@@ -112,6 +121,16 @@ class Problem:
 
     def systems(self, factors: Mapping[str, Factor], damping: Mapping[str, float]) -> dict[str, System]:
         return {name: System(factor, damping[name]) for name, factor in factors.items()}
+
+
+def _repeated(batch: Batch, times: int) -> Batch:
+    """The rows of windows so many times, one after another."""
+    return Batch(
+        batch.input_ids.repeat(times, 1),
+        batch.attention_mask.repeat(times, 1),
+        batch.targets.repeat(times, 1),
+        batch.keys * times,
+    )
 
 
 def relative_damping(factors: Mapping[str, Factor], multiple: float) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Sizes:
     documents: int = 128
     scored: int = 256
     queries: int = 8
-    tokens_per_batch: int = 1024
+    tokens_per_batch: int = 256
 
 
 @dataclass(frozen=True)
