@@ -46,7 +46,7 @@ def solvers(
     queries: Annotated[int, typer.Option(min=1)] = 8,
     few_queries: Annotated[int, typer.Option(min=1, help="For what takes many solves.")] = 2,
     iterations: Annotated[int, typer.Option(min=1, help="Of conjugate gradients, at most.")] = 200,
-    few_iterations: Annotated[int, typer.Option(min=1, help="At each other damping, at most.")] = 96,
+    few_iterations: Annotated[int, typer.Option(min=1, help="Of the package's own solver, at most.")] = 96,
     block_iterations: Annotated[int, typer.Option(min=1, help="For each map's own block, at most.")] = 24,
     tolerance: Annotated[float, typer.Option(help="The relative residual of the truth.")] = 1e-4,
     lissa: Annotated[int, typer.Option(min=1, help="Steps.")] = 10_000,
@@ -54,7 +54,7 @@ def solvers(
     arnoldi: Annotated[int, typer.Option(min=4, help="Steps.")] = 60,
     trak: Annotated[int, typer.Option(min=1, help="Dimension of the projected gradients.")] = 512,
     trak_documents: Annotated[int, typer.Option(min=1, help="That TRAK's features are taken of.")] = 1024,
-    labels: Annotated[int, typer.Option(min=0, help="That the truth's preconditioner inverts; 0: EK-FAC.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Directions that the truth's preconditioner inverts.")] = 8000,
     draws: Annotated[int, typer.Option(min=2, help="Labels per position, where there are many.")] = 16,
     damping: Annotated[list[float], typer.Option(help="Times the mean eigenvalue; several.")] = [0.1, 1.0, 0.01, 0.001],  # noqa: B006
 ) -> None:
@@ -82,7 +82,7 @@ def solvers(
         trak=trak,
         trak_documents=trak_documents,
         draws=draws,
-        labels=labels,
+        rows=rows,
     )
     found = run(Experiment(sizes, budget, seed, folder, console.print))
     write_solvers(folder, found | {"machine": machine(threads)})

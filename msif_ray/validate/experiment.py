@@ -16,6 +16,7 @@ from msif_ray.validate.joint import ALL, JointSystem, joint_system
 from msif_ray.validate.kept import kept
 from msif_ray.validate.methods import by_factors
 from msif_ray.validate.problem import Fitted, Problem, Scores, relative_damping
+from msif_ray.validate.roots import DocumentRoots, largest_roots
 from msif_ray.validate.setting import Setting, Sizes, make_setting
 from msif_ray.validate.watch import Watch, true_residuals
 
@@ -25,8 +26,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Budget:
     """What each part of the experiment may take. `dampings` are multiples of the mean eigenvalue: the first is that of
-    the comparison, and the others are tried with `few_queries`. `labels` are those of the truth's preconditioner
-    (`joint.py`); 0: it is EK-FAC."""
+    the comparison, and the others are tried with `few_queries`. `rows` are those of the truth's preconditioner
+    (`joint.py`), `iterations` its own, and `few_iterations` those of the package's solver."""
 
     dampings: tuple[float, ...] = (0.1, 1.0, 0.01, 0.001)
     tolerance: float = 1e-4
@@ -40,7 +41,7 @@ class Budget:
     trak: int = 512
     trak_documents: int = 1024
     draws: int = 16
-    labels: int = 0
+    rows: int = 8000
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,16 @@ class Experiment:
         return relative_damping(self.fitted[0].ekfac, self.budget.dampings[0])
 
     @cached_property
-    def joint(self) -> JointSystem | None:
-        """The truth's preconditioner, at 1 × the mean eigenvalues; None: EK-FAC is."""
-        if not self.budget.labels:
-            return None
+    def roots(self) -> list[DocumentRoots]:
+        return largest_roots(self.problem, self.budget.rows)
+
+    @cached_property
+    def joint(self) -> JointSystem:
+        """The truth's preconditioner, at 1 × the mean eigenvalues."""
         began = time.monotonic()
-        found = joint_system(self.problem, relative_damping(self.fitted[0].ekfac, 1.0), self.budget.labels)
-        self.say(f"  {len(found.roots)} labels inverted: {time.monotonic() - began:.0f} s")
+        means = relative_damping(self.fitted[0].ekfac, 1.0)
+        found = joint_system(self.roots, self.setting.maps, means)
+        self.say(f"  {len(found.crossed)} directions: {time.monotonic() - began:.0f} s")
         return found
 
     @cached_property
@@ -107,43 +111,46 @@ class Experiment:
 
     def solved(self, multiple: float, problem: Problem, iterations: int) -> tuple[Row, Vectors]:
         """The solution at one damping: its residual, iterations and seconds, and how iterates of the package's solver
-        come to it (`iterates`, a row for each that is looked at). These are its own where EK-FAC is the
-        preconditioner, and else take `few_iterations` of their own."""
+        come to it (`iterates`, a row for each that is looked at)."""
         damping = relative_damping(self.fitted[0].ekfac, multiple)
-        systems = problem.systems(self.fitted[0].ekfac, damping)
-        watch = Watch(self.folder / f"state-{multiple:g}.safetensors", problem, self.say)
-        state = watch.solve(
-            systems, iterations if self.joint is None else self.budget.few_iterations, self.budget.tolerance
+        of_truth = Watch(self.folder / f"state-{multiple:g}-joint.safetensors", problem, self.say, joint=True)
+        last = of_truth.solve(
+            {ALL: replace(self.joint, multiple=multiple)}, self.budget.iterations, self.budget.tolerance
         )
-        of_truth, last = (watch, state) if self.joint is None else self._joint_solved(multiple, problem)
         solution = of_truth.solution(last)
         residual = float(true_residuals(problem, damping, solution).max())
         self.say(f"  damping {multiple:g}: {last.iterations} iterations, residual {residual:.1e}")
-        about = {"iterations": last.iterations, "residual": residual, "labels": self.budget.labels}
+        about = {"iterations": last.iterations, "residual": residual}
         about |= {"query_seconds": of_truth.seconds[-1] / len(problem.setting.queries)}
-        of_ekfac = problem.scores(by_factors(self.fitted[0].ekfac, damping, problem.query_gradients))[0]
-        rows = self._rows(state, {0: of_ekfac} | watch.scores, watch.seconds, problem.scores(solution)[0])
-        return about | {
-            "iterates": [{"damping": multiple, "residual_of_truth": residual} | row for row in rows]
-        }, solution
-
-    def _joint_solved(self, multiple: float, problem: Problem) -> tuple[Watch, State]:
-        if self.joint is None:
-            raise ValueError("EK-FAC is the preconditioner")
-        watch = Watch(self.folder / f"state-{multiple:g}-joint.safetensors", problem, self.say, joint=True)
-        systems = {ALL: replace(self.joint, multiple=multiple)}
-        return watch, watch.solve(systems, self.budget.iterations, self.budget.tolerance)
-
-    def _rows(self, state: State, found: dict[int, Scores], seconds: list[float], truth: Scores) -> list[Row]:
-        relative = [state.numbers.relative_of_ekfac, *state.residuals[1:]]
-        return [
-            {
-                "iteration": number,
-                "queries": len(truth),
-                "residual": float(relative[number].mean()),
-                "seconds": seconds[number],
-                "scale": float(np.abs(scores).mean() / np.abs(truth).mean()),
-            }
-            | agreement(scores, truth)
-            for number, scores in sorted(found.items())
+        truth = problem.scores(solution)[0]
+        rows = [
+            {"damping": multiple, "residual_of_truth": residual} | row
+            for row in [*self._iterates(multiple, problem, truth), *_rows(last, of_truth, truth)]
         ]
+        return about | {"iterates": rows}, solution
+
+    def _iterates(self, multiple: float, problem: Problem, truth: Scores) -> list[Row]:
+        """Those of the package's solver; 0 is EK-FAC's answer."""
+        ekfac = self.fitted[0].ekfac
+        damping = relative_damping(ekfac, multiple)
+        watch = Watch(self.folder / f"state-{multiple:g}.safetensors", problem, self.say)
+        watch.scores[0] = problem.scores(by_factors(ekfac, damping, problem.query_gradients))[0]
+        systems = problem.systems(ekfac, damping)
+        return _rows(watch.solve(systems, self.budget.few_iterations, self.budget.tolerance), watch, truth)
+
+
+def _rows(state: State, watch: Watch, truth: Scores) -> list[Row]:
+    """Of every iterate that was looked at; the residual of the first is that of M⁻¹ b."""
+    relative = [state.numbers.relative_of_ekfac, *state.residuals[1:]]
+    return [
+        {
+            "preconditioner": "directions" if watch.joint else "EK-FAC",
+            "iteration": number,
+            "queries": len(truth),
+            "residual": float(relative[number].mean()),
+            "seconds": watch.seconds[number],
+            "scale": float(np.abs(scores).mean() / np.abs(truth).mean()),
+        }
+        | agreement(scores, truth)
+        for number, scores in sorted(watch.scores.items())
+    ]

@@ -76,9 +76,9 @@ def draw_solvers(found: dict[str, Any], path: Path) -> None:
     left.barh([row["method"] for row in rows], means, xerr=sides, color="#4c72b0", ecolor="#333333")
     left.set_xlabel("Spearman correlation with CG (mean over queries)")
     left.axvline(0, color="black", linewidth=0.8)
-    for damping in dict.fromkeys(row["damping"] for row in found["refined"]):
-        own = [row for row in found["refined"] if row["damping"] == damping]
-        label = f"damping {damping:g} × mean"
+    for damping, preconditioner in dict.fromkeys((row["damping"], row["preconditioner"]) for row in found["refined"]):
+        own = [row for row in found["refined"] if (row["damping"], row["preconditioner"]) == (damping, preconditioner)]
+        label = f"damping {damping:g} × mean, by {preconditioner}"
         right.plot([row["iteration"] for row in own], [row["spearman"] for row in own], marker="o", label=label)
     right.set_xscale("symlog", linthresh=1)
     right.set_xlabel("iterations of CG (0: EK-FAC's answer)")

@@ -1,20 +1,18 @@
-"""What separates EK-FAC from the truth: its factors with one thing changed at a time, and exact inverses of each map's
-block with and without the covariance between tokens."""
+"""What separates EK-FAC from the truth: its factors with one thing changed at a time, and the exact inverse of each
+map's block."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
-from msif_ray.influence.conjugate import Damped, State, System, Vectors, solve
+from msif_ray.influence.conjugate import State, Vectors, solve
 from msif_ray.validate.agreement import agreement
 from msif_ray.validate.experiment import Experiment, Row
-from msif_ray.validate.joint import ALL, joined, parted
+from msif_ray.validate.joint import ALL, joined, joint_system, parted
 from msif_ray.validate.methods import by_factors
 from msif_ray.validate.problem import Fitted, Problem, Scores
-from msif_ray.validate.tokens import token_vectors
 
 # Relative residual of the inverses of single maps' blocks.
 BLOCK_TOLERANCE = 1e-2
@@ -47,15 +45,8 @@ def _factors(experiment: Experiment) -> list[Row]:
 
 
 def _blocks(experiment: Experiment) -> list[Row]:
-    """The few queries' scores, from inverses of single maps' blocks alone. From EK-FAC's to the whole operator's, each
-    gives up one approximation less:
-
-    * EK-FAC;
-    * tokens apart: Σ_t (g_t g_tᵀ) ⊗ (a_t a_tᵀ), where EK-FAC's bases are those of the product of two means;
-    * tokens together, from the same drawn labels: what differs is the covariance between a document's tokens;
-    * the exact block, without drawn labels;
-    * the truth, all maps in one operator.
-    """
+    """The few queries' scores, from EK-FAC, from exact inverses of single maps' blocks, and from the truth, which has
+    the blocks between maps too."""
     few, truth = experiment.few, experiment.truth[0][: experiment.budget.few_queries]
     found: dict[str, Scores] = {}
     residuals: dict[str, list[float]] = {}
@@ -76,29 +67,10 @@ def _blocks(experiment: Experiment) -> list[Row]:
 
 def _of_map(experiment: Experiment, few: Problem, name: str) -> dict[str, Row]:
     """Scores of the few queries over one map, and the residual, by each inverse of its block."""
-    budget, damping, documents = experiment.budget, experiment.damping[name], experiment.setting.documents
-    right, fitted = {name: few.query_gradients[name]}, experiment.fitted[0]
-    tokens = token_vectors(few, name, documents, budget.draws, experiment.seed)
-
-    def exact() -> tuple[Vectors, float]:
-        maps, joint = {name: experiment.setting.maps[name]}, experiment.joint
-        system: Damped = System(fitted.ekfac[name], damping)
-        if joint is not None:
-            system = replace(joint.of(name, experiment.setting.maps), multiple=budget.dampings[0])
-
-        def product(vectors: Vectors) -> Vectors:
-            return few.product(vectors) if joint is None else joined(few.product(parted(vectors, maps)))
-
-        systems, begins = ({name: system}, right) if joint is None else ({ALL: system}, joined(right))
-        state = solve(systems, State.begun(systems, begins), product, budget.block_iterations, BLOCK_TOLERANCE)
-        solution = state.solution if joint is None else parted(state.solution, maps)
-        return solution, float(state.residuals[-1].max())
-
+    right = {name: few.query_gradients[name]}
     inverses = {
-        "EK-FAC": (by_factors(fitted.ekfac, experiment.damping, right), 0.0),
-        "blocks, tokens apart": ({name: tokens.invert_apart(damping, right[name])}, 0.0),
-        "blocks, tokens together": ({name: tokens.invert_together(damping, right[name])}, 0.0),
-        "exact blocks": exact(),
+        "EK-FAC": (by_factors(experiment.fitted[0].ekfac, experiment.damping, right), 0.0),
+        "exact blocks": _exact(experiment, few, name),
     }
     residuals = ", ".join(f"{inverse} {residual:.1e}" for inverse, (_, residual) in inverses.items())
     experiment.say(f"  {name}: {residuals}")
@@ -106,6 +78,15 @@ def _of_map(experiment: Experiment, few: Problem, name: str) -> dict[str, Row]:
         inverse: {"scores": few.scores(directions)[0].tolist(), "residual": residual}
         for inverse, (directions, residual) in inverses.items()
     }
+
+
+def _exact(experiment: Experiment, few: Problem, name: str) -> tuple[Vectors, float]:
+    """The solution and its largest relative residual."""
+    maps, iterations = {name: experiment.setting.maps[name]}, experiment.budget.block_iterations
+    systems = {ALL: joint_system(experiment.roots, maps, {name: experiment.damping[name]})}
+    begun = State.begun(systems, joined({name: few.query_gradients[name]}))
+    state = solve(systems, begun, lambda v: joined(few.product(parted(v, maps))), iterations, BLOCK_TOLERANCE)
+    return parted(state.solution, maps), float(state.residuals[-1].max())
 
 
 def _said(experiment: Experiment, row: Row) -> Row:

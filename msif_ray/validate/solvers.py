@@ -11,7 +11,7 @@ from msif_ray.validate.separates import separates
 
 def run(experiment: Experiment) -> dict[str, Any]:
     """All parts: `compared` methods, what separates EK-FAC from the truth (`separates`), and `refined` queries."""
-    found = {"compared": compared(experiment), "separates": separates(experiment), "refined": _refined(experiment)}
+    found = {"separates": separates(experiment), "refined": _refined(experiment), "compared": compared(experiment)}
     return found | {"setting": experiment.kept("setting", lambda: _described(experiment))}
 
 
