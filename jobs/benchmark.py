@@ -4,6 +4,7 @@ Needs PyTorch and transformers alone, but for `--ray` and `--against`.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,7 +36,10 @@ def main(
         float | None, typer.Option(help="GiB for what a first pass captured; as a run's rank by default; 0: none.")
     ] = None,
     against: Annotated[Literal["kronfluence"] | None, typer.Option(help="Run it on the same inputs, too.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Time the same work through Ray, too.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Time fit and scores through Ray, too.")] = False,
+    ray_documents: Annotated[
+        int, typer.Option(min=1, help="Documents of the job through Ray: of minutes, or what it starts is all there is.")
+    ] = 2560,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
 ) -> None:
     """Time every step of a run beside a training pass of the same model over the same tokens."""
@@ -54,7 +58,8 @@ def main(
     if ray:
         from msif_ray.benchmark.through_ray import compare as through_ray
 
-        found |= through_ray(workload, queries[0], threads, options.keep)
+        job = replace(workload, documents=ray_documents)
+        found |= {"ray_documents": ray_documents} | through_ray(job, queries[0], threads, options.keep)
     show(found, Console(width=100))
     if json_file is not None:
         write(found, json_file)

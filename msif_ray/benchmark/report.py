@@ -135,7 +135,8 @@ def _throughput(workload: Workload, steps: Steps, train: float, ratios: Mapping[
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
@@ -158,7 +159,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         )
     for name in ("ray_overhead", "replica_scaling"):
         if name in found:
-            table.add_row(name.replace("_", " "), f"{found[name]:.3f}", "")
+            table.add_row(f"{name.replace('_', ' ')} ({found['ray_documents']:,} documents)", f"{found[name]:.3f}", "")
     table.add_row("kept of the covariances' pass", f"{found['kept_mib']:,.0f} MiB", "")
     table.add_row("peak memory", f"{found['peak_rss_mib']:,.0f} MiB", "")
     console.print(table)

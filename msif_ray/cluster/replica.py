@@ -6,6 +6,7 @@ PyTorch comes with the first model: whoever is given a replica's handle imports 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from math import sqrt
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from msif_ray.cluster.jobs import Job
     from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
 
-# A replica commits when it has worked this many times as long as its last commit took: a twentieth of its time
-# goes into commits, and a death loses as little as that allows.
-COMMIT_EVERY = 20.0
+# A replica commits when it has worked this many times as long as its last commit took: a hundredth of its time goes into
+# commits, and a death loses as little as that allows.
+COMMIT_EVERY = 100.0
+# Commits that take seconds are due sooner than that: when what they cost and what a death would lose are least together,
+# which is after √(2 · a commit's time · a replica's life) (Young 1974). One of 10 s every 380 s.
+LIFE_SECONDS = 7200.0
 # However long a commit takes, a death loses no more than this many seconds of work.
 COMMIT_SECONDS = 900.0
 # How long a replica waits for room before it says that it has none yet, and may be told of another step.
@@ -267,5 +271,6 @@ class _Committed:
     at: float = field(default_factory=monotonic)
 
     def is_due(self) -> bool:
-        """A commit writes all the sums, so its time decides how often it is worth it."""
-        return monotonic() - self.at >= min(COMMIT_EVERY * self.seconds, COMMIT_SECONDS)
+        """A commit writes all the sums, so its time decides how often it is worth it: the first block's tells."""
+        after = min(COMMIT_EVERY * self.seconds, sqrt(2 * self.seconds * LIFE_SECONDS), COMMIT_SECONDS)
+        return monotonic() - self.at >= after
