@@ -38,7 +38,7 @@ def main(
     against: Annotated[Literal["kronfluence"] | None, typer.Option(help="Run it on the same inputs, too.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Time fit and scores through Ray, too.")] = False,
     ray_documents: Annotated[
-        int, typer.Option(min=1, help="Documents of the job through Ray: of minutes, or what it starts is all there is.")
+        int, typer.Option(min=1, help="Of the job through Ray, which is to take minutes: it pays its start once.")
     ] = 2560,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
 ) -> None:

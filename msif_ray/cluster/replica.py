@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from msif_ray.cluster.jobs import Job
     from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
 
-# A replica commits when it has worked this many times as long as its last commit took: a hundredth of its time goes into
-# commits, and a death loses as little as that allows.
+# A replica commits when it has worked this many times as long as its last commit took: a hundredth of its time goes
+# into commits, and a death loses as little as that allows.
 COMMIT_EVERY = 100.0
-# Commits that take seconds are due sooner than that: when what they cost and what a death would lose are least together,
-# which is after √(2 · a commit's time · a replica's life) (Young 1974). One of 10 s every 380 s.
+# Commits that take seconds are due sooner than that: when what they cost and what a death would lose are least
+# together, after √(2 · a commit's time · a replica's life) (Young 1974). One of 10 s every 380 s.
 LIFE_SECONDS = 7200.0
 # However long a commit takes, a death loses no more than this many seconds of work.
 COMMIT_SECONDS = 900.0
