@@ -2,7 +2,9 @@
 they are."""
 
 import ctypes
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of <malloc.h>
 _LARGEST = 32 * 2**20  # what glibc lets M_MMAP_THRESHOLD be
@@ -11,7 +13,25 @@ _USUAL_MAPPINGS = 65536
 # What a process that computes is to be started with, for all its threads: Ray Data calls a replica in a thread that is
 # not the main one, whose own arena gives back everything over 64 MiB. A pass there took 1.42 s, with one arena for all
 # threads 1.20, and with huge pages, too, 0.95.
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"}
+ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1",
+    # Of oneDNN's products (`influence/onednn.py`), by shape: a model has some 50 for batches of one length. By default
+    # it keeps 1,024, which batches of other lengths fill in the end.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+}
+
+
+@contextmanager
+def environment() -> Iterator[None]:
+    """`ENVIRONMENT` for processes that are started meanwhile; this one's own is as it was afterwards."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ |= ENVIRONMENT
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ |= {} if value is None else {name: value}
 
 
 def keep_freed_memory() -> None:

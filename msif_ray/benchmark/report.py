@@ -135,7 +135,8 @@ def _throughput(workload: Workload, steps: Steps, train: float, ratios: Mapping[
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    processor = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name") or platform.machine()
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
+    processor = capabilities.get("cpu_name") or platform.machine()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 

@@ -3,9 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -115,7 +113,7 @@ def in_process_seconds(workload: Workload, queries: int, threads: int, keep: int
     """The same fit, carrying back and scoring in one process, started for it as a replica is and with the same
     settings: imports and the making of the model included, as a run's replicas have to load theirs."""
     began = perf_counter()
-    with _environment(heap.ENVIRONMENT), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with heap.environment(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(_in_process, workload, queries, threads, keep).result()
     return perf_counter() - began
 
@@ -129,19 +127,6 @@ def _in_process(workload: Workload, queries: int, threads: int, keep: int) -> No
     eigenvalues = steps.correction(bases)
     steps.forget()
     steps.score(steps.directions(bases, eigenvalues, queries, None))
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables of processes that are started meanwhile; this one's own stay as they were afterwards."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ |= variables
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ |= {} if value is None else {name: value}
 
 
 def compare(workload: Workload, queries: int, threads: int, keep: int) -> dict[str, float]:

@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 LEAST = 2**20
 ROWS = 8
 
+# Bytes that a process holds for the products it has done, when batches of many lengths have been seen.
+HELD = 150 * 2**20
+
 _aten = torch.ops.aten
 
 

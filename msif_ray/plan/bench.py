@@ -16,6 +16,7 @@ from msif_ray.cluster.score_jobs import left_beside
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Window, pack
 from msif_ray.errors import UserError
+from msif_ray.influence import onednn
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, compress
 from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
@@ -140,7 +141,7 @@ class Bench:
             work, held, flops = self._work(seen)
             seconds = self._time(documents, work)
             # Threads and buffers that outlive a job are not given back, so the first job's are every job's.
-            working = max(0, self.gauge.peak() - self.loaded - held)
+            working = max(0, self.gauge.peak() - self.loaded - held) + self._of_products
         finally:
             self.rank.maps = every_map
         total = counts.pass_flops(self.size, seen) + flops
@@ -224,6 +225,11 @@ class Bench:
         scorer = Scorer(directions, kept_entries(taken, self.budget - held, dtype.itemsize))
         flops = counts.scoring_flops(scorer, seen) + counts.curvature_flops(measured, seen)
         return _Scoring(scorer, metrics), held + counts.scorer_bytes(scorer, seen), flops
+
+    @property
+    def _of_products(self) -> int:
+        """Bytes that products of other lengths than those tried come to hold."""
+        return onednn.HELD if self.rank.device.type == "cpu" and onednn.available() else 0
 
     @property
     def _accumulating(self) -> torch.dtype:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import platform
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
+from msif_ray import heap
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model
@@ -59,7 +61,8 @@ def calibrate(request: Request) -> Calibration:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(request, sender))
-    process.start()
+    with nullcontext() if request.trials[0].setup.cuda or request.sharded else heap.environment():
+        process.start()  # with what a replica of one rank is started with
     sender.close()
     try:
         result = receiver.recv()
@@ -91,7 +94,7 @@ def _answer(request: Request, sender: Any) -> None:
 
 def measure(request: Request) -> Calibration:
     """Loads the model of the trials, which share it, and runs each of them. In this process."""
-    import ray.data  # noqa: F401  # as a rank's process has it
+    import ray.data  # noqa: F401  # as processes of tasks per map have it
 
     if request.sharded:
         import deepspeed  # noqa: F401

@@ -8,8 +8,8 @@ import torch
 from msif_ray import heap
 
 # Bytes of the process that hands a replica its blocks while they are scored: Ray's own and Ray Data's libraries,
-# whatever the model. 389 MiB was found (Ray 2.60).
-HAND_MEMORY = 390 * 2**20
+# whatever the model. 199 MiB was found (Ray 2.60).
+HAND_MEMORY = 200 * 2**20
 
 STATUS = Path("/proc/self/status")
 PEAK_RESET = Path("/proc/self/clear_refs")
