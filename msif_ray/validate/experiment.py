@@ -105,11 +105,11 @@ class Experiment:
         return self.problem.scores(directions)[0], directions, about
 
     def _solved_truth(self, path: Path) -> Row:
-        about, found = self.solved(self.budget.dampings[0], self.problem, self.budget.iterations)
+        about, found = self.solved(self.budget.dampings[0], self.problem)
         save_tensors(path, found)
         return about
 
-    def solved(self, multiple: float, problem: Problem, iterations: int) -> tuple[Row, Vectors]:
+    def solved(self, multiple: float, problem: Problem) -> tuple[Row, Vectors]:
         """The solution at one damping: its residual, iterations and seconds, and how iterates of the package's solver
         come to it (`iterates`, a row for each that is looked at)."""
         damping = relative_damping(self.fitted[0].ekfac, multiple)

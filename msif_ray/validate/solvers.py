@@ -26,7 +26,7 @@ def _refined(experiment: Experiment) -> list[Row]:
 
 
 def _few_solved(experiment: Experiment, multiple: float) -> Row:
-    return experiment.solved(multiple, experiment.few, experiment.budget.few_iterations)[0]
+    return experiment.solved(multiple, experiment.few)[0]
 
 
 def _described(experiment: Experiment) -> Row:
