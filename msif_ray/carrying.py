@@ -67,7 +67,8 @@ class Carrying:
         solver = Solver(task, self.resolved.maps, passed_means(task), self.pool, self.reporter.step, self.reporter.say)
         source = solver.solve(solved, source)
         solvers = report_solves(solver, solved)
-        carry(task, source, gradients, self.resolved.maps, {"solvers": solvers} if solvers else {})
+        about = {"solvers": solvers} if solvers else {}
+        carry(task, source, gradients, self.resolved.maps, about, self.pool.idle())
         drop_solves(task.folder)
 
     def _solved_stage(self, index: int) -> SolvedStage:

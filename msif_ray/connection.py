@@ -15,9 +15,9 @@ from msif_ray.paths import reason
 
 # A cluster that is there answers at once; a name or a route that leads nowhere may never.
 ANSWER_SECONDS = 10.0
-# How long a process that is started early may wait for its first task: a pass over a corpus. Beside a longer one it
-# does not matter what it takes to start.
-IDLE_SECONDS = 300
+# How long a process may wait for its next task, a map's in a later step. Beside a longer pass over a corpus it does not
+# matter what it takes to start.
+IDLE_SECONDS = 60
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from msif_ray import layout, lease, stages
 from msif_ray.carrying import Carrying
 from msif_ray.checkpoint import load_tokenizer
 from msif_ray.cluster.curvature import Curvature, stage_curvature
-from msif_ray.cluster.early import EarlyStart
 from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
@@ -82,8 +81,7 @@ class _Driver:
         if until in (None, "score"):
             self._choose_candidates()
         kinds = {"fit": ("stages",), "index": ("stages", "index")}
-        early = EarlyStart(len(self.resolved.maps), streams=until != "fit")
-        with early, ReplicaPool(self.config.cluster, early.start) as pool:
+        with ReplicaPool(self.config.cluster) as pool:
             referring = Referring(self.resolved, pool, self.reporter, lambda entry: self._score_task([entry]).blocks)
             referring.run(kinds.get(until or "", ("stages", "index", "score")))
             fitted = stages.indexed_stages(self.config) if only_index else stages.stages_with_factors(self.config)

@@ -14,10 +14,10 @@ import torch
 
 from msif_ray import layout
 from msif_ray.cluster.directions import ShardFile, direction_entries, save_shard
-from msif_ray.cluster.fit import for_each_map
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import CarryTask, Source, Vector, passed_means, passing, strengths_used
 from msif_ray.cluster.queries import log_likelihoods
+from msif_ray.cluster.tasks import for_each_map
 from msif_ray.config import Queries
 from msif_ray.influence.directions import LowRankDirections, join
 from msif_ray.influence.ekfac import Factor
@@ -49,13 +49,22 @@ class Carried:
     strengths: dict[str, float]
 
 
-def carry(task: CarryTask, source: Source, gradients: Coverage, maps: Shapes, about: Mapping[str, Any]) -> None:
+def carry(
+    task: CarryTask,
+    source: Source,
+    gradients: Coverage,
+    maps: Shapes,
+    about: Mapping[str, Any],
+    replicas: Sequence[Any] = (),
+) -> None:
     """Carries queries from the source back to the scored stage: writes the directions of every map, what was kept of
-    each query, and a manifest with the strengths used and what else there is to say `about` them."""
+    each query, and a manifest with the strengths used and what else there is to say `about` them. `replicas`: actors
+    that are idle."""
     means = passed_means(task)
     itemsize = accumulating_bytes(task.run.cluster.dtype)
     memory = {name: task_bytes(shape, task, itemsize) for name, shape in maps.items()}
-    done = dict(zip(maps, for_each_map(write_directions, list(maps), task, source, means, memory=memory), strict=True))
+    written = for_each_map(write_directions, list(maps), task, source, means, memory=memory, replicas=replicas)
+    done = dict(zip(maps, written, strict=True))
     strengths: dict[str, dict[str, float]] = {}
     for name, each in done.items():
         for key, value in each.strengths.items():
@@ -152,7 +161,6 @@ def carried_strengths(folder: Path) -> dict[str, dict[str, float]]:
 
 def write_directions(map_name: str, task: CarryTask, source: Source, means: dict[int, dict[str, float]]) -> Carried:
     """Carries all queries back at one map and writes those shards that are not there yet."""
-    torch.set_num_threads(1)
     strengths = strengths_used(map_name, task, means)
     chain = passing(map_name, task, means, source.passed, task.scored)
     stream = source.vectors(map_name, task.queries)

@@ -3,13 +3,12 @@
 Maps are fitted in groups whose factors fit in a rank's memory together, one group after the other.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from msif_ray import layout
@@ -17,19 +16,19 @@ from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum, 
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
+from msif_ray.cluster.tasks import for_each_map
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import eigenbasis
-from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
+from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes, module_groups
 from msif_ray.paths import all_there, exists
 from msif_ray.store import delete, delete_folder, read_json, save_tensors, write_json
 
 # Copies of a matrix, in float64, that its eigendecomposition holds at once: itself, its symmetric part, the
 # eigenvectors and LAPACK's work space.
 EIGEN_COPIES = 6
-
-# A task that dies with its node is run again elsewhere; one that dies this often is at fault itself.
-TASK_RETRIES = 8
+# Copies of a map's corrected eigenvalues while they are added up: the sum, another one, and both of them.
+MEAN_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
                 progress,
             )
         _forget(folder, index, maps)
-        for_each_map(write_basis, missing, folder, covariance, memory=_eigen_memory(task.maps))
+        memory = _eigen_memory(task.maps)
+        for_each_map(write_basis, missing, folder, covariance, memory=memory, replicas=pool.idle())
     bases = bases_checksum(folder, maps)
     with steps(f"correction{of_group}") as progress:
         correction = pool.accumulate(
@@ -127,7 +127,8 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
             inputs=bases,
         )
     check_bases(folder, maps, bases)
-    means = for_each_map(write_eigenvalues, maps, folder, correction)
+    memory = _mean_memory(task.maps, task.setup.dtype)
+    means = for_each_map(write_eigenvalues, maps, folder, correction, memory=memory, replicas=pool.idle())
     write_json(
         layout.group_record(folder, index),
         {
@@ -150,38 +151,12 @@ def _forget(folder: Path, index: int, maps: Sequence[str]) -> None:
     delete_folder(layout.partials(folder, index, "correction"))
 
 
+def _mean_memory(maps: Shapes, dtype: str) -> dict[str, int]:
+    return {name: MEAN_COPIES * accumulating_bytes(dtype) * out * columns for name, (out, columns) in maps.items()}
+
+
 def _eigen_memory(maps: Shapes) -> dict[str, int]:
     return {name: EIGEN_COPIES * 8 * max(shape) ** 2 for name, shape in maps.items()}
-
-
-def for_each_map(
-    function: Callable[..., Any], maps: Sequence[str], *arguments: Any, memory: Mapping[str, int] | None = None
-) -> list[Any]:
-    """`function(map, *arguments)` as one Ray task per map, as many at once as the cluster has cores.
-
-    Tasks ask for no core of their own: replicas hold those, and are idle meanwhile. `memory` (bytes by map)
-    keeps a node from taking more tasks than it can hold.
-    """
-    task = ray.remote(num_cpus=0, scheduling_strategy="SPREAD", max_retries=TASK_RETRIES)(function)
-    shared = [ray.put(argument) for argument in arguments]
-    at_once = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    largest = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
-    results: dict[str, Any] = {}
-    running: dict[Any, str] = {}
-    waiting = list(reversed(maps))
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            name = waiting.pop()
-            needed = min((memory or {}).get(name, 0), largest)  # more than any node has would wait for ever
-            running[task.options(memory=needed).remote(name, *shared)] = name
-        (ref,), _ = ray.wait(list(running), num_returns=1)
-        try:
-            results[running.pop(ref)] = ray.get(ref)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
-    return [results[name] for name in maps]
 
 
 def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
@@ -192,7 +167,6 @@ def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
     """
     if exists(layout.basis_file(folder, map_name)):
         return
-    torch.set_num_threads(1)
     total = covariance.total(map_name)
     if not total:
         raise UserError(f"{map_name}: no document had a target and a finite loss, so there is nothing to fit")
@@ -211,7 +185,6 @@ def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
 
 def write_eigenvalues(map_name: str, folder: Path, correction: Coverage) -> float:
     """Reduces and writes one map's corrected eigenvalues, undamped; gives their mean."""
-    torch.set_num_threads(1)
     eigenvalues = correction.total(map_name)["E"] / correction.documents
     if not torch.isfinite(eigenvalues).all():
         raise UserError(f"{map_name}: the corrected eigenvalues are not finite; the model's numbers overflow")

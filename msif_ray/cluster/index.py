@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster.fit import Steps, for_each_map
+from msif_ray.cluster.fit import Steps
 from msif_ray.cluster.jobs import Work, load_basis
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup, Outcome
 from msif_ray.cluster.stream import stream
+from msif_ray.cluster.tasks import for_each_map
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
@@ -27,11 +28,14 @@ from msif_ray.indexes import missing_files, whole
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, Packed, compress, side_by_side, together, truncate_tokens
 from msif_ray.influence.ekfac import Basis, Factor
-from msif_ray.influence.groups import module_groups
+from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.paths import exists, matching, size_of
 from msif_ray.store import load_tensors, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
+
+# What a map's metric takes while it is made, in copies of the map's factors: these, and the logarithms in float64.
+METRIC_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,6 @@ class _IndexWork:
 
 def write_metric(map_name: str, folder: Path, factors: Path, damping: Mapping[str, float]) -> None:
     """Writes one map's metric, from a stage's factors and its damping (an eigenvalue), into the folder of an index."""
-    torch.set_num_threads(1)
     eigenvalues = load_tensors(layout.eigenvalues_file(factors, map_name))["eigenvalues"]
     metric = Metric.of(Factor(load_basis(factors, map_name, torch.device("cpu")), eigenvalues), damping[map_name])
     tensors = {
@@ -204,7 +207,9 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
         return
     groups = _groups(plan)
     missing = [name for name in plan.maps if not exists(layout.metric_file(plan.folder, name))]
-    for_each_map(write_metric, missing, plan.folder, plan.factors, plan.damping)
+    itemsize = accumulating_bytes(plan.setup.dtype)
+    memory = {name: METRIC_COPIES * factor_bytes(plan.maps[name], itemsize) for name in missing}
+    for_each_map(write_metric, missing, plan.folder, plan.factors, plan.damping, memory=memory, replicas=pool.idle())
     for number, maps in enumerate(groups):
         folder = layout.index_group(plan.folder, number)
         job = IndexJob(plan.folder, plan.rank, getattr(torch, plan.dtype), tuple(maps))

@@ -49,9 +49,11 @@ class Progress(Protocol):
 @dataclass(eq=False)
 class _Worker:
     """A replica, the step that it has said to be ready for (what it has summed belongs there), and the blocks that it
-    has done in passes that see the same as `done_in`: the next of these may find what an earlier one kept."""
+    has done in passes that see the same as `done_in`: the next of these may find what an earlier one kept. It
+    `has_model` once it was ready for a step."""
 
     actor: Any
+    has_model: bool = False
     ready_for: Destination | None = None
     done_in: object = None
     done: set[str] = field(default_factory=set)
@@ -72,12 +74,11 @@ class _Turn:
 class ReplicaPool:
     """At most `replicas.max` replicas; those that the cluster has no room for yet wait, and join when it has.
 
-    They are asked for when there is work: a run that has none left takes no machine. What is to be done `meanwhile`,
-    while they start, is called then.
+    They are asked for when there is work: a run that has none left takes no machine.
     """
 
-    def __init__(self, cluster: Cluster, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self._cluster, self._meanwhile = cluster, meanwhile
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self._resources = RankResources.of(cluster)
         self._workers: list[_Worker] = []
         self._deaths = 0
@@ -129,6 +130,12 @@ class ReplicaPool:
         for worker in refs.values():
             self._drop(worker)
         return [worker.actor for worker in started]
+
+    def idle(self) -> list[Any]:
+        """The actors that have a model in their own process, and so PyTorch: for what is to be done between passes."""
+        if self._resources.ranks > 1:
+            return []
+        return [worker.actor for worker in self._workers if worker.has_model]
 
     @property
     def ids(self) -> frozenset[str]:
@@ -232,7 +239,7 @@ class ReplicaPool:
                 prepare(turn.worker)
                 continue
             if turn.block is None:
-                turn.worker.ready_for = destination
+                turn.worker.has_model, turn.worker.ready_for = True, destination
                 ready += 1
                 alive.add(turn.worker)
                 progress.alive(len(alive))
@@ -264,7 +271,6 @@ class ReplicaPool:
         """Asks for all replicas at once: what waits for room is the demand that an autoscaler sees."""
         while len(self._workers) < self._cluster.replicas.max:
             self._workers.append(self._spawn())
-        self._meanwhile()
 
     def _wanted(self, ready: int, fewest: int) -> str:
         return f"{ready} of {fewest} replicas are ready; each takes {self._resources}"

@@ -3,7 +3,7 @@
 PyTorch comes with the first model: whoever is given a replica's handle imports this module, and most hand blocks on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import sqrt
@@ -171,6 +171,10 @@ class Replica:
         """What one block gives, all ranks together."""
         outcome = self._do(block)
         return outcome, list(chain.from_iterable(self._on_ranks("take")))
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function gives that has nothing to do with the model, on this process's threads."""
+        return function(*arguments)
 
     def commit(self, destination: Destination) -> None:
         """Writes the sums since the job began, with the blocks that they cover, in place of the last commit."""

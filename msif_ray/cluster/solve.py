@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from msif_ray import layout, stages
-from msif_ray.cluster.fit import for_each_map
 from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, iterate_name
 from msif_ray.cluster.jobs import CovarianceJob
 from msif_ray.cluster.partials import Coverage
@@ -31,6 +30,7 @@ from msif_ray.cluster.solve_tasks import (
     write_next,
     write_start,
 )
+from msif_ray.cluster.tasks import for_each_map
 from msif_ray.config import CgSolver
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.errors import UserError
@@ -222,7 +222,7 @@ class Solver:
     def _each(self, queries: Queries, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         count = queries[1] - queries[0]
         memory = {name: task_bytes(shape, count, self._itemsize) for name, shape in self.maps.items()}
-        return for_each_map(function, list(self.maps), *arguments, memory=memory)
+        return for_each_map(function, list(self.maps), *arguments, memory=memory, replicas=self.pool.idle())
 
 
 def _partials(solve: Path, number: int) -> Path:

@@ -63,7 +63,6 @@ def write_start(
     means: dict[int, dict[str, float]],
 ) -> Tensor:
     """Carries some queries to the stage, which gives b, and writes the iterate of x = 0; gives b·b."""
-    torch.set_num_threads(1)
     vectors = islice(source.vectors(map_name, task.queries), *queries)
     stacked = torch.stack([vector.gradient for vector in vectors])
     right = carry_back(stacked, passing(map_name, task, means, source.passed, stage + 1))
@@ -75,7 +74,6 @@ def write_start(
 
 def met_by(map_name: str, systems: Systems, products: Coverage, number: int, step: Step) -> Met:
     """What iteration `number` steps by."""
-    torch.set_num_threads(1)
     iterate = load_iterate(systems.solve, number - 1, map_name)
     direction = iterate.next_direction(step)
     product = _product(products, map_name, step, direction)
@@ -84,7 +82,6 @@ def met_by(map_name: str, systems: Systems, products: Coverage, number: int, ste
 
 def write_next(map_name: str, systems: Systems, products: Coverage, number: int, step: Step, alpha: Tensor) -> Left:
     """Writes the iterate of iteration `number`."""
-    torch.set_num_threads(1)
     iterate, system = load_iterate(systems.solve, number - 1, map_name), systems.system(map_name)
     product = _product(products, map_name, step, iterate.residual)
     following = iterate.advanced(system, step, alpha, product)
@@ -97,7 +94,6 @@ def write_answer(map_name: str, systems: Systems, number: int, refined: Tensor, 
 
     Of a `later` stage times the map's α, since its response is A (H + A)⁻¹ with A each map's α.
     """
-    torch.set_num_threads(1)
     solution = load_iterate(systems.solve, number, map_name).solution
     answer = torch.where(refined[:, None, None], solution, load_answer(systems.solve, EKFAC, map_name))
     if later:

@@ -48,6 +48,13 @@ def undisturbed(folder: Path, machines: chaos.Machines) -> chaos.Job:
     return job
 
 
+def test_replicas_do_themselves_what_is_little_work_per_map(undisturbed: chaos.Job) -> None:
+    by_role: dict[str, set[int]] = {}
+    for event in undisturbed.events():
+        by_role.setdefault(event["role"], set()).add(event["pid"])
+    assert by_role["task"] and by_role["task"] <= by_role["replica"]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         # Each long one takes some minutes; `--kill-seeds 100` for a night.

@@ -1,0 +1,117 @@
+"""What is done once per map: by which processes, and what happens when one of these dies."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from msif_ray.cluster.pool import ReplicaPool
+from msif_ray.cluster.replica import Replica
+from msif_ray.cluster.room import RankResources
+from msif_ray.cluster.tasks import SMALL_SHARE, SMALL_TASK, for_each_map
+from msif_ray.config import Cluster
+from msif_ray.errors import UserError
+
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("ray_cluster")]
+MAPS = ["c", "a", "b"]
+
+
+@pytest.fixture
+def replicas() -> Iterator[list[Any]]:
+    resources = RankResources(ranks=1, cpus=0, gpus=0)
+    actors = [ray.remote(Replica).options(num_cpus=0).remote(resources) for _ in range(2)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+def where(name: str, mark: str) -> tuple[str, str, int]:
+    return name, mark, os.getpid()
+
+
+def threads(name: str) -> int:
+    return torch.get_num_threads()
+
+
+def refuse(name: str) -> None:
+    raise UserError(f"{name}: no good")
+
+
+def die_once(name: str, folder: Path) -> tuple[str, int]:
+    """The first process that gets `a` dies of it."""
+    mark = folder / "died"
+    if name == "a" and not mark.exists():
+        mark.write_text(str(os.getpid()))
+        os._exit(1)
+    return name, os.getpid()
+
+
+def die(name: str, only: frozenset[int]) -> str:
+    if os.getpid() in only:
+        os._exit(1)
+    return name
+
+
+def processes(replicas: list[Any]) -> set[int]:
+    return {ray.get(replica.call.remote(os.getpid)) for replica in replicas}
+
+
+def test_replicas_do_what_is_little_and_results_are_in_the_maps_order(replicas: list[Any]) -> None:
+    found = for_each_map(where, MAPS, "x", memory=dict.fromkeys(MAPS, SMALL_TASK), replicas=replicas)
+    assert [(name, mark) for name, mark, _ in found] == [("c", "x"), ("a", "x"), ("b", "x")]
+    assert {process for _, _, process in found} == processes(replicas)
+
+
+@pytest.mark.parametrize(
+    "maps, memory",
+    [(MAPS, {"a": SMALL_TASK + 1, "b": 1, "c": 1}), ([f"{n}" for n in range(33)], None)],
+    ids=["one map is large", "there are many maps"],
+)
+def test_tasks_do_what_is_much(replicas: list[Any], maps: list[str], memory: dict[str, int] | None) -> None:
+    memory = memory or dict.fromkeys(maps, SMALL_TASK)
+    assert sum(memory.values()) > SMALL_SHARE * 2 or len(maps) == 3
+    found = for_each_map(where, maps, "x", memory=memory, replicas=replicas)
+    assert [name for name, _, _ in found] == maps
+    assert not {process for _, _, process in found} & (processes(replicas) | {os.getpid()})
+
+
+def test_tasks_do_it_where_there_are_no_replicas_on_one_thread_each() -> None:
+    assert for_each_map(threads, MAPS, memory=dict.fromkeys(MAPS, 1)) == [1, 1, 1]
+
+
+def test_what_a_replica_that_dies_was_doing_another_one_does(replicas: list[Any], tmp_path: Path) -> None:
+    both = processes(replicas)
+    found = for_each_map(die_once, MAPS, tmp_path, memory=dict.fromkeys(MAPS, 1), replicas=replicas)
+    dead = int((tmp_path / "died").read_text())
+    assert dead in both
+    assert [name for name, _ in found] == MAPS
+    assert dict(found)["a"] in both - {dead}
+
+
+def test_tasks_go_on_where_all_replicas_are_dead(replicas: list[Any]) -> None:
+    only = frozenset(processes(replicas))
+    assert for_each_map(die, MAPS, only, memory=dict.fromkeys(MAPS, 1), replicas=replicas) == MAPS
+
+
+def test_a_users_mistake_arrives_as_itself(replicas: list[Any]) -> None:
+    for there in ([], replicas):
+        with pytest.raises(UserError, match="c: no good"):
+            for_each_map(refuse, ["c"], memory={"c": 1}, replicas=there)
+
+
+def test_a_pool_has_nobody_for_it_before_a_pass_nor_where_a_model_is_sharded() -> None:
+    for ranks in (1, 2):
+        with ReplicaPool(Cluster(replicas=1, ranks_per_replica=ranks, cpus_per_rank=1, gpus_per_rank=0)) as pool:
+            pool.lend(Waiting())  # type: ignore[arg-type]
+            assert pool.idle() == []
+
+
+class Waiting:
+    """Told of a wait for replicas, which is short here."""
+
+    def wait(self, reason: str) -> None:
+        pass
