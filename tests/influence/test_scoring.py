@@ -236,3 +236,20 @@ def test_few_and_many_queries_meet_the_gradients_of_all_rows(monkeypatch, querie
         torch.testing.assert_close(norms[row], wanted.square().sum(), rtol=1e-12, atol=0)
         for query in range(queries):
             torch.testing.assert_close(scores[row, query], (wanted * matrix[query]).sum(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rows, shape, multiple, expected",
+    [
+        (32, (1024, 257), 1, [16, 16]),  # not 15, 15 and 2, which two threads share badly
+        (32, (1024, 257), 2, [32]),
+        (33, (1024, 257), 2, [33]),
+        (34, (1024, 257), 2, [17, 17]),
+        (20, (768, 257), 1, [20]),
+        (3, (4096, 4097), 1, [1, 1, 1]),
+    ],
+)
+def test_window_gradients_come_in_even_parts(rows, shape, multiple, expected):
+    out, columns = shape
+    inputs, gradients = torch.ones(rows, 1, columns - 1), torch.ones(rows, 1, out)
+    assert [len(part) for part in ekfac.window_gradients(inputs, gradients, True, multiple)] == expected
