@@ -13,8 +13,8 @@ from msif_ray.cluster.deaths import DEATHS, answer
 # A task that dies with its node is run again elsewhere; one that dies this often is at fault itself.
 TASK_RETRIES = 8
 # What replicas do themselves, in bytes that the tasks take: of one map, which is what a replica needs beside its model,
-# and of all that one replica gets, about a second's work of one core (eigendecompositions of 16 maps of 1,025). A
-# process that imports PyTorch takes two or three.
+# and of all that one replica gets, some two seconds' work of one core (the eigendecompositions of 16 maps of up to
+# 1,025). A process that imports PyTorch takes as long to start.
 SMALL_TASK = 64 * 2**20
 SMALL_SHARE = 2**30
 

@@ -107,7 +107,7 @@ def times(vectors: Tensor, matrix: Tensor) -> Tensor:
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """left `[n, k]` right `[k, m]` of one type, written to `out` if there is one."""
-    if not onednn.suits(left, right):
+    if not onednn.suits(left, right, copied=out is not None):
         return torch.mm(left, right, out=out)
     product = onednn.multiply(left, right)
     return product if out is None else out.copy_(product)
@@ -131,7 +131,7 @@ def outer(left: Tensor, right: Tensor, out: Tensor, narrow: torch.dtype | None =
     if left.is_cuda and narrow is not None and narrow != left.dtype:
         (high, low), (also_high, also_low) = _terms(_aligned(left), narrow), _terms(_aligned(right), narrow)
         left, right = torch.cat([high, high, low], 1), torch.cat([also_high, also_low, also_high], 1)
-    if onednn.suits(left.transpose(1, 2), right):
+    if onednn.suits(left.transpose(1, 2), right, copied=True):
         for row, (one, other) in enumerate(zip(left, right, strict=True)):
             mm(one.T, other, out[row])
         return out

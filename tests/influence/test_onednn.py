@@ -65,6 +65,9 @@ def test_what_suits(monkeypatch):
     assert not onednn.suits(large.bfloat16(), fits.bfloat16())
     assert not onednn.suits(large[:-1], torch.zeros(1024, 4096))
     assert not onednn.suits(large, fits[:, :-1])
+    for pay in (True, False):
+        monkeypatch.setattr(onednn, "copies_pay", lambda pay=pay: pay)
+        assert onednn.suits(large, fits, copied=True) is pay
     monkeypatch.setattr(onednn, "available", lambda: False)
     assert not onednn.suits(large, fits)
 
@@ -80,6 +83,12 @@ def test_processors(monkeypatch, cpu, used):
     assert onednn.available.__wrapped__() is used
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert onednn.available.__wrapped__() is False
+
+
+@pytest.mark.parametrize("cpu, pay", [({"avx_vnni": True}, True), ({"avx_vnni": False}, False), ({}, False)])
+def test_processors_on_which_results_are_worth_a_copy(monkeypatch, cpu, pay):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert onednn.copies_pay.__wrapped__() is pay
 
 
 def batch(model):
