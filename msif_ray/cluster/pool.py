@@ -50,7 +50,7 @@ class Progress(Protocol):
 class _Worker:
     """A replica, the step that it has said to be ready for (what it has summed belongs there), and the blocks that it
     has done in passes that see the same as `done_in`: the next of these may find what an earlier one kept. It
-    `has_model` once it was ready for a step."""
+    `has_model` when it was ready for the last step, and is not still loading."""
 
     actor: Any
     has_model: bool = False
@@ -210,7 +210,7 @@ class ReplicaPool:
         turns: dict[Any, _Turn] = {}
 
         def prepare(worker: _Worker) -> None:
-            worker.ready_for = None
+            worker.has_model, worker.ready_for = False, None
             if worker.done_in != passing:  # blocks of another corpus have the same names
                 worker.done_in, worker.done = passing, set()
             turns[worker.actor.prepare.remote(setup, job, destination)] = _Turn(worker)
