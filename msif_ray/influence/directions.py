@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from msif_ray.influence.products import inner, times
 
 # Entries of intermediate products held at once: of every token with every low-rank vector, and of directions of low
-# rank that are expanded for one product (float32: 16 MB and 256 MB, as for `ekfac.GRADIENT_ENTRIES`).
+# rank that are expanded for one product (float32: 16 MB and 256 MB).
 PRODUCT_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 
 

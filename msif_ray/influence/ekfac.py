@@ -16,9 +16,9 @@ from msif_ray.influence.response import Identity, Response
 from msif_ray.influence.threads import side_by_side
 
 # Entries of per-window gradients held at once: 17 MB of float32, which stay in a CPU's cache (1.9 times the
-# speed of 256 MB on two EPYC cores), and 272 MB on a GPU, whose matrix products want many rows. A sixteenth over a
-# power of two, or a bias's column would make 15 rows of 16, and 31 of 32, which take as long as 45.
-GRADIENT_ENTRIES = {"cpu": 17 * 2**18, "cuda": 17 * 2**22}
+# speed of 256 MB on two EPYC cores), and 256 MB on a GPU, whose matrix products want many rows. The CPU's are a
+# sixteenth over a power of two, or a bias's column would make 15 rows of 16, which two threads share badly.
+GRADIENT_ENTRIES = {"cpu": 17 * 2**18, "cuda": 2**26}
 
 
 @dataclass

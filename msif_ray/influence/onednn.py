@@ -28,7 +28,7 @@ _aten = torch.ops.aten
 @cache
 def available() -> bool:
     """Whether this processor is one on which oneDNN's float32 products are faster, and PyTorch has them."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
+    found = _processor()
     amd = str(found.get("cpu_name", "")).startswith("AMD") and bool(found.get("avx512_f"))
     return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -40,8 +40,12 @@ def copies_pay() -> bool:
     On a Zen 5, which multiplies 512 bits at a time as its AVX-VNNI tells. A Zen 4 takes two steps for these: the
     gradients of windows come to 105 GFLOP/s with two threads, and to 140 by MKL, which writes to their places.
     """
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("avx_vnni"))
+    return bool(_processor().get("avx_vnni"))
+
+
+def _processor() -> dict[str, Any]:
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
+    return found
 
 
 def suits(left: Tensor, right: Tensor, copied: bool = False) -> bool:

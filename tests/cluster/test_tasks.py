@@ -67,15 +67,13 @@ def test_replicas_do_what_is_little_and_results_are_in_the_maps_order(replicas: 
 
 
 @pytest.mark.parametrize(
-    "maps, memory",
-    [(MAPS, {"a": SMALL_TASK + 1, "b": 1, "c": 1}), ([f"{n}" for n in range(33)], None)],
+    "memory",
+    [{"a": SMALL_TASK + 1, "b": 1, "c": 1}, {f"{n}": SMALL_TASK for n in range(2 * SMALL_SHARE // SMALL_TASK + 1)}],
     ids=["one map is large", "there are many maps"],
 )
-def test_tasks_do_what_is_much(replicas: list[Any], maps: list[str], memory: dict[str, int] | None) -> None:
-    memory = memory or dict.fromkeys(maps, SMALL_TASK)
-    assert sum(memory.values()) > SMALL_SHARE * 2 or len(maps) == 3
-    found = for_each_map(where, maps, "x", memory=memory, replicas=replicas)
-    assert [name for name, _, _ in found] == maps
+def test_tasks_do_what_is_much(replicas: list[Any], memory: dict[str, int]) -> None:
+    found = for_each_map(where, list(memory), "x", memory=memory, replicas=replicas)
+    assert [name for name, _, _ in found] == list(memory)
     assert not {process for _, _, process in found} & (processes(replicas) | {os.getpid()})
 
 
