@@ -12,7 +12,7 @@ from msif_ray.heap import trim
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.curvature import CurvatureMetric, curvature_squares
-from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, laid_out
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis
 from msif_ray.influence.kept import KeptPasses
 from msif_ray.influence.labels import batch_uniforms
@@ -125,7 +125,7 @@ class Steps:
         for name, stacked in gradients.items():
             factor = Factor(bases[name], eigenvalues[name])
             response = DampedInverse(DAMPING * factor.mean_eigenvalue)
-            found[name] = DenseDirections(carry_back(torch.stack(stacked), [(factor, response)]))
+            found[name] = laid_out(DenseDirections(carry_back(torch.stack(stacked), [(factor, response)])))
         return found
 
     def metrics(self, bases: Mapping[str, Basis], eigenvalues: Mapping[str, Tensor]) -> dict[str, CurvatureMetric]:

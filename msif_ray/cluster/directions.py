@@ -17,7 +17,7 @@ from msif_ray import layout
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
-from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, join
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, join, laid_out
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
 from msif_ray.influence.scoring import DENSE_ENTRIES, Scorer
@@ -180,7 +180,7 @@ def load(folders: Sequence[Path], maps: Sequence[str], device: torch.device, mem
     total = sum(sum(each.bytes.values()) for each in stored)
     if total <= memory:
         everything = _lazy(stored, maps, device)
-        directions = {name: everything.read(name) for name in maps}
+        directions = {name: laid_out(everything.read(name)) for name in maps}
         scorer = Scorer(directions, kept_entries(total, memory, _itemsize(directions)))
         return LoadedDirections([scorer], [sum(map(len, stored))], 0)
     give_back_freed_memory()
@@ -194,7 +194,7 @@ def load(folders: Sequence[Path], maps: Sequence[str], device: torch.device, mem
         for name in maps:
             size = _bytes(group, name)
             if size <= left:
-                lazy.resident[name] = lazy.read(name)
+                lazy.resident[name] = laid_out(lazy.read(name))
                 left -= size
             else:
                 streamed += size

@@ -18,7 +18,8 @@ PRODUCT_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 
 @dataclass(frozen=True)
 class DenseDirections:
-    """Carried-back queries of one map as they are: `matrix` `[queries, out, columns]`."""
+    """Carried-back queries of one map as they are: `matrix` `[queries, out, columns]`; `laid_out` where its transpose
+    is what is contiguous."""
 
     matrix: Tensor
 
@@ -33,9 +34,16 @@ class DenseDirections:
         """The queries from `start` to before `stop`."""
         return DenseDirections(self.matrix[start:stop])
 
-    def products(self, flat: Tensor) -> Tensor:
-        """⟨D, G⟩ of window gradients `[rows, out·columns]`, `[rows, queries]`."""
-        return inner(flat, self.matrix)
+    @property
+    def transposed(self) -> bool:
+        """Whether the matrix is `[queries, columns, out]` in memory."""
+        return self.matrix.mT.is_contiguous()
+
+    def products(self, gradients: Tensor) -> Tensor:
+        """⟨D, G⟩ of window gradients `[rows, out, columns]`, `[rows, queries]`: no copy of those in the same order."""
+        if self.transposed:
+            return inner(gradients.mT, self.matrix.mT)
+        return inner(gradients, self.matrix)
 
     def token_scores(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """g_tᵀ D a_t, `[queries, rows, tokens]`, whose sum over tokens is the score."""
@@ -68,6 +76,11 @@ class LowRankDirections:
         return self.left.shape[1], self.right.shape[1]
 
     @property
+    def transposed(self) -> bool:
+        """Whether they are `[queries, columns, out]` in memory once expanded."""
+        return True
+
+    @property
     def total_rank(self) -> int:
         return len(self.left)
 
@@ -91,15 +104,12 @@ class LowRankDirections:
         first, last = self._starts[start], self._starts[stop]
         return LowRankDirections(self.left[first:last], self.right[first:last], self.ranks[start:stop])
 
-    def products(self, flat: Tensor) -> Tensor:
-        """⟨D, G⟩ of window gradients `[rows, out·columns]`, `[rows, queries]`: some queries expanded at a time."""
+    def products(self, gradients: Tensor) -> Tensor:
+        """⟨D, G⟩ of window gradients `[rows, out, columns]`, `[rows, queries]`: some queries expanded at a time."""
         out, columns = self.shape
-        at_once = max(1, _entries(flat) // (out * columns))
-        stops = [min(start + at_once, len(self)) for start in range(0, len(self), at_once)]
-        scores = [
-            inner(flat, self.part(start, stop)._expanded()) for start, stop in zip([0, *stops], stops, strict=False)
-        ]
-        return torch.cat(scores, dim=1)
+        at_once = max(1, _entries(gradients) // (out * columns))
+        parts = (self.part(start, min(start + at_once, len(self))) for start in range(0, len(self), at_once))
+        return torch.cat([inner(gradients.mT, part._expanded().mT) for part in parts], dim=1)
 
     def scores(self, inputs: Tensor, gradients: Tensor, bias: bool) -> Tensor:
         """Σ_t Σ_r (g_t·u_r)(a_t·v_r), `[rows, queries]` in float64, never forming a window's gradient.
@@ -129,10 +139,17 @@ class LowRankDirections:
         """`[queries, out, columns]`, with zero vectors up to the largest rank."""
         sizes = self.ranks.tolist()
         left, right = (pad_sequence(side.split(sizes), batch_first=True) for side in (self.left, self.right))
-        return left.transpose(1, 2) @ right
+        return (right.mT @ left).mT
 
 
 Directions = DenseDirections | LowRankDirections
+
+
+def laid_out(directions: Directions) -> Directions:
+    """The same, in memory as window gradients are formed in the shortest time: those that meet many batches."""
+    if directions.transposed or isinstance(directions, LowRankDirections):
+        return directions
+    return DenseDirections(directions.matrix.mT.contiguous().mT)
 
 
 def token_scores(directions: Directions, activations: Tensor, gradients: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ class CorrectionSums:
         for name, described in captured.maps.items():
             inputs, gradients = captured.vectors(name)
             if f"E/{name}" not in self.sums:
-                self.sums[f"E/{name}"] = inputs.new_zeros(described.shape, dtype=wide_type(inputs.dtype))
+                # Its transpose is contiguous, as `add_squares` would have it.
+                out, columns = described.shape
+                self.sums[f"E/{name}"] = inputs.new_zeros(columns, out, dtype=wide_type(inputs.dtype)).mT
             total, basis = self.sums[f"E/{name}"], self.bases[name]
             if rotates_vectors(inputs.shape[1], *described.shape):
                 add_squares(total, *rotated_vectors(inputs, gradients, basis, described.bias), inputs.dtype)
@@ -128,24 +130,26 @@ def rotated_gradients(inputs: Tensor, gradients: Tensor, basis: Basis, bias: boo
     """Q_Sᵀ G Q_A of each row, `[some rows, out, columns]` at a time, from rotated vectors or by rotating G: whichever
     takes fewer multiplications. Vectors, memory and what is yielded as of `window_gradients`."""
     if rotates_vectors(inputs.shape[1], gradients.shape[2], inputs.shape[2] + int(bias)):
-        return _outer_products(*rotated_vectors(inputs, gradients, basis, bias), inputs.dtype)
+        activations, gradients = rotated_vectors(inputs, gradients, basis, bias)
+        return _outer_products(gradients, activations, inputs.dtype)
     return map(basis.rotate, window_gradients(inputs, gradients, bias))
 
 
 def add_squares(total: Tensor, activations: Tensor, gradients: Tensor, narrow: torch.dtype) -> None:
     """Adds Σ_rows (Σ_t g_t a_tᵀ)² to `total` `[out, columns]`; activations `[rows, t, columns]`, gradients
-    `[rows, t, out]`, both computed from vectors of the type `narrow`.
+    `[rows, t, out]`, both computed from vectors of the type `narrow`. In memory `total` is `[columns, out]`: a product
+    whose rows are of `columns`, which a bias makes odd, takes a sixth longer.
 
     Row by row on a CPU, where a row's product stays in the cache until it is squared; a GPU wants many at once.
     """
     if total.is_cuda:
         for products in _outer_products(activations, gradients, narrow):
-            total.add_(torch.linalg.vector_norm(products, dim=0).square_())
+            total.mT.add_(torch.linalg.vector_norm(products, dim=0).square_())
         return
-    product = torch.empty_like(total)
+    product = torch.empty_like(total.mT)
     for a, g in zip(activations, gradients, strict=True):
-        mm(g.T, a, product)
-        total.addcmul_(product, product)
+        mm(a.T, g, product)
+        total.mT.addcmul_(product, product)
 
 
 def rotates_vectors(tokens: int, out: int, columns: int) -> bool:
@@ -163,31 +167,40 @@ def gradient_rotation_cost(out: int, columns: int) -> int:
     return out * columns * (out + columns)
 
 
-def window_gradients(inputs: Tensor, gradients: Tensor, bias: bool = False, multiple: int = 1) -> Iterator[Tensor]:
+def window_gradients(
+    inputs: Tensor, gradients: Tensor, bias: bool = False, multiple: int = 1, transposed: bool = False
+) -> Iterator[Tensor]:
     """G = Σ_t g_t a_tᵀ of each row, `[some rows, out, columns]` at a time so that memory is bounded.
 
     `inputs` `[rows, positions, in]`, with `bias` without the constant 1 that comes last in a; `gradients`
     `[rows, positions, out]`. At most `multiple` GRADIENT_ENTRIES are held, but for a single larger row. What is
-    yielded is overwritten by the next: fresh memory for each would cost more than the product.
+    yielded is overwritten by the next: fresh memory for each would cost more than the product. `transposed`: in memory
+    it is `[some rows, columns, out]`, which takes a seventh less time where a bias makes the columns odd.
     """
     at_once = _rows_at_once(len(inputs), inputs.shape[-1] + int(bias), gradients.shape[-1], inputs.device, multiple)
     for a, g in zip(inputs.split(at_once), gradients.split(at_once), strict=True):
-        yield from _outer_products(with_ones(operand(a)) if bias else operand(a), operand(g), multiple=multiple)
+        activations = with_ones(operand(a)) if bias else operand(a)
+        if transposed:
+            yield from (each.mT for each in _outer_products(activations, operand(g), multiple=multiple))
+        else:
+            yield from _outer_products(operand(g), activations, multiple=multiple)
 
 
 def _outer_products(
-    activations: Tensor, gradients: Tensor, narrow: torch.dtype | None = None, multiple: int = 1
+    left: Tensor, right: Tensor, narrow: torch.dtype | None = None, multiple: int = 1
 ) -> Iterator[Tensor]:
-    columns, out = activations.shape[-1], gradients.shape[-1]
-    at_once = _rows_at_once(len(activations), columns, out, activations.device, multiple)
-    space = activations.new_empty(at_once, out, columns, dtype=wide_type(activations.dtype))
-    for a, g in zip(activations.split(at_once), gradients.split(at_once), strict=True):
-        yield outer(g, a, space[: len(a)], narrow)
+    """Σ_t l_t r_tᵀ of each row, `[some rows, m, n]` at a time: left `[rows, t, m]`, right `[rows, t, n]`, computed from
+    vectors of the type `narrow`."""
+    m, n = left.shape[-1], right.shape[-1]
+    at_once = _rows_at_once(len(left), m, n, left.device, multiple)
+    space = left.new_empty(at_once, m, n, dtype=wide_type(left.dtype))
+    for one, other in zip(left.split(at_once), right.split(at_once), strict=True):
+        yield outer(one, other, space[: len(one)], narrow)
 
 
-def _rows_at_once(rows: int, columns: int, out: int, device: torch.device, multiple: int) -> int:
+def _rows_at_once(rows: int, m: int, n: int, device: torch.device, multiple: int) -> int:
     """As even parts of the rows as stay within the entries: threads share each, and wait for each other at its end."""
-    most = max(1, multiple * GRADIENT_ENTRIES[device.type] // (columns * out))
+    most = max(1, multiple * GRADIENT_ENTRIES[device.type] // (m * n))
     return -(-rows // -(-rows // most)) if rows else 1
 
 

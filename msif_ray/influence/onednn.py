@@ -26,11 +26,16 @@ _aten = torch.ops.aten
 
 
 @cache
+def exists() -> bool:
+    """Whether PyTorch has oneDNN's products, and this processor the AVX-512 that they are good for."""
+    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has and bool(_processor().get("avx512_f"))
+
+
+@cache
 def available() -> bool:
-    """Whether this processor is one on which oneDNN's float32 products are faster, and PyTorch has them."""
-    found = _processor()
-    amd = str(found.get("cpu_name", "")).startswith("AMD") and bool(found.get("avx512_f"))
-    return amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether this processor is one on which oneDNN's float32 products are faster, whatever their shape."""
+    return exists() and str(_processor().get("cpu_name", "")).startswith("AMD")
 
 
 @cache
@@ -52,7 +57,17 @@ def suits(left: Tensor, right: Tensor, copied: bool = False) -> bool:
     """Whether left `[..., n, k]` times right `[..., k, m]` is better done here, `copied` from where it comes out."""
     if copied and not copies_pay():
         return False
-    if left.dtype != torch.float32 or right.dtype != torch.float32 or left.is_cuda or not available():
+    return available() and _enough(left, right)
+
+
+def suits_long(left: Tensor, right: Tensor) -> bool:
+    """Whether left `[n, k]` times right `[k, m]` is better done here where k is long and n and m are not: MKL's product
+    takes up to twice as long for these, whatever the processor."""
+    return exists() and _enough(left, right)
+
+
+def _enough(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != torch.float32 or right.dtype != torch.float32 or left.is_cuda:
         return False
     return left.shape[-2] >= ROWS and left.shape[-2] * left.shape[-1] * right.shape[-1] >= LEAST
 

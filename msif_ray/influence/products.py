@@ -164,13 +164,17 @@ def _terms(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def inner(left: Tensor, right: Tensor) -> Tensor:
     """Every row of `left` `[rows, ...]` times every row of `right` `[others, ...]`, `[rows, others]`.
 
-    On a CPU a few rows at a time, cut into pieces side by side: one product so long and thin occupies one core.
+    By oneDNN with the others first, which takes 1.0 ms of 16 rows and 8 others of 263,168 entries, the rows first 1.3.
+    Without it a CPU takes a few rows at a time, cut into pieces side by side: one product so long and thin occupies one
+    core.
     """
     left, right = left.flatten(1), right.flatten(1)
-    if onednn.suits(left, right.T):
-        return mm(left, right.T)
-    if left.is_cuda or left.shape[1] % PIECES or (len(left) >= 2 * ROWS and len(right) >= MANY):
+    if onednn.suits_long(left, right.T):
+        return onednn.multiply(right, left.T).T
+    if left.is_cuda or left.shape[1] % PIECES:
         return left @ right.T
+    if len(left) >= 2 * ROWS and len(right) >= MANY:
+        return (right @ left.T).T  # a fifth faster than the rows first
     cut = right.unflatten(1, (PIECES, -1)).permute(1, 2, 0)
     some = (rows.unflatten(1, (PIECES, -1)).transpose(0, 1) for rows in left.split(ROWS))
     return torch.cat([torch.bmm(rows, cut).sum(0) for rows in some])

@@ -178,9 +178,9 @@ class Scorer:
         parts = []
         # Many queries are read from memory for every product: twice the rows halve that, and cost a cache a little.
         more = 2 if len(directions) >= MANY and not inputs.is_cuda else 1
-        for products in window_gradients(inputs, gradients, bias, more):
-            flat = products.flatten(1)
-            parts.append((directions.products(flat), torch.linalg.vector_norm(flat, dim=1).square()))
+        for products in window_gradients(inputs, gradients, bias, more, directions.transposed):
+            flat = (products.mT if directions.transposed else products).flatten(1)
+            parts.append((directions.products(products), torch.linalg.vector_norm(flat, dim=1).square()))
         return torch.cat([scores for scores, _ in parts]), torch.cat([norms for _, norms in parts])
 
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from msif_ray.cluster.sharding import gathered
 from msif_ray.influence.compress import ITERATIONS, REDUCED, Metric
-from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
+from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, laid_out
 from msif_ray.influence.ekfac import Basis, gradient_rotation_cost, rotates_vectors, vector_rotation_cost
 from msif_ray.influence.experts import is_fused
 from msif_ray.influence.groups import Shapes
@@ -217,7 +217,7 @@ def make_directions(
     made: dict[str, Directions] = {}
     for name, (out, columns) in shapes.items():
         if rank is None or stays_dense(rank, out, columns):
-            made[name] = DenseDirections(random(queries, out, columns))
+            made[name] = laid_out(DenseDirections(random(queries, out, columns)))
         else:
             made[name] = LowRankDirections.stacked(random(queries, rank, out), random(queries, rank, columns))
     return made

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.directions import DenseDirections
+from msif_ray.influence.directions import DenseDirections, laid_out
 from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums, Factor, eigenbasis, window_gradients
 from msif_ray.influence.products import times
 from msif_ray.influence.queries import map_tokens
@@ -131,14 +131,14 @@ def project(
     places = _places(documents)
     scores = torch.zeros(len(directions), len(places), dtype=torch.float64)
     squares = torch.zeros(len(weights), len(places), dtype=torch.float64)
-    many, few = DenseDirections(directions), DenseDirections(weights)
+    many, few = laid_out(DenseDirections(directions)), laid_out(DenseDirections(weights))
     for captured in documents.captured(name):
         rows = [places[key.document_id] for key in captured.batch.keys]
         start = 0
         for gradients in _rotated(captured, name, basis):
-            flat, at = gradients.flatten(1), rows[start : start + len(gradients)]
-            scores[:, at] = many.products(flat).T.double()
-            squares[:, at] = few.products(flat.square_()).T.double()
+            at = rows[start : start + len(gradients)]
+            scores[:, at] = many.products(gradients).T.double()
+            squares[:, at] = few.products(gradients.square_()).T.double()
             start += len(gradients)
     return scores, squares
 
@@ -146,7 +146,7 @@ def project(
 def _rotated(captured: Captured, name: str, basis: Basis) -> Iterator[Tensor]:
     """Q_Sᵀ G Q_A of a batch's windows, some at a time, from rotated tokens."""
     activations = times(captured.activations(name), basis.activations)
-    return window_gradients(activations, times(captured.gradients(name), basis.gradients), multiple=16)
+    return window_gradients(activations, times(captured.gradients(name), basis.gradients), multiple=16, transposed=True)
 
 
 def _places(recording: Recording) -> dict[str, int]:

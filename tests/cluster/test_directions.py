@@ -138,6 +138,12 @@ def test_the_whole_directions_are_the_dense_path(world: World) -> None:
         torch.testing.assert_close(scores([Scorer(world.plain(**queries))], world.captured), dense, **CLOSE)
 
 
+def test_what_stays_in_memory_is_laid_out_for_products(world: World, tmp_path: Path) -> None:
+    folder = world.write(tmp_path, [(0, 1), (1, 11)], 2**30)
+    loaded = directions.load([folder], list(world.maps), CPU, 2**30)
+    assert all(each.transposed for each in loaded.scorers[0].directions.values())
+
+
 def test_no_more_than_the_memory_is_held(world: World, tmp_path: Path) -> None:
     folder = world.write(tmp_path, [(n, min(n + 2, 11)) for n in range(0, 11, 2)], 2**30, energy=0.99)
     maps = list(world.maps)

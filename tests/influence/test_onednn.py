@@ -69,20 +69,25 @@ def test_what_suits(monkeypatch):
         monkeypatch.setattr(onednn, "copies_pay", lambda pay=pay: pay)
         assert onednn.suits(large, fits, copied=True) is pay
     monkeypatch.setattr(onednn, "available", lambda: False)
-    assert not onednn.suits(large, fits)
+    for exists in (True, False):
+        monkeypatch.setattr(onednn, "exists", lambda exists=exists: exists)
+        assert not onednn.suits(large, fits)
+        assert onednn.suits_long(large, fits) is exists
+        assert not onednn.suits_long(large.double(), fits.double())
 
 
-@pytest.mark.parametrize("cpu, used", [
-    ({"cpu_name": "AMD EPYC", "avx512_f": True}, True),
-    ({"cpu_name": "AMD EPYC", "avx512_f": False}, False),
-    ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, False),
-    ({}, False),
+@pytest.mark.parametrize("cpu, used, for_long", [
+    ({"cpu_name": "AMD EPYC", "avx512_f": True}, True, True),
+    ({"cpu_name": "AMD EPYC", "avx512_f": False}, False, False),
+    ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, False, True),
+    ({}, False, False),
 ])  # fmt: skip
-def test_processors(monkeypatch, cpu, used):
+def test_processors(monkeypatch, cpu, used, for_long):
+    monkeypatch.setattr(onednn, "exists", onednn.exists.__wrapped__)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
-    assert onednn.available.__wrapped__() is used
+    assert onednn.available.__wrapped__() is used and onednn.exists() is for_long
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert onednn.available.__wrapped__() is False
+    assert onednn.available.__wrapped__() is False and onednn.exists() is False
 
 
 @pytest.mark.parametrize("cpu, pay", [({"avx_vnni": True}, True), ({"avx_vnni": False}, False), ({}, False)])

@@ -13,7 +13,8 @@ TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1e-5}
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """`onednn`: the CPU, as if all float32 products were faster there."""
-    monkeypatch.setattr(onednn, "available", lambda: request.param == "onednn")
+    for whether in ("exists", "available"):
+        monkeypatch.setattr(onednn, whether, lambda: request.param == "onednn")
     monkeypatch.setattr(onednn, "copies_pay", lambda: True)
     monkeypatch.setattr(onednn, "LEAST", 1)
     monkeypatch.setattr(onednn, "ROWS", 1)

@@ -6,8 +6,9 @@ import pytest
 import reference
 import torch
 
+from msif_ray.influence import directions as directions_module
 from msif_ray.influence import ekfac, scoring
-from msif_ray.influence.directions import PRODUCT_ENTRIES, DenseDirections, LowRankDirections, join
+from msif_ray.influence.directions import PRODUCT_ENTRIES, DenseDirections, LowRankDirections, join, laid_out
 from msif_ray.influence.ekfac import Basis, CorrectionSums
 from msif_ray.influence.products import MANY
 from msif_ray.influence.queries import smaller_form, truncate
@@ -219,15 +220,17 @@ def test_correction_sums_whichever_is_rotated(words):
         torch.testing.assert_close(corrections.sums[f"E/{name}"], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("queries", (3, MANY))
-def test_few_and_many_queries_meet_the_gradients_of_all_rows(monkeypatch, queries):
+def test_few_and_many_queries_meet_the_gradients_of_all_rows(monkeypatch, queries, transposed):
     monkeypatch.setitem(ekfac.GRADIENT_ENTRIES, "cpu", 200)  # two rows at once, or four for many queries
     generator = torch.Generator().manual_seed(queries)
     inputs, gradients, matrix = (
         torch.randn(*shape, dtype=torch.float64, generator=generator)
         for shape in ((7, 5, 9), (7, 5, 8), (queries, 8, 10))
     )
-    directions = DenseDirections(matrix)
+    directions = laid_out(DenseDirections(matrix)) if transposed else DenseDirections(matrix)
+    assert directions.transposed is transposed and torch.equal(directions.dense, matrix)
     scores, norms = Scorer({"map": directions}).score_map("map", directions, inputs, gradients, bias=True)
     for row in range(7):
         wanted = sum(
@@ -236,6 +239,27 @@ def test_few_and_many_queries_meet_the_gradients_of_all_rows(monkeypatch, querie
         torch.testing.assert_close(norms[row], wanted.square().sum(), rtol=1e-12, atol=0)
         for query in range(queries):
             torch.testing.assert_close(scores[row, query], (wanted * matrix[query]).sum(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("bias", (False, True))
+def test_products_take_no_copy_of_gradients_in_their_order(monkeypatch, bias, transposed):
+    generator = torch.Generator().manual_seed(0)
+    inputs, gradients = torch.randn(3, 5, 9, generator=generator), torch.randn(3, 5, 8, generator=generator)
+    met = []
+    monkeypatch.setattr(directions_module, "inner", lambda left, right: met.append((left, right)) or left[:, 0])
+    columns = 9 + int(bias)
+    for kind in (DenseDirections(torch.ones(4, 8, columns)), low_rank_of(4, 8, columns)):
+        kind = laid_out(kind) if transposed else kind
+        for formed in ekfac.window_gradients(inputs, gradients, bias, transposed=kind.transposed):
+            kind.products(formed)
+            left, right = met.pop()
+            assert left.is_contiguous() and left.data_ptr() == formed.data_ptr()
+            assert right.is_contiguous() and right.shape[1:] == left.shape[1:]
+
+
+def low_rank_of(queries, out, columns):
+    return LowRankDirections.stacked(torch.ones(queries, 2, out), torch.ones(queries, 2, columns))
 
 
 @pytest.mark.parametrize(
