@@ -1,26 +1,24 @@
 """Everything that can be wrong with a run, before any replica is asked for: one line each."""
 
-import hashlib
-import json
 import os
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from msif_ray import layout, stages
+from msif_ray import stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.census import Census, take_census
+from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.queries import Query, read_queries
-from msif_ray.corpus.reader import CorpusFile, Document
+from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Skipped, within
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
-from msif_ray.objectives import check_references, objective_identity
-from msif_ray.paths import exists, is_remote, missing, path_of
-from msif_ray.store import delete, read_json, write_atomic
+from msif_ray.objectives import check_references
+from msif_ray.paths import is_remote, path_of
+from msif_ray.reused import check_reused_factors
+from msif_ray.store import delete, write_atomic
 
 # Windows are this long unless the run says otherwise, or the model's context is shorter.
 DEFAULT_MAX_TOKENS = 512
@@ -80,7 +78,7 @@ def check(run: Run) -> Resolved:
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     references = check_references(run, checkpoints)
-    reused = _check_reused_factors(run, checkpoints, references)
+    reused = check_reused_factors(run, checkpoints, references)
     for position, score in enumerate(run.score):
         if score.index is not None:
             check_index(run, position, checkpoints, corpora[f"score.{position}"], references)
@@ -168,43 +166,6 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
                     f"{other.name!r}; all stages need the same tracked maps"
                     + (": leave the head of a vocabulary that grew out of `modules`" if heads else "")
                 )
-
-
-def _check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
-    """Checks the factors of other runs that are needed; the hash of each stage's manifest."""
-    reused = {}
-    for index in stages.stages_with_factors(run):
-        stage = run.stages[index]
-        if stage.factors is not None:
-            folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
-            try:
-                objective = objective_identity(run, index, references)
-                reused[stage.name] = _check_factors(folder, checkpoints[index], objective, mend)
-            except UserError as error:
-                raise UserError(f"stages.{index}.factors: {error}") from None
-    return reused
-
-
-def _check_factors(folder: Path, checkpoint: Checkpoint, objective: dict[str, Any] | None, mend: str) -> str:
-    """Factors are whole, and fitted to this model over these maps; the hash of their manifest."""
-    path = layout.factors_manifest(folder)
-    if not exists(path):
-        raise UserError(f"{folder} holds no finished factors; {mend}")
-    manifest = read_json(path, mend)
-    try:
-        model, maps = manifest["model_sha256"], {name: tuple(m["shape"]) for name, m in manifest["maps"].items()}
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path}: not a whole manifest; {mend}") from None
-    if model != checkpoint.model_hash:
-        raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
-    if maps != checkpoint.maps:
-        raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
-    if manifest.get("objective") != objective:
-        raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
-    gone = missing(layout.factor_files(folder, maps))
-    if gone:
-        raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _shape(shape: tuple[int, int] | None) -> str:

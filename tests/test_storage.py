@@ -22,7 +22,8 @@ from msif_ray import fetch, layout, paths, store
 from msif_ray.cluster.carry import is_carried
 from msif_ray.cluster.fit import is_fitted
 from msif_ray.config import Documents, parse_run
-from msif_ray.corpus.reader import corpus_files, read_documents
+from msif_ray.corpus.files import corpus_files
+from msif_ray.corpus.reader import read_documents
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
 from msif_ray.results import parts, top

@@ -9,7 +9,7 @@ from test_preflight import describe
 
 from msif_ray import fetch, paths, store
 from msif_ray.config import Documents, parse_run
-from msif_ray.corpus.reader import corpus_files
+from msif_ray.corpus.files import corpus_files
 from msif_ray.errors import UserError
 
 

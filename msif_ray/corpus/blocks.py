@@ -8,7 +8,8 @@ from typing import Protocol
 
 from msif_ray import layout
 from msif_ray.config import Documents
-from msif_ray.corpus.reader import Block, CorpusFile, block_id, read_file_blocks
+from msif_ray.corpus.files import CorpusFile
+from msif_ray.corpus.reader import Block, block_id, read_file_blocks
 
 
 class Blocks(Protocol):

@@ -10,9 +10,8 @@ import numpy
 import xxhash
 
 from msif_ray.config import Documents
+from msif_ray.corpus.files import CorpusFile, corpus_files
 from msif_ray.corpus.reader import (
-    CorpusFile,
-    corpus_files,
     document_columns,
     id_columns,
     read_documents,

@@ -7,7 +7,8 @@ from typing import Any
 
 from msif_ray.config import Queries
 from msif_ray.corpus.chat import chat_fault, turns_text
-from msif_ray.corpus.reader import CorpusFile, Document, document_columns, document_of, read_rows, row_id
+from msif_ray.corpus.files import CorpusFile
+from msif_ray.corpus.reader import Document, document_columns, document_of, read_rows, row_id
 from msif_ray.errors import UserError
 
 

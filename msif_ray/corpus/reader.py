@@ -4,41 +4,30 @@ Every reader streams: no file is held in memory. Blocks are cut per file, so tha
 read side by side, and a block's documents depend on the corpus and the block size alone.
 """
 
-import glob
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_ray.config import Documents
 from msif_ray.corpus.arrow import python_rows
+from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.packed import NoParts, Part, part_names, row_parts
 from msif_ray.errors import UserError
 from msif_ray.fetch import fetched
-from msif_ray.paths import exists, find, is_remote, path_of, storage
+from msif_ray.paths import is_remote, path_of, storage
 
 ROWS_AT_ONCE = 1024
 ROWS_MADE = 64  # of those into Python values
 LINE_BYTES = 2**20  # read ahead of JSON lines from object storage
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CorpusFile:
-    """One file of a corpus (or one saved `datasets` folder) and the name its rows' ids begin with."""
-
-    path: str
-    name: str
-    kind: Literal["parquet", "jsonl", "datasets"]
 
 
 @dataclass(frozen=True)
@@ -67,56 +56,6 @@ class Block:
 
     id: str
     documents: tuple[Document, ...]
-
-
-def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
-    """The files that a corpus's paths and globs name, in sorted order per pattern.
-
-    Raises UserError, naming `key`, for a pattern that matches nothing or a file of another kind.
-    """
-    patterns = [documents.path] if isinstance(documents.path, str) else documents.path
-    paths: list[str] = []
-    for pattern in patterns:
-        found = _found(pattern, key)
-        if not found:
-            raise UserError(f"{key}.path: no file matches {pattern}")
-        paths += [path for path in found if path not in paths]
-    if not paths:
-        raise UserError(f"{key}.path: names no file")
-    root = os.path.commonpath([os.path.dirname(_comparable(path)) for path in paths])
-    return [CorpusFile(path, os.path.relpath(_comparable(path), root), _kind(path, key)) for path in paths]
-
-
-def _found(pattern: str, key: str) -> list[str]:
-    """The absolute paths or the URLs that a path or a glob names, sorted."""
-    try:
-        if is_remote(pattern):
-            return find(pattern)
-    except UserError as error:
-        raise UserError(f"{key}.path: {error}") from None
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    return [os.path.abspath(path) for path in found]
-
-
-def _comparable(path: str) -> str:
-    """A URL as an absolute path, to be compared with other paths."""
-    return "/" + path.replace("://", "/", 1) if is_remote(path) else path
-
-
-def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
-    folder = path_of(path)
-    with storage(f"{key}.path: {path}", "read"):
-        is_folder = folder.is_dir()
-    if is_folder:
-        if exists(folder / "state.json"):
-            return "datasets"
-        raise UserError(f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob")
-    suffix = Path(path).suffix.lower()
-    if suffix == ".parquet":
-        return "parquet"
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        return "jsonl"
-    raise UserError(f"{key}.path: {path}: not .parquet, .jsonl or a saved `datasets` folder")
 
 
 def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:

@@ -8,8 +8,9 @@ from itertools import islice
 from transformers import PreTrainedTokenizerBase
 
 from msif_ray.config import Documents
+from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.objectives import Objective, encode_for
-from msif_ray.corpus.reader import CorpusFile, Document, read_documents
+from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.corpus.windows import Skipped
 from msif_ray.paths import path_of, size_of
 

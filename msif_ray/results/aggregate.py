@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from msif_ray.config import Run, Score
-from msif_ray.corpus.reader import block_id, corpus_files, id_columns, row_ids
+from msif_ray.corpus.files import corpus_files
+from msif_ray.corpus.reader import block_id, id_columns, row_ids
 from msif_ray.corpus.reader import read_rows as read_corpus
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, read_manifest

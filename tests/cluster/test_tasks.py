@@ -1,7 +1,8 @@
 """What is done once per map: by which processes, and what happens when one of these dies."""
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import pytest
 import ray
 import torch
 
-from msif_ray.cluster.pool import ReplicaPool
+from msif_ray.cluster.jobs import QueryJob
+from msif_ray.cluster.pool import ReplicaPool, _Worker
+from msif_ray.cluster.rank import Outcome
 from msif_ray.cluster.replica import Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.tasks import SMALL_SHARE, SMALL_TASK, for_each_map
 from msif_ray.config import Cluster
+from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("ray_cluster")]
@@ -109,7 +113,59 @@ def test_a_pool_has_nobody_for_it_before_a_pass_nor_where_a_model_is_sharded() -
 
 
 class Waiting:
-    """Told of a wait for replicas, which is short here."""
+    """Told of what happens, of which this hears nothing."""
 
     def wait(self, reason: str) -> None:
         pass
+
+    def alive(self, replicas: int) -> None:
+        pass
+
+    def add(self, documents: int, tokens: int, skipped: int = 0) -> None:
+        pass
+
+
+class Loading:
+    """In a replica's place: one that is ready for a job at once, or only when it is let."""
+
+    def __init__(self, let: Path) -> None:
+        self._let = let
+
+    def prepare(self, setup: Any, job: Any, destination: Any = None) -> int:
+        while not self._let.exists():
+            time.sleep(0.05)
+        return 1
+
+    def process(self, block: Block) -> tuple[Outcome, list[Any]]:
+        return Outcome({block.id: 1}, (), 1), []
+
+
+class Names:
+    """Blocks of no documents."""
+
+    ids = frozenset(("1", "2"))
+
+    def left(self, done: Set[str]) -> Iterator[Block]:
+        return (Block(name, ()) for name in sorted(self.ids - done))
+
+
+def test_a_replica_that_is_still_loading_when_a_pass_ends_is_not_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lets = [tmp_path / "first", tmp_path / "second"]
+    actors = [ray.remote(Loading).options(num_cpus=0).remote(let) for let in lets]
+    spawned = iter(actors)
+    monkeypatch.setattr(ReplicaPool, "_spawn", lambda self: _Worker(next(spawned)))
+
+    def idle_after_a_pass() -> list[Any]:
+        done = pool.map("setup", QueryJob(), Names(), Waiting())  # type: ignore[arg-type]
+        assert sorted(block.id for block, _, _ in done) == ["1", "2"]
+        return pool.idle()
+
+    with ReplicaPool(Cluster(replicas={"min": 1, "max": 2}, cpus_per_rank=1, gpus_per_rank=0)) as pool:
+        for let in lets:
+            let.touch()
+        while idle_after_a_pass() != actors:  # a pass may end before the second one is ready
+            pass
+        lets[1].unlink()  # it loads the next step's model
+        assert idle_after_a_pass() == actors[:1]

@@ -4,7 +4,7 @@ import pytest
 
 from msif_ray.config import Documents
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.reader import corpus_files
+from msif_ray.corpus.files import corpus_files
 
 ROWS = 7
 

@@ -12,8 +12,9 @@ import pytest
 from msif_ray.config import Documents
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, listed_pairs, read_chosen, write_chosen
+from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.queries import Query
-from msif_ray.corpus.reader import Document, corpus_files
+from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
 
 TEXTS = [

@@ -10,8 +10,9 @@ import reference
 import torch
 
 from msif_ray.config import Documents, parse_run
+from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.objectives import as_text
-from msif_ray.corpus.reader import Document, corpus_files, read_documents
+from msif_ray.corpus.reader import Document, read_documents
 from msif_ray.corpus.windows import Encoded, Skipped, encode, to_batch
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture

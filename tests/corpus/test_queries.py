@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CTRLTokenizer, PreTrainedTokenizerFast
 
 from msif_ray.config import Queries, parse_run
+from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.queries import Query, asked, query_of, read_queries
-from msif_ray.corpus.reader import corpus_files
 from msif_ray.corpus.windows import Encoded, Margin, Skipped, encode
 from msif_ray.errors import UserError
 from msif_ray.preflight import Resolved, check

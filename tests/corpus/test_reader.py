@@ -8,7 +8,8 @@ import pytest
 from datasets import Dataset
 
 from msif_ray.config import Documents
-from msif_ray.corpus.reader import corpus_files, read_documents
+from msif_ray.corpus.files import corpus_files
+from msif_ray.corpus.reader import read_documents
 from msif_ray.errors import UserError
 
 ROWS = [{"id": f"r{i}", "text": f"text {i}", "other": i} for i in range(7)]

@@ -7,7 +7,7 @@ import pytest
 from cluster.runs import write_lines
 
 from msif_ray.config import Documents
-from msif_ray.corpus.reader import corpus_files
+from msif_ray.corpus.files import corpus_files
 from msif_ray.plan import tokens
 from msif_ray.plan.tokens import Tally, corpus_tally
 

@@ -1,0 +1,51 @@
+"""Factors of other runs: whole, and fitted to the same model, maps and objective."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from msif_ray import layout, stages
+from msif_ray.checkpoint import Checkpoint
+from msif_ray.config import Run
+from msif_ray.errors import UserError
+from msif_ray.objectives import objective_identity
+from msif_ray.paths import exists, missing
+from msif_ray.store import read_json
+
+
+def check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
+    """Checks the factors of other runs that are needed; the hash of each stage's manifest."""
+    reused = {}
+    for index in stages.stages_with_factors(run):
+        stage = run.stages[index]
+        if stage.factors is not None:
+            folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
+            try:
+                objective = objective_identity(run, index, references)
+                reused[stage.name] = _check_factors(folder, checkpoints[index], objective, mend)
+            except UserError as error:
+                raise UserError(f"stages.{index}.factors: {error}") from None
+    return reused
+
+
+def _check_factors(folder: Path, checkpoint: Checkpoint, objective: dict[str, Any] | None, mend: str) -> str:
+    """Factors are whole, and fitted to this model over these maps; the hash of their manifest."""
+    path = layout.factors_manifest(folder)
+    if not exists(path):
+        raise UserError(f"{folder} holds no finished factors; {mend}")
+    manifest = read_json(path, mend)
+    try:
+        model, maps = manifest["model_sha256"], {name: tuple(m["shape"]) for name, m in manifest["maps"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{path}: not a whole manifest; {mend}") from None
+    if model != checkpoint.model_hash:
+        raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
+    if maps != checkpoint.maps:
+        raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
+    if manifest.get("objective") != objective:
+        raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
+    gone = missing(layout.factor_files(folder, maps))
+    if gone:
+        raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
