@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from msif_ray.cli import app
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
-from msif_ray.plan import make
+from msif_ray.plan import trials
 from msif_ray.plan.make import Plan, make_plan
 from msif_ray.plan.measure import Request
 from msif_ray.run import run
@@ -240,7 +240,7 @@ def test_a_model_that_has_no_room_here_is_planned_without_hours(
     def killed(request: Request) -> None:
         raise MemoryError("the process that loaded the model was killed")
 
-    monkeypatch.setattr(make, "calibrate", killed)
+    monkeypatch.setattr(trials, "calibrate", killed)
     plan = make_plan(parse_run(description))
     assert plan.device is None and all(step.hours is None and step.flops > 0 for step in plan.steps)
     assert sum("has no room here" in note for note in plan.notes) == 2
