@@ -147,7 +147,7 @@ Directions = DenseDirections | LowRankDirections
 
 def laid_out(directions: Directions) -> Directions:
     """The same, in memory as window gradients are formed in the shortest time: those that meet many batches."""
-    if directions.transposed or isinstance(directions, LowRankDirections):
+    if isinstance(directions, LowRankDirections) or directions.transposed:
         return directions
     return DenseDirections(directions.matrix.mT.contiguous().mT)
 

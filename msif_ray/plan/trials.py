@@ -24,20 +24,20 @@ def calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]
     if run.cluster.gpus_per_rank and not torch.cuda.is_available():
         notes.append("The run wants GPUs and this machine has none: nothing is measured, so there are no hours.")
         return {}
-    calibrations = {}
+    found = {}
     for index in range(len(run.stages)):
         trials = _trials(estimate, index)
         if not trials:
             continue
         memory, sharded = run.cluster.factor_memory, run.cluster.ranks_per_replica > 1
         try:
-            calibrations[index] = calibrate(Request(tuple(trials), resolved.maps, memory, sharded))
+            found[index] = calibrate(Request(tuple(trials), resolved.maps, memory, sharded))
         except MemoryError as error:
             notes.append(
                 f"{run.stages[index].name}: its model has no room here, so nothing of it is measured "
                 f"({' '.join(str(error).split())[:120]})."
             )
-    return calibrations
+    return found
 
 
 def _trials(estimate: Estimate, index: int) -> list[Trial]:
@@ -78,6 +78,7 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
 
 
 def first_block(resolved: Resolved, key: str) -> list[Document]:
+    """The documents of the first block of a corpus (`stages.<i>`, `index.<i>` or `score.<i>`)."""
     run = resolved.run
     kind, _, number = key.partition(".")
     stage_documents = run.stages[int(number)].documents if kind == "stages" else None
