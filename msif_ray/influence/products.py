@@ -12,12 +12,14 @@ from torch.nn import functional
 
 from msif_ray.influence import onednn
 
-# Columns of a block of A and S. Only the blocks on and below the diagonal are multiplied: 5/8 of four by four.
-BLOCK = {"cpu": 256, "cuda": 2048}
+# Columns of a block of A and S. Only the blocks on and below the diagonal are multiplied: 9/16 of eight by eight.
+BLOCK = {"cpu": 128, "cuda": 2048}
 
-# Positions per covariance product. Short products added up round less than one long one, and rounding here turns
-# eigenvectors: a third of a float32 score's error at small damping. A tensor core's products are rounded less.
-POSITIONS = {"cpu": 256, "cuda": 8192}
+# Positions per covariance product, P. Of N positions rounding goes with √P within products and √(N/P) in their sum, and
+# rounding here turns eigenvectors: a third of a float32 score's error at small damping. With P a quarter of this it is
+# a third less for 4,064 positions, 1.7 times as much for 32,512 and twice for 130,048, and products take a seventh
+# longer. A tensor core's are rounded less.
+POSITIONS = {"cpu": 1024, "cuda": 8192}
 
 # `inner` takes so many rows at a time, in so many pieces: 8 rows and 8 others of 263,168 entries take 0.5 ms, and not
 # 1.7 ms as one product; with 64 others 3.6 ms, not 6.1. In pieces sums are shorter, too, and round less.

@@ -220,6 +220,23 @@ def test_correction_sums_whichever_is_rotated(words):
         torch.testing.assert_close(corrections.sums[f"E/{name}"], expected, **CLOSE)
 
 
+@pytest.mark.parametrize("entries", (100, 10_000))  # one row at once, or more
+@pytest.mark.parametrize("threads", (1, 2))
+def test_squares_of_all_rows_whatever_the_threads(monkeypatch, threads, entries):
+    monkeypatch.setitem(ekfac.GRADIENT_ENTRIES, "cpu", entries)
+    generator = torch.Generator().manual_seed(0)
+    activations, gradients = (torch.randn(7, 5, n, dtype=torch.float64, generator=generator) for n in (9, 8))
+    total = torch.ones(9, 8, dtype=torch.float64).mT
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ekfac.add_squares(total, activations, gradients, torch.float64)
+    finally:
+        torch.set_num_threads(before)
+    expected = sum((g.T @ a).square() for a, g in zip(activations, gradients, strict=True))
+    torch.testing.assert_close(total, 1 + expected, **CLOSE)
+
+
 @pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("queries", (3, MANY))
 def test_few_and_many_queries_meet_the_gradients_of_all_rows(monkeypatch, queries, transposed):
