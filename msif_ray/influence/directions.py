@@ -122,7 +122,7 @@ class LowRankDirections:
         at_once = max(1, _entries(a) // (rows * tokens))
         parts = []
         for left, right in zip(self.left.split(at_once), self.right.split(at_once), strict=True):
-            met = times(a, right[:, :-1].T).add_(right[:, -1]) if bias else times(a, right.T)
+            met = times(a, right[:, :-1].T, right[:, -1]) if bias else times(a, right.T)
             parts.append(times(g, left.T).mul_(met).unflatten(0, (rows, tokens)).sum(1))
         by_vector = torch.cat(parts, dim=1)
         # In float64, since on a GPU the order of these sums is anyone's.

@@ -122,7 +122,7 @@ def rotated_vectors(inputs: Tensor, gradients: Tensor, basis: Basis, bias: bool)
     inputs meets the basis's last row."""
     if not bias:
         return times(inputs, basis.activations), times(gradients, basis.gradients)
-    activations = times(inputs, basis.activations[:-1]).add_(basis.activations[-1])
+    activations = times(inputs, basis.activations[:-1], basis.activations[-1])
     return activations, times(gradients, basis.gradients)
 
 

@@ -97,14 +97,21 @@ def mirror(total: Tensor) -> None:
         total[start:stop, stop:] = total[stop:, start:stop].T
 
 
-def times(vectors: Tensor, matrix: Tensor) -> Tensor:
-    """vectors `[..., n]` times a wide matrix `[n, m]`, in the matrix's type."""
+def times(vectors: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """vectors `[..., n]` times a wide matrix `[n, m]`, plus a bias `[m]`, in the matrix's type."""
     flat = vectors.flatten(0, -2)
     if vectors.dtype == matrix.dtype or not vectors.is_cuda:
-        return mm(flat.to(matrix.dtype), matrix).unflatten(0, vectors.shape[:-1])
+        return _affine(flat.to(matrix.dtype), matrix, bias).unflatten(0, vectors.shape[:-1])
     terms = torch.cat(_terms(_aligned(matrix), vectors.dtype))
-    product = torch.mm(torch.cat([flat, flat], 1), terms, out_dtype=matrix.dtype)
-    return product[:, : matrix.shape[1]].unflatten(0, vectors.shape[:-1])
+    product = torch.mm(torch.cat([flat, flat], 1), terms, out_dtype=matrix.dtype)[:, : matrix.shape[1]]
+    return (product if bias is None else product.add_(bias)).unflatten(0, vectors.shape[:-1])
+
+
+def _affine(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """left `[n, k]` right `[k, m]` + bias `[m]`, of one type."""
+    if onednn.suits(left, right):
+        return onednn.multiply(left, right, bias)
+    return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
 
 
 def mm(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
@@ -120,7 +127,12 @@ def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
     if not onednn.suits(left, middle):
         return left @ middle @ right
     flat = middle.reshape(-1, *middle.shape[-2:])
-    made = torch.stack([mm(mm(left, each), right) for each in flat])
+    met = mm(flat.flatten(0, 1), right).unflatten(0, flat.shape[:2])
+    if len(flat) > 1:
+        left = left.contiguous()  # of a transposed one a product takes a third longer
+    made = met.new_empty(len(flat), left.shape[0], right.shape[1])
+    for each, into in zip(met, made, strict=True):
+        into.copy_(mm(left, each))
     return made.reshape(*middle.shape[:-2], *made.shape[1:])
 
 

@@ -37,11 +37,14 @@ def layouts(matrix):
     return [matrix, matrix.T.contiguous().T, wide[:, 2:-3], tall[1:-3].T, spread[::2], wide.T.contiguous().T[:, 2:-3]]
 
 
-@pytest.mark.parametrize("bias", (False, True))
-def test_product_of_any_layout(bias):
+@pytest.mark.parametrize("bias", (None, "dense", "strided"))
+@pytest.mark.parametrize("rows", (1, onednn.COPIED_ROWS))
+def test_product_of_any_layout(monkeypatch, bias, rows):
+    monkeypatch.setattr(onednn, "COPIED_ROWS", rows)  # operands of an odd width copied first, or not
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(33, 17, generator=generator), torch.randn(17, 9, generator=generator)
-    added = torch.randn(9, generator=generator) if bias else None
+    added = torch.randn(9, 2, generator=generator)[:, 0] if bias else None
+    added = added.contiguous() if bias == "dense" else added
     wanted = left.double() @ right.double() + (0 if added is None else added.double())
     for one in layouts(left):
         for other in layouts(right):

@@ -53,9 +53,12 @@ def test_gram(device, dtype, features, bias):
 def test_times_a_wide_matrix(device, dtype):
     vectors = random(3, 11, 64, dtype=dtype, device=device)
     matrix = random(64, 9, dtype=products.wide_type(dtype), device=device, seed=1)
-    found = products.times(vectors, matrix)
-    assert found.dtype == matrix.dtype
-    assert error(found, vectors.double() @ matrix.double()) < TOLERANCE[dtype]
+    bias = random(9, dtype=matrix.dtype, device=device, seed=2)
+    wanted = vectors.double() @ matrix.double()
+    for added, expected in ((None, wanted), (bias, wanted + bias.double())):
+        found = products.times(vectors, matrix, added)
+        assert found.dtype == matrix.dtype and found.shape == (3, 11, 9)
+        assert error(found, expected) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
