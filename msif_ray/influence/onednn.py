@@ -25,8 +25,9 @@ COPIED_ROWS = 1024
 COPIED_ENTRIES = 2**25
 ALIGNED = 16  # entries, of 64 bytes in all
 
-# Bytes that a process holds for the products it has done, when batches of many lengths have been seen.
-HELD = 150 * 2**20
+# Bytes that a process holds for the products it has done, when batches of many lengths have been seen, and for
+# operands copied.
+HELD = 200 * 2**20
 
 _aten = torch.ops.aten
 
