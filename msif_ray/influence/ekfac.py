@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from msif_ray.influence.capture import Captured
+from msif_ray.influence.eigen import symmetric_eigen
 from msif_ray.influence.products import add_gram, mirror, operand, outer, sandwich, times, wide_type, with_ones
 from msif_ray.influence.response import Identity, Response
 from msif_ray.influence.threads import side_by_side
@@ -72,7 +73,7 @@ class _Gram:
 def eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (ascending, `[n]`) and eigenvectors (columns, `[n, n]`) of a symmetric matrix, float64."""
     matrix = covariance.double()
-    return torch.linalg.eigh((matrix + matrix.T) / 2)
+    return symmetric_eigen((matrix + matrix.T) / 2)
 
 
 @dataclass(frozen=True)

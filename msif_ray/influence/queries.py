@@ -13,6 +13,7 @@ from torch import Tensor
 from msif_ray.influence.batch import WindowKey
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections
+from msif_ray.influence.eigen import symmetric_eigen
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.response import Identity, Response
 
@@ -134,7 +135,7 @@ def singular_vectors(wide: Tensor) -> tuple[Tensor, Tensor]:
         left, values, _ = torch.linalg.svd(wide, full_matrices=False)
         return values.square(), left.T
     wide = wide.double()
-    squares, vectors = torch.linalg.eigh(wide @ wide.T)
+    squares, vectors = symmetric_eigen(wide @ wide.T)
     return squares.flip(0).clamp_min(0), vectors.flip(1).T
 
 
