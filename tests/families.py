@@ -54,6 +54,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe": ("qwen2_moe", MIXTURE | {"shared_expert_intermediate_size": 6}),
     "qwen3_moe": ("qwen3_moe", MIXTURE | {"head_dim": HEAD, "norm_topk_prob": True}),
     "olmoe": ("olmoe", MIXTURE),
+    # Latent attention: keys and values of one head before they are spread to all.
+    "deepseek_v3": (
+        "deepseek_v3",
+        GROUPED
+        | {"num_key_value_heads": HEADS, "q_lora_rank": 6, "kv_lora_rank": 6, "qk_rope_head_dim": HEAD}
+        | {"qk_nope_head_dim": HEAD, "v_head_dim": HEAD, "first_k_dense_replace": 2, "n_routed_experts": 4},
+    ),
     "llama4": (
         "llama4_text",
         GROUPED

@@ -249,6 +249,8 @@ class Capture:
         if self._direction is not None:
             seen = forward_ad.unpack_dual(seen).primal
         use = Use(seen.detach(), seen._version, tokens)
+        if not torch.is_grad_enabled():
+            raise UserError(f"modules: {source} is computed without gradients; leave it out")
         if not output.requires_grad:
             output = _start_of_graph(output)
         if self._direction is not None:

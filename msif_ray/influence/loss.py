@@ -13,6 +13,9 @@ from msif_ray.influence.products import wide
 LOGIT_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 # Probabilities under this lose digits before they underflow, in float32 under 1e-38.
 SMALL = 1e-30
+# What 1 − p leaves of a probability over this is rounded (in float32 wholly from 1 − 6e-8 on), and is all the gradient
+# there is: there it is the sum of the other probabilities.
+SURE = 0.9
 
 # From probabilities [some positions, vocabulary] and the first of the positions, to their labels.
 _Choice = Callable[[Tensor, int], Tensor]
@@ -22,8 +25,8 @@ def differentiate(logits: Tensor, labels: Tensor) -> Tensor:
     """Backpropagates Σ −log p(label) from logits `[positions, vocabulary]`; gives each term in nats, `[positions]`.
 
     The gradient is softmax − one-hot: one exponential of each logit, where autograd's cross-entropy takes two and
-    keeps the log-probabilities in between. Terms are in float32 (float64 for float64 logits), whatever the logits'
-    type.
+    keeps the log-probabilities in between; unlike autograd's it is exact where p(label) rounds to 1, too. Terms are in
+    float32 (float64 for float64 logits), whatever the logits' type.
     """
     return _differentiate(logits, _given(labels))[0]
 
@@ -38,8 +41,8 @@ def slopes_along(logits: Tensor, labels: Tensor, tangents: Tensor) -> Tensor:
     parts = zip(*(tensor.split(_rows(logits)) for tensor in (logits, labels, tangents)), strict=True)
     found = []
     for part, chosen, tangent in parts:
-        mean = (wide(part).softmax(1) * wide(tangent)).sum(1)
-        found.append(mean - wide(tangent.gather(1, chosen[:, None])[:, 0]))
+        tangent = wide(tangent)
+        found.append((wide(part).softmax(1) * (tangent - tangent.gather(1, chosen[:, None]))).sum(1))
     return torch.cat(found)
 
 
@@ -78,12 +81,23 @@ def _gradient(logits: Tensor, choose: _Choice, weights: Tensor | None = None) ->
         labels.append(choose(probabilities, start))
         chosen = labels[-1][:, None]
         terms.append(_nats(part, probabilities, chosen))
-        probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
+        _subtract_one_hot(probabilities, chosen)
         if weights is not None:
             probabilities *= weights[start : start + rows, None]
         if probabilities is not into:
             into.copy_(probabilities)
     return gradient, torch.cat(terms), torch.cat(labels)
+
+
+def _subtract_one_hot(probabilities: Tensor, labels: Tensor) -> None:
+    """Takes 1 from the probability of each of `labels` `[positions, 1]`, in place."""
+    chosen = probabilities.gather(1, labels)
+    probabilities.scatter_(1, labels, 0.0)
+    sure = chosen > SURE
+    others = 1 - chosen
+    if sure.any():
+        others = torch.where(sure, probabilities.sum(1, keepdim=True), others)
+    probabilities.scatter_(1, labels, -others)
 
 
 def nats(logits: Tensor, labels: Tensor) -> Tensor:
@@ -98,8 +112,9 @@ def softmax_curvature(logits: Tensor, tangents: Tensor) -> Tensor:
     curved = torch.empty_like(logits)
     rows = _rows(logits)
     for part, tangent, into in zip(logits.split(rows), tangents.split(rows), curved.split(rows), strict=True):
-        probabilities = wide(part).softmax(1)
-        product = probabilities * wide(tangent)
+        probabilities, tangent = wide(part).softmax(1), wide(tangent)
+        # What is the same for all is not curved: without the likeliest one's, nothing is left of it where it is sure.
+        product = probabilities * (tangent - tangent.gather(1, probabilities.argmax(1, keepdim=True)))
         into.copy_(product - probabilities * product.sum(1, keepdim=True))
     return curved
 

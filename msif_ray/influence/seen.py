@@ -115,6 +115,8 @@ def _side_by_side(name: str, tensors: list[Tensor], shape: torch.Size, sequences
     given = torch.Size((rows * sequences, tokens // sequences))
     shaped = []
     for tensor in tensors:
+        if tensor.dim() == 4 and tensor.shape[1] == 1:
+            tensor = tensor[:, 0]  # latent attention, as DeepSeek's: one head until it is spread to all
         # Some models flatten rows and tokens before a map. An expert's tokens come in the router's
         # order instead, so a matching count would prove nothing.
         flat = tensor.dim() == 2 and tensor.shape[0] == rows * tokens and not is_routed(name)

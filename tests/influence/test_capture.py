@@ -50,6 +50,12 @@ class Toy(nn.Module):
             x = x + first(x.reshape(-1, 6)).reshape(x.shape) + other(input=x)
         elif self.use == "tokens first":
             x = x + first(x.transpose(0, 1)).transpose(0, 1) + other(x)
+        elif self.use == "one head":
+            x = x + first(x[:, None])[:, 0] + other(x)
+        elif self.use == "without gradients":
+            with torch.no_grad():
+                chosen = other(x) > 0
+            x = x + first(x) * chosen
         return SimpleNamespace(logits=self.head(x))
 
 
@@ -76,7 +82,7 @@ def autograd(model, batch, row, name):
     return torch.cat([g.reshape(6, -1) for g in torch.autograd.grad(loss, weights)], dim=1), loss
 
 
-@pytest.mark.parametrize("use", ("twice", "flat"))
+@pytest.mark.parametrize("use", ("twice", "flat", "one head"))
 @pytest.mark.parametrize("seed", range(3))
 def test_gradients_equal_autograd_row_by_row(use, seed):
     model, batch = toy(use, seed), ragged(seed)
@@ -154,6 +160,7 @@ REFUSED = {
     "in place": "layers.0.map is changed in place",
     "unused": "layers.0.other is not used",
     "dead end": "layers.0.other is not reached",
+    "without gradients": "layers.0.other is computed without gradients",
     "tokens first": r"layers.0.map sees \(7, 3, 6\)",
 }
 
