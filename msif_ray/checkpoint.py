@@ -60,7 +60,7 @@ def check_checkpoint(
     `earlier` stages first.
 
     Raises UserError, naming the key, file or tensor, for a model that is not there, has no safetensors or not all of
-    its tensors, is of an unknown kind, or holds a number that is not finite.
+    its tensors, is of an unknown kind or quantised, or holds a number that is not finite.
     """
     folder, source = _obtain(stage.model, stage.revision, MODEL_FILES, f"{key}.model")
     revision, adapter = stage.revision or folder_revision(folder), None
@@ -131,7 +131,7 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder. Raises UserError, naming the key, when it does not load."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises no other class, and transformers many
         raise UserError(f"{key}: no tokenizer loads from {folder}: {' '.join(str(error).split())[:200]}") from None
     # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
     vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -150,9 +150,12 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_kind(config, key, classifies)
+        _check_not_quantised(config, folder, key)
         with torch.device("meta"):
             return config, auto_class(classifies).from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a wrong value fails where a model first uses it, as whatever that raises
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.model: {folder} is not a {what} that loads: {reason}") from None
 
@@ -180,6 +183,17 @@ def _check_kind(config: Any, key: str, classifies: bool) -> None:
             f"{key}.objective: {names[0]} is of problem_type {problem}; only single_label_classification with two "
             "classes or more is supported"
         )
+
+
+def _check_not_quantised(config: Any, folder: Path, key: str) -> None:
+    """Whether such weights load, and as what, depends on the libraries and the device of each rank."""
+    for each in (config, config.get_text_config()):
+        if quantised := getattr(each, "quantization_config", None):
+            method = dict(quantised).get("quant_method") or "no named method"
+            raise UserError(
+                f"{key}.model: {folder} holds quantised weights ({method}); dequantise the model, and save it without "
+                "the quantization_config of its config.json"
+            )
 
 
 def _check_weights(model: Any, folder: Path, key: str) -> None:

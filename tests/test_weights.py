@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from msif_ray.checkpoint import Checkpoint, check_checkpoint
+from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Stage
 from msif_ray.errors import UserError
 
@@ -205,6 +205,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         change(cast(torch.int8)),
         rf".*model\.safetensors: the tensor {DOWN} is of I8, as quantised weights are; dequantise the model",
     ),
+    "text for a number": (
+        configure(num_hidden_layers="two"),
+        r"llama is not a causal language model that loads: .*two",
+    ),
+    "heads that do not divide": (configure(num_attention_heads=3), r"llama is not a causal .*not a multiple"),
+    "no heads": (configure(num_attention_heads=0), r"llama is not a causal .*by zero"),
+    **{
+        f"quantised: {said}": (
+            configure(quantization_config=config),
+            rf"llama holds quantised weights \({said}\); dequantise the model, and save it without the "
+            "quantization_config of its config",
+        )
+        for said, config in {
+            "gptq": {"quant_method": "gptq", "bits": 4},
+            "awq": {"quant_method": "awq", "bits": 4},
+            "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "no named method": {"load_in_8bit": True},
+        }.items()
+    },
 }
 
 
@@ -226,4 +245,13 @@ def test_an_expert_that_is_missing_is_refused(part: str, tmp_path: Path) -> None
     assert len(load_file(tmp_path / MODEL)) < len(whole)
     with pytest.raises(UserError, match=r"^stages\.0\.model: .*experts|.*MixtralForCausalLM") as error:
         check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_a_newer_library_is_one_line(tmp_path: Path) -> None:
+    models.build_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "Future", "vocab": {}}}))
+    with pytest.raises(UserError, match=r"^stages\.0\.tokenizer: no tokenizer loads from .*ModelUntagged") as error:
+        load_tokenizer(str(tmp_path), "stages.0.tokenizer")
     assert "\n" not in str(error.value)
