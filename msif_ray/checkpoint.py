@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.adapters import find_base, merge_into
@@ -16,10 +15,10 @@ from msif_ray.config import Stage
 from msif_ray.errors import UserError
 from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
-from msif_ray.influence.heads import classification_head
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.loading import auto_class
 from msif_ray.lora import CONFIG, WEIGHTS, is_adapter, read_config
+from msif_ray.weights import check_complete, finite_tensors, weight_files
 
 HASH_BYTES = 2**22
 
@@ -60,8 +59,8 @@ def check_checkpoint(
     """Finds and checks a stage's model, and finds its tokenizer. An adapter is merged into the model of one of the
     `earlier` stages first.
 
-    Raises UserError, naming the key, file or tensor, for a model that is not there, has no
-    safetensors, is of an unknown kind, or holds a number that is not finite.
+    Raises UserError, naming the key, file or tensor, for a model that is not there, has no safetensors or not all of
+    its tensors, is of an unknown kind or quantised, or holds a number that is not finite.
     """
     folder, source = _obtain(stage.model, stage.revision, MODEL_FILES, f"{key}.model")
     revision, adapter = stage.revision or folder_revision(folder), None
@@ -74,10 +73,9 @@ def check_checkpoint(
         raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
     if not files:
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
-    described = _describe(folder, modules, key, blocks, _classifies(stage))
-    for file in files:
-        _check_finite(file, key)
-    _check_head(described.head, files, key)
+    config, model = _outline(folder, key, _classifies(stage))
+    maps = {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
+    _check_weights(model, folder, key)
     tokenizer, tokenizer_source = folder, source
     if stage.tokenizer is not None:
         tokenizer, tokenizer_source = _obtain(stage.tokenizer, None, TOKENIZER_FILES, f"{key}.tokenizer")
@@ -90,10 +88,10 @@ def check_checkpoint(
         model_hash=_sha256(files),
         files=_small_files(folder, tokenizer),
         revision=revision,
-        context=described.context,
-        vocabulary=described.vocabulary,
-        maps=described.maps,
-        classes=described.classes,
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+        maps=maps,
+        classes=_classes(config) if _classifies(stage) else (),
         adapter=adapter,
     )
 
@@ -133,7 +131,7 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a local folder. Raises UserError, naming the key, when it does not load."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises no other class, and transformers many
         raise UserError(f"{key}: no tokenizer loads from {folder}: {' '.join(str(error).split())[:200]}") from None
     # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
     vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
@@ -146,33 +144,20 @@ def _classifies(stage: Stage) -> bool:
     return stage.objective is not None and stage.objective.kind == "classification"
 
 
-@dataclass(frozen=True)
-class _Described:
-    """What a model's configuration alone says; `head` has the tensors of a classification head."""
-
-    context: int | None
-    maps: dict[str, tuple[int, int]]
-    classes: tuple[str, ...]
-    head: frozenset[str]
-    vocabulary: int
-
-
-def _describe(folder: Path, modules: list[str] | None, key: str, blocks: Blocks | None, classifies: bool) -> _Described:
+def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
+    """The configuration, and the model that it describes, without weights."""
     what = "classifier" if classifies else "causal language model"
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_kind(config, key, classifies)
+        _check_not_quantised(config, folder, key)
         with torch.device("meta"):
-            model = auto_class(classifies).from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+            return config, auto_class(classifies).from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a wrong value fails where a model first uses it, as whatever that raises
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.model: {folder} is not a {what} that loads: {reason}") from None
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    maps = {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
-    heads = classification_head(model).items()
-    head = frozenset(f"{name}.{own}" for name, module in heads for own, _ in module.named_parameters())
-    classes = tuple(str(config.id2label[number]) for number in range(config.num_labels)) if classifies else ()
-    return _Described(context, maps, classes, head, model.get_input_embeddings().weight.shape[0])
 
 
 def _check_kind(config: Any, key: str, classifies: bool) -> None:
@@ -200,25 +185,31 @@ def _check_kind(config: Any, key: str, classifies: bool) -> None:
         )
 
 
-def _check_head(head: frozenset[str], files: list[Path], key: str) -> None:
-    """A head that is not in the files would be random."""
-    stored: set[str] = set()
-    for file in files if head else ():
-        with safe_open(file, framework="pt") as tensors:
-            stored |= set(tensors.keys())
-    if missing := sorted(head - stored):
-        raise UserError(f"{key}.model: {files[0].parent} has no tensor {missing[0]}, of the classification head")
+def _check_not_quantised(config: Any, folder: Path, key: str) -> None:
+    """Whether such weights load, and as what, depends on the libraries and the device of each rank."""
+    for each in (config, config.get_text_config()):
+        if quantised := getattr(each, "quantization_config", None):
+            method = dict(quantised).get("quant_method") or "no named method"
+            raise UserError(
+                f"{key}.model: {folder} holds quantised weights ({method}); dequantise the model, and save it without "
+                "the quantization_config of its config.json"
+            )
 
 
-def _check_finite(file: Path, key: str) -> None:
+def _check_weights(model: Any, folder: Path, key: str) -> None:
+    """That the files are the model's takes no time; reading every number comes last."""
     try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in list(tensors.keys()):
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise UserError(f"{key}.model: {file}: the tensor {name} holds a number that is not finite")
-    except SafetensorError as error:
-        raise UserError(f"{key}.model: {file} is not whole safetensors: {error}") from None
+        files = weight_files(folder, model.config)
+        check_complete(model, folder, files)
+        for file in files:
+            for _ in finite_tensors(file):
+                pass
+    except UserError as error:
+        raise UserError(f"{key}.model: {error}") from None
+
+
+def _classes(config: Any) -> tuple[str, ...]:
+    return tuple(str(config.id2label[number]) for number in range(config.num_labels))
 
 
 def _sha256(files: list[Path]) -> str:

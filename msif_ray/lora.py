@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from msif_ray.errors import UserError
 from msif_ray.fetch import TOKENIZER_IDENTITY
+from msif_ray.weights import finite_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, MAGNITUDE = "base_model.model.", ".lora_magnitude_vector"
@@ -128,23 +129,17 @@ def merge(adapter: Path, base: Path, tokenizer: Path, target: Path) -> None:
 
 def _read(path: Path) -> _Changes:
     changes = _Changes()
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            for key in list(tensors.keys()):
-                name, tensor = key.removeprefix(PREFIX), tensors.get_tensor(key)
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise UserError(f"{path}: the tensor {key} holds a number that is not finite")
-                if found := _LOW_RANK.fullmatch(name):
-                    changes.low_rank.setdefault(found[1], {})[found[2] or found[3]] = tensor
-                    changes.embeddings |= {found[1]} if found[3] else set()
-                elif name.endswith(MAGNITUDE):
-                    changes.magnitudes[name.removesuffix(MAGNITUDE)] = tensor
-                elif not key.startswith(PREFIX) or ".lora_" in name:
-                    raise UserError(f"{path}: the tensor {key} is not one of plain LoRA; {_MERGE}")
-                else:
-                    changes.whole[name.replace(".base_layer.", ".")] = tensor
-    except SafetensorError as error:
-        raise UserError(f"{path} is not whole safetensors: {error}") from None
+    for key, tensor in finite_tensors(path):
+        name = key.removeprefix(PREFIX)
+        if found := _LOW_RANK.fullmatch(name):
+            changes.low_rank.setdefault(found[1], {})[found[2] or found[3]] = tensor
+            changes.embeddings |= {found[1]} if found[3] else set()
+        elif name.endswith(MAGNITUDE):
+            changes.magnitudes[name.removesuffix(MAGNITUDE)] = tensor
+        elif not key.startswith(PREFIX) or ".lora_" in name:
+            raise UserError(f"{path}: the tensor {key} is not one of plain LoRA; {_MERGE}")
+        else:
+            changes.whole[name.replace(".base_layer.", ".")] = tensor
     for name, pair in changes.low_rank.items():
         if pair.keys() != {"A", "B"} or any(each.ndim != 2 for each in pair.values()):
             raise UserError(f"{path}: {name} has not both of lora_A and lora_B as matrices")

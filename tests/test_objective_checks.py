@@ -195,7 +195,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f / CONFIG, architectures=None),
         r"stages\.1\.objective: the model is a model of no named kind, which has no classification head; name",
     ),
-    "no head": (lambda f: drop_head(f / MODEL), r"stages\.1\.model: .*classifier has no tensor score\.weight, of the"),
+    "no head": (lambda f: drop_head(f / MODEL), r"stages\.1\.model: .*classifier has no tensor score\.weight, which"),
     "an unknown class": (
         lambda f: write_lines(f / "asked.jsonl", [{"id": "q", "text": "the", "label": "good"}]),
         r"queries: 'q': label 'good' is no class of the model: negative, positive",

@@ -179,7 +179,10 @@ class Rank:
             join(self.place, self.device)
             return load_sharded(folder, dtype, self.device, self.setup.offload, self.setup.classifies)
         auto = auto_class(self.setup.classifies)
-        model = auto.from_pretrained(folder, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        model, found = auto.from_pretrained(folder, dtype=dtype, **options)
+        if missing := sorted(found["missing_keys"]):  # random now; the run's driver has read other files
+            raise UserError(f"{folder} has no tensor {missing[0]} on this node; put the same files there on every node")
         if self.device.type == "cpu":  # a shard's rank has limits of its own: see sharding.ENVIRONMENT
             keep_freed_memory()
         return model.to(self.device)

@@ -7,12 +7,13 @@ import pytest
 import ray
 import runs
 import torch
+from safetensors.torch import load_file, save_file
 
 from msif_ray import layout
 from msif_ray.cluster import deaths, fit
 from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
 from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
-from msif_ray.cluster.rank import ModelSetup
+from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.corpus.reader import Block, Document
@@ -80,6 +81,15 @@ def test_a_document_with_a_token_that_the_model_has_not_is_skipped(setup: ModelS
     found = covariances(setup, (every[0], unknown, *every[1:]), tmp_path / "step")
     size = len(models.VOCABULARY)
     assert found.skipped == [("chat", f"token {size} is not among the model's {size}")] and found.documents == 3
+
+
+def test_a_model_that_lacks_a_tensor_on_this_node_is_refused(setup: ModelSetup) -> None:
+    path = Path(setup.model) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["gpt_neox.final_layer_norm.bias"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"stage0 has no tensor gpt_neox\.final_layer_norm\.bias on this node; put"):
+        Rank(setup)
 
 
 def test_a_commit_refuses_the_sums_of_another_step(setup: ModelSetup, tmp_path: Path) -> None:

@@ -1,0 +1,257 @@
+"""What a model would be made of is checked before any work: sound checkpoints pass, and no tensor is made up."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+
+from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
+from msif_ray.config import Stage
+from msif_ray.errors import UserError
+
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def check(folder: Path, **stage: Any) -> Checkpoint:
+    return check_checkpoint(Stage(name="s", model=str(folder), **stage), None, "stages.0")
+
+
+def save(model: PreTrainedModel, folder: Path) -> Path:
+    return models.save(model, models.build_tokenizer(), folder)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_passes(family: str, tmp_path: Path) -> None:
+    assert check(save(families.build(family, 0), tmp_path)).maps
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+@pytest.mark.parametrize("tied", (True, False))
+def test_so_do_tied_and_untied_heads_in_several_files(kind: str, tied: bool, tmp_path: Path) -> None:
+    model = models.build_model(kind, 0, tied=tied)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert (tmp_path / INDEX).exists() and check(tmp_path).maps
+
+
+def test_so_does_a_tied_head_that_is_stored_twice(tmp_path: Path) -> None:
+    save(models.build_model("llama", 0, tied=True), tmp_path)
+    change(lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})(tmp_path)
+    assert check(tmp_path).maps
+
+
+def test_so_does_a_backbone_saved_on_its_own_whose_head_is_tied(tmp_path: Path) -> None:
+    model = models.build_model("gpt2", 0)
+    model.base_model.save_pretrained(tmp_path)
+    assert "wte.weight" in load_file(tmp_path / MODEL) and check(tmp_path).maps
+
+
+def test_so_do_buffers_that_transformers_no_longer_has(tmp_path: Path) -> None:
+    save(models.build_model("gpt2", 0), tmp_path)
+    old = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
+        "h.0.attn.masked_bias": torch.ones(1),
+    }
+    change(lambda w: w | old)(tmp_path)
+    assert check(tmp_path).maps
+
+
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_so_do_classifiers(kind: str, tmp_path: Path) -> None:
+    save(models.classifier(models.build_model(kind, 0), 1), tmp_path)
+    assert check(tmp_path, objective="classification").classes
+
+
+@pytest.mark.parametrize("kind", ("bert", "roberta", "distilbert", "deberta-v2", "modernbert"))
+def test_so_do_encoders_that_classify(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(models.VOCABULARY), "pad_token_id": 3, "cls_token_id": 0, "sep_token_id": 0}
+    config = AutoConfig.for_model(kind, **(sizes | families.SIZES | {"dim": 8, "hidden_dim": 12, "n_heads": 2}))
+    save(models.randomise(AutoModelForSequenceClassification.from_config(config), 0), tmp_path)
+    assert check(tmp_path, objective="classification").classes
+
+
+def test_so_does_a_file_that_the_configuration_names(tmp_path: Path) -> None:
+    save(models.build_model("llama", 0), tmp_path)
+    (tmp_path / MODEL).rename(tmp_path / "weights.safetensors")
+    configure(transformers_weights="weights.safetensors")(tmp_path)
+    assert check(tmp_path).maps
+    assert models.load(tmp_path)
+
+
+def test_a_file_that_is_not_loaded_is_not_checked(tmp_path: Path) -> None:
+    save(models.build_model("llama", 0), tmp_path)
+    save_file({"moments": torch.tensor([float("nan")])}, tmp_path / "optimizer.safetensors")
+    assert check(tmp_path).maps
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save(models.build_model("llama", 0), tmp_path)
+    capfd.readouterr()
+    check(tmp_path)
+    change(without("lm_head"))(tmp_path)
+    with pytest.raises(UserError):
+        check(tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+Tensors = dict[str, Tensor]
+
+
+def change(edit: Callable[[Tensors], Tensors]) -> Callable[[Path], object]:
+    return lambda folder: save_file(edit(load_file(folder / MODEL)), folder / MODEL, {"format": "pt"})
+
+
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def wrapped(prefix: str) -> Callable[[Path], object]:
+    return change(lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
+
+
+def configure(**changes: Any) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def split(folder: Path) -> list[Path]:
+    """The model in several files, and these."""
+    model, _ = models.load(folder)
+    (folder / MODEL).unlink()
+    model.save_pretrained(folder, max_shard_size="8KB")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def index(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path], object]:
+    def spoil(folder: Path) -> None:
+        split(folder)
+        (folder / INDEX).write_text(json.dumps(edit(json.loads((folder / INDEX).read_text()))))
+
+    return spoil
+
+
+def first_file_alone(found: dict[str, Any]) -> dict[str, Any]:
+    files = found["weight_map"]
+    return found | {"weight_map": {name: file for name, file in files.items() if file == min(files.values())}}
+
+
+def cast(dtype: torch.dtype) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: each.to(dtype) if "down_proj" in name else each for name, each in tensors.items()}
+
+
+DOWN = r"model\.layers\.0\.mlp\.down_proj\.weight"
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "saved from torch.compile": (
+        wrapped("_orig_mod."),
+        r"llama has no tensor lm_head\.weight nor 20 others.* at random; it holds _orig_mod\.lm_head\.weight: save "
+        r"the model itself, not what `_orig_mod\.` wraps it in",
+    ),
+    "saved from DDP": (
+        wrapped("module."),
+        r"llama has no tensor lm_head\.weight .* it holds module\.lm_head\.weight: save",
+    ),
+    "from both": (wrapped("module._orig_mod."), r"llama has no tensor .* not what `module\._orig_mod\.` wraps it in"),
+    "no tensor": (
+        change(without("layers.0.mlp.down_proj")),
+        rf"llama has no tensor {DOWN}, which would be made up at random; copy or save the whole model again, with",
+    ),
+    "no layer": (change(without("layers.1.")), r"llama has no tensor model\.layers\.1\.\S+ nor 8 others, which"),
+    "no head": (change(without("lm_head")), r"llama has no tensor lm_head\.weight, which would be made up at random"),
+    "a layer more": (configure(num_hidden_layers=3), r"llama has no tensor model\.layers\.2\.\S+ nor 8 others"),
+    "another shape": (
+        change(lambda w: w | {"lm_head.weight": w["lm_head.weight"][:-1].clone()}),
+        r"llama: the tensor lm_head\.weight is 52 x 16, and 53 x 16 by config\.json; ",
+    ),
+    "another name": (
+        lambda f: (f / MODEL).rename(f / "weights.safetensors"),
+        r"llama has no model\.safetensors or model\.safetensors\.index\.json, .*; rename weights\.safetensors, or",
+    ),
+    "no file of several": (
+        lambda f: split(f)[1].unlink(),
+        r"llama has no model-00002-of-\d+\.safetensors, which its model\.safetensors\.index\.json names; copy",
+    ),
+    "no JSON in the index": (
+        lambda f: [split(f), (f / INDEX).write_text("{")],
+        r".*index\.json does not say which file holds which tensor; copy or save",
+    ),
+    "no map in the index": (index(lambda found: {}), r".*index\.json does not say which file holds which tensor"),
+    "a list for an index": (index(lambda found: []), r".*index\.json does not say which file holds which tensor"),
+    "an empty index": (index(lambda found: {"weight_map": {}}), r".*index\.json does not say which file holds which"),
+    "a number in the index": (index(lambda found: {"weight_map": {"a": 1}}), r".*index\.json does not say which file"),
+    "a file that the index leaves out": (index(first_file_alone), r"llama has no tensor \S+ nor \d+ others, which"),
+    "a file of the index cut": (
+        lambda f: cut(split(f)[1]),
+        r".*model-00002-of-\d+\.safetensors is not whole safetensors",
+    ),
+    "float8": (
+        change(cast(torch.float8_e4m3fn)),
+        rf".*model\.safetensors: the tensor {DOWN} is of float8_e4m3fn; dequantise the model and save it in",
+    ),
+    "int8": (
+        change(cast(torch.int8)),
+        rf".*model\.safetensors: the tensor {DOWN} is of I8, as quantised weights are; dequantise the model",
+    ),
+    "text for a number": (
+        configure(num_hidden_layers="two"),
+        r"llama is not a causal language model that loads: .*two",
+    ),
+    "heads that do not divide": (configure(num_attention_heads=3), r"llama is not a causal .*not a multiple"),
+    "no heads": (configure(num_attention_heads=0), r"llama is not a causal .*by zero"),
+    **{
+        f"quantised: {said}": (
+            configure(quantization_config=config),
+            rf"llama holds quantised weights \({said}\); dequantise the model, and save it without the "
+            "quantization_config of its config",
+        )
+        for said, config in {
+            "gptq": {"quant_method": "gptq", "bits": 4},
+            "awq": {"quant_method": "awq", "bits": 4},
+            "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "no named method": {"load_in_8bit": True},
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
+    spoil, message = FAULTS[case]
+    folder = save(models.build_model("llama", 0), tmp_path / "llama")
+    spoil(folder)
+    with pytest.raises(UserError, match=rf"^stages\.0\.model: .*{message}") as error:
+        check(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ("experts.1.w1.weight", "experts.1.w3.weight", "block_sparse_moe"))
+def test_an_expert_that_is_missing_is_refused(part: str, tmp_path: Path) -> None:
+    save(families.build("mixtral", 0), tmp_path)
+    whole = load_file(tmp_path / MODEL)
+    change(without(part))(tmp_path)
+    assert len(load_file(tmp_path / MODEL)) < len(whole)
+    with pytest.raises(UserError, match=r"^stages\.0\.model: .*(experts|MixtralForCausalLM)") as error:
+        check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_a_newer_library_is_one_line(tmp_path: Path) -> None:
+    models.build_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": {"type": "Future", "vocab": {}}}))
+    with pytest.raises(UserError, match=r"^stages\.0\.tokenizer: no tokenizer loads from .*ModelUntagged") as error:
+        load_tokenizer(str(tmp_path), "stages.0.tokenizer")
+    assert "\n" not in str(error.value)
