@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.adapters import find_base, merge_into
@@ -88,7 +89,7 @@ def check_checkpoint(
         model_hash=_sha256(files),
         files=_small_files(folder, tokenizer),
         revision=revision,
-        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        context=_context(config, model),
         vocabulary=model.get_input_embeddings().weight.shape[0],
         maps=maps,
         classes=_classes(config) if _classifies(stage) else (),
@@ -158,6 +159,15 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
     except Exception as error:  # a wrong value fails where a model first uses it, as whatever that raises
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{key}.model: {folder} is not a {what} that loads: {reason}") from None
+
+
+def _context(config: Any, model: nn.Module) -> int | None:
+    """Tokens that the model has positions for: RoBERTa's kind number them from behind the padding token's on."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
 
 
 def _check_kind(config: Any, key: str, classifies: bool) -> None:

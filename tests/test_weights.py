@@ -69,12 +69,27 @@ def test_so_do_classifiers(kind: str, tmp_path: Path) -> None:
     assert check(tmp_path, objective="classification").classes
 
 
-@pytest.mark.parametrize("kind", ("bert", "roberta", "distilbert", "deberta-v2", "modernbert"))
-def test_so_do_encoders_that_classify(kind: str, tmp_path: Path) -> None:
+def encoder(kind: str) -> PreTrainedModel:
     sizes = {"vocab_size": len(models.VOCABULARY), "pad_token_id": 3, "cls_token_id": 0, "sep_token_id": 0}
     config = AutoConfig.for_model(kind, **(sizes | families.SIZES | {"dim": 8, "hidden_dim": 12, "n_heads": 2}))
-    save(models.randomise(AutoModelForSequenceClassification.from_config(config), 0), tmp_path)
+    return models.randomise(AutoModelForSequenceClassification.from_config(config), 0)
+
+
+@pytest.mark.parametrize("kind", ("bert", "roberta", "distilbert", "deberta-v2", "modernbert"))
+def test_so_do_encoders_that_classify(kind: str, tmp_path: Path) -> None:
+    save(encoder(kind), tmp_path)
     assert check(tmp_path, objective="classification").classes
+
+
+@pytest.mark.parametrize("kind", ("bert", "roberta", "distilbert", "mpnet", "xlm-roberta"))
+def test_the_context_is_what_the_model_takes(kind: str, tmp_path: Path) -> None:
+    """RoBERTa's kind number positions from behind the padding token's on, and so have some fewer."""
+    model = encoder(kind)
+    context = check(save(model, tmp_path), objective="classification").context
+    assert context is not None
+    assert model(torch.full((1, context), 5)).logits.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, context + 1), 5))
 
 
 def test_so_does_a_file_that_the_configuration_names(tmp_path: Path) -> None:
