@@ -9,8 +9,9 @@ import torch
 from msif_ray.corpus.chat import chat_fault, encode_chat
 from msif_ray.corpus.packed import NoParts, Part
 from msif_ray.corpus.queries import Query
-from msif_ray.corpus.reader import Document, is_unicode
+from msif_ray.corpus.reader import Document
 from msif_ray.corpus.spans import overlapping, overlapping_turn
+from msif_ray.corpus.unicode import is_unicode
 from msif_ray.influence.batch import Batch, WindowKey
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
     fault = chat_fault(document.text)
-    if fault is None and not all(is_unicode(message["content"]) for message in document.text):
+    if fault is None and not is_unicode(document.text):  # a template may write more of a message than its content
         fault = "messages is not valid Unicode"
     if fault is not None:
         return Skipped(document.id, fault)
