@@ -1,6 +1,7 @@
 """Reading a corpus: order, ids, blocks, and one clear line for what cannot be read."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -113,6 +114,9 @@ def test_faults_of_paths_name_the_key(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             read(path)
         assert str(error.value).startswith("key.path: ")
+    (tmp_path / os.fsdecode(b"caf\xe9.jsonl")).write_text('{"id": "a", "text": "b"}')
+    with pytest.raises(UserError, match=r"^key\.path: .*caf\\xe9\.jsonl: its name is not UTF-8; rename it$"):
+        read(tmp_path / "caf*.jsonl")
     with pytest.raises(UserError, match="names no file"):
         corpus_files(Documents(path=[], text="text"), "key")
 
