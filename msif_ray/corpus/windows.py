@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -180,9 +181,16 @@ def _encode_part(tokenizer: "PreTrainedTokenizerBase", name: str, part: Part | N
     if isinstance(part, NoParts):
         return Skipped(name, part.reason)
     ids, own = part.sequence
-    if max(ids, default=0) >= len(tokenizer):
-        return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary of {len(tokenizer)}")
+    last = last_token(tokenizer)
+    if max(ids, default=0) > last:
+        return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary, whose last is {last}")
     return _encoded(name, ids, own)
+
+
+@lru_cache(maxsize=8)
+def last_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The largest id of a tokenizer's vocabulary, in which there may be holes: it has fewer tokens than that says."""
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
