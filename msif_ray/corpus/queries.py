@@ -9,7 +9,6 @@ from msif_ray.config import Queries
 from msif_ray.corpus.chat import chat_fault, turns_text
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Document, document_columns, document_of, read_rows, row_id
-from msif_ray.corpus.unicode import is_unicode
 from msif_ray.errors import UserError
 
 
@@ -124,8 +123,6 @@ def _text_fault(value: Any, column: str) -> str | None:
 
 def _turns_fault(messages: Any, column: str) -> str | None:
     fault = chat_fault(messages)
-    if fault is None and not is_unicode(messages):
-        fault = "messages is not valid Unicode"
     if fault is not None:
         return f"{column!r}: {fault}"
     last = messages[-1]["role"]

@@ -202,8 +202,6 @@ def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
     fault = chat_fault(document.text)
-    if fault is None and not is_unicode(document.text):  # a template may write more of a message than its content
-        fault = "messages is not valid Unicode"
     if fault is not None:
         return Skipped(document.id, fault)
     try:
