@@ -5,6 +5,7 @@ from typing import Any
 
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Preference, Run, Stage
+from msif_ray.corpus.windows import last_token
 from msif_ray.errors import UserError
 
 
@@ -20,8 +21,8 @@ def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, C
         key, reference = f"stages.{index}.objective.reference", checkpoints[index - 1]
         if stage.objective.reference is not None:
             reference = _named(stage.objective.reference, stage.name, index, run.modules)
-        tokens = len(load_tokenizer(checkpoints[index].tokenizer_path, f"stages.{index}.tokenizer"))
-        if reference.vocabulary < min(tokens, checkpoints[index].vocabulary):
+        last = last_token(load_tokenizer(checkpoints[index].tokenizer_path, f"stages.{index}.tokenizer"))
+        if reference.vocabulary < min(last + 1, checkpoints[index].vocabulary):
             raise UserError(
                 f"{key}: {reference.model_path} knows {reference.vocabulary} tokens, fewer than {stage.name!r}; "
                 "name a reference model with the same tokens"

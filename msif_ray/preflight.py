@@ -12,7 +12,7 @@ from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.queries import Query, read_queries
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Skipped, within
+from msif_ray.corpus.windows import Skipped, last_token, within
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
 from msif_ray.objectives import check_references
@@ -231,10 +231,10 @@ def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str,
             raise UserError(f"{key}: it has no chat template, which `messages` needs; name a tokenizer that has one")
         for name in (f"stages.{index}", *scored):
             packed = wanted[name].packed if name in wanted else None
-            if packed is not None and packed.eos is not None and packed.eos >= len(tokenizer):
+            if packed is not None and packed.eos is not None and packed.eos > last_token(tokenizer):
                 raise UserError(
-                    f"{name}.documents.packed.eos: {packed.eos} is not in the vocabulary of {len(tokenizer)} tokens of "
-                    f"{checkpoint.name!r}; name the id of the token that documents end with"
+                    f"{name}.documents.packed.eos: {packed.eos} is not in the vocabulary of {checkpoint.name!r}, whose "
+                    f"last is {last_token(tokenizer)}; name the id of the token that documents end with"
                 )
         if tokenizer.eos_token_id is None and any(documents.ends_with_eos for documents in appended):
             raise UserError(f"{key}: it has no EOS token to append; set append_eos: false")

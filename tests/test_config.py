@@ -194,6 +194,66 @@ def test_a_file_that_holds_no_run_is_named(tmp_path: Path, content: bytes | None
     assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
 
 
+def written(folder: Path, more: str, start: str = yaml.safe_dump(DESCRIPTION)) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(f"{start}{more}")
+    return path
+
+
+REPEATED = [
+    ("score:\n- stage: tune\n", "line 18: the key 'score' is there already in line 4; leave one out"),
+    ("detail: {tokens: true,\n  tokens: false}", "line 19: the key 'tokens' is there already in line 18"),
+    ("top: 3\n'top': 4", "line 19: the key 'top' is there already in line 18; leave"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REPEATED)
+def test_a_key_that_is_there_twice_is_named_with_both_lines(tmp_path: Path, more: str, message: str) -> None:
+    path = written(tmp_path, more)
+    with pytest.raises(UserError) as error:
+        load_run(path)
+    assert str(error.value).startswith(f"{path}: {message}") and "\n" not in str(error.value)
+
+
+def test_a_merged_key_may_be_set_anew(tmp_path: Path) -> None:
+    merged = """
+run_dir: out
+stages:
+- &pre {name: pre, model: a, documents: &corpus {path: a.jsonl, text: text}}
+- &tune {<<: *pre, name: tune, model: b, documents: {<<: *corpus, path: b.jsonl}}
+- {<<: [*tune, *pre], name: more}
+- {<<: *tune, <<: *pre, name: last}
+queries: {path: q.jsonl}
+score: [{stage: pre}]
+"""
+    path = written(tmp_path, merged, "")
+    stages = load_run(path).stages
+    assert [stage.name for stage in stages] == ["pre", "tune", "more", "last"]
+    assert [stage.model for stage in stages] == ["a", "b", "b", "a"]
+    assert stages[2].documents == stages[1].documents
+    assert stages[1].documents is not None and stages[1].documents.path == "b.jsonl"
+
+
+NO_VALUES = ["2024-13-01", "0x_", "!!int abc", "!!int ''", "!!bool abc", "!!timestamp abc", "!!float abc", "9" * 5000]
+
+
+@pytest.mark.parametrize("value", NO_VALUES)
+def test_a_value_that_is_none_of_its_type_is_one_line(tmp_path: Path, value: str) -> None:
+    path = written(tmp_path, f"top: {value}\n")
+    with pytest.raises(UserError) as error:
+        load_run(path)
+    line, shown = str(error.value), value.rpartition(" ")[2].strip("'")[:50]
+    assert line.startswith(f"{path}: not valid YAML: line 18: {shown!r} is no ") and "\n" not in line
+    assert line.endswith("; put it in quotes if it is text") and len(line) < len(str(path)) + 150
+
+
+def test_yaml_that_is_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    path = written(tmp_path, f"top: {'[' * 5000}{']' * 5000}\n")
+    with pytest.raises(UserError) as error:
+        load_run(path)
+    assert str(error.value) == f"{path}: not valid YAML: nested too deeply"
+
+
 def test_an_index_keeps_no_tokens() -> None:
     indexed = changed("score.0.index", "other") | {"detail": {"tokens": True}}
     with pytest.raises(UserError, match=r"detail\.tokens: score\.0 reads an index, which keeps no tokens"):

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from msif_ray.config.base import Location, Strict
 from msif_ray.config.cluster import Cluster
 from msif_ray.config.entries import Detail, Index, Queries, Score
+from msif_ray.config.loader import load_yaml
 from msif_ray.config.objective import DOCUMENTS, Classification, Preference
 from msif_ray.config.stage import (
     CgSolver,
@@ -209,11 +209,15 @@ def parse_run(description: Mapping[str, Any], source: str = "run description") -
 def load_run(path: str | Path) -> Run:
     """The run described by a YAML file. Raises UserError for a file that cannot be read or is not valid."""
     try:
-        description = yaml.safe_load(path_of(path).read_text(encoding="utf-8"))
+        text = path_of(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a run description in YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    try:
+        description = load_yaml(text)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(description, dict):
         raise UserError(f"{path}: not a run description: a mapping with run_dir, stages, queries and score is needed")
     return parse_run(description, str(path))

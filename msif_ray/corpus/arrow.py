@@ -5,18 +5,25 @@ from typing import Any
 import pyarrow as pa
 
 
-def python_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def python_rows(rows: pa.RecordBatch | pa.Table) -> list[dict[str, Any]]:
     """The rows as Python values. Writers do not check UTF-8: bytes that are not become lone
     surrogates, so that one bad document is told apart instead of ending the run."""
     try:
-        return batch.to_pylist()
+        return rows.to_pylist()
     except UnicodeDecodeError:
-        columns = {name: _lenient(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        columns = {name: map(_value, column) for name, column in zip(rows.schema.names, rows.columns, strict=True)}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _lenient(column: pa.Array) -> list[Any]:
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        return column.to_pylist()
-    values = column.cast(pa.large_binary()).to_pylist()
-    return [None if value is None else value.decode(errors="surrogateescape") for value in values]
+def _value(scalar: pa.Scalar) -> Any:
+    """A value as Arrow gives it, and only where its bytes do not let it, part by part."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        if isinstance(scalar, pa.StringScalar):
+            return scalar.as_buffer().to_pybytes().decode(errors="surrogateescape")
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value(each) for name, each in scalar.items()}
+        if isinstance(scalar, pa.ListScalar):
+            return [_value(each) for each in scalar.values]
+        return _value(scalar.value)  # what a dictionary's entry or an extension type stands for

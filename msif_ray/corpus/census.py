@@ -70,7 +70,7 @@ def fingerprint(path: Path) -> str:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             if file.name.startswith((".", "cache-")) or not file.is_file():
                 continue  # in a saved folder: what `datasets` keeps of its own there
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
             with open(file, "rb", buffering=0) as content:
                 while chunk := content.read(HASH_BYTES):
                     digest.update(chunk)

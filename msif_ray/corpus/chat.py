@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from msif_ray.corpus.unicode import is_unicode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -53,7 +55,7 @@ def _beginning(
 
 def chat_fault(messages: Any) -> str | None:
     """What is wrong with the messages of one document, or None: a list of `{role, content}`, both text, and an
-    assistant's among them."""
+    assistant's among them. All that a message holds must be valid Unicode."""
     fault = turns_fault(messages)
     if fault is None and not any(message["role"] == "assistant" for message in messages):
         return "no message is the assistant's"
@@ -72,7 +74,8 @@ def turns_fault(messages: Any) -> str | None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 return f"the {key} of message {number} is not text"
-    return None
+    # All of it: a template may write more of a message than its content.
+    return None if is_unicode(messages) else "messages is not valid Unicode"
 
 
 def chat_text(messages: Any) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from msif_ray.config import Documents
+from msif_ray.corpus.unicode import is_unicode
 from msif_ray.errors import UserError
 from msif_ray.paths import exists, find, is_remote, path_of, storage
 
@@ -23,7 +24,8 @@ class CorpusFile:
 def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
     """The files that a corpus's paths and globs name, in sorted order per pattern.
 
-    Raises UserError, naming `key`, for a pattern that matches nothing or a file of another kind.
+    Raises UserError, naming `key`, for a pattern that matches nothing, for a file of another kind and for a name
+    that is not UTF-8.
     """
     patterns = [documents.path] if isinstance(documents.path, str) else documents.path
     paths: list[str] = []
@@ -31,6 +33,10 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
         found = _found(pattern, key)
         if not found:
             raise UserError(f"{key}.path: no file matches {pattern}")
+        bad = next((path for path in found if not is_unicode(path)), None)
+        if bad is not None:  # run.json and the ids of its documents could not hold it
+            shown = os.fsencode(bad).decode(errors="backslashreplace")
+            raise UserError(f"{key}.path: {shown}: its name is not UTF-8; rename it")
         paths += [path for path in found if path not in paths]
     if not paths:
         raise UserError(f"{key}.path: names no file")

@@ -75,7 +75,7 @@ def part_names(value: Any, row: str, count: int | None) -> list[str]:
 def _spans(ids: numpy.ndarray, row: Mapping[str, Any], packed: Packed) -> list[tuple[int, int]]:
     if packed.lengths is not None:
         lengths = _numbers(row[packed.lengths], packed.lengths)
-        if (lengths < 1).any() or lengths.sum() != len(ids):
+        if (lengths < 1).any() or (lengths > len(ids)).any() or lengths.sum() != len(ids):  # a sum may wrap around
             raise ValueError(f"{packed.lengths} are not the lengths of documents that {packed.ids} consists of")
         stops = lengths.cumsum().tolist()
         return list(zip([0, *stops[:-1]], stops, strict=True))
@@ -112,7 +112,8 @@ def _numbers(value: Any, column: str) -> numpy.ndarray:
         found = numpy.asarray(value)
     except ValueError:  # lists of several lengths
         found = numpy.zeros(0)
-    if value and (found.ndim != 1 or found.dtype.kind not in "iu" or (found < 0).any()):
+    whole = found.ndim == 1 and found.dtype.kind in "iu"
+    if value and (not whole or (found.astype(numpy.int64) < 0).any()):  # so are those that are too large for it
         raise ValueError(f"{column} are not whole numbers from zero on")
     return found.astype(numpy.int64)
 

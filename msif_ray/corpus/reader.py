@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from msif_ray.config import Documents
 from msif_ray.corpus.arrow import python_rows
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.packed import NoParts, Part, part_names, row_parts
+from msif_ray.corpus.unicode import is_unicode
 from msif_ray.errors import UserError
 from msif_ray.fetch import fetched
 from msif_ray.paths import is_remote, path_of, storage
@@ -72,7 +74,7 @@ def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Ro
                 yield from _read_parquet(file, columns, key)
             else:
                 yield from _read_saved_dataset(file, columns, key)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, UnicodeDecodeError) as error:  # bytes of a name, of a type or of the whole
             raise UserError(f"{key}.path: {file.path} cannot be read: {_one_line(error)}") from None
 
 
@@ -124,19 +126,50 @@ def _read_parquet(file: CorpusFile, columns: Sequence[str], key: str) -> Iterato
 
 
 def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
+    dataset = _load_saved(file, key)
+    if dataset is None:
+        return
+    _check_columns(file, columns, dataset.column_names, key)
+    features = dataset.features  # a copy each time
+    for table in dataset.with_format("arrow").select_columns(list(columns)).iter(ROWS_MADE):
+        for row in python_rows(table):
+            yield _decoded(features, row)
+
+
+def _load_saved(file: CorpusFile, key: str) -> Any:
+    """The dataset saved in a folder; None for one without rows, which `datasets` saves as no file and cannot load."""
     from datasets import Dataset, load_from_disk  # here: it takes most processes longer than their work to import
 
-    dataset = load_from_disk(str(fetched(file.path)) if is_remote(file.path) else file.path)
+    folder = fetched(file.path) if is_remote(file.path) else Path(file.path)
+    try:
+        if not json.loads((folder / "state.json").read_bytes())["_data_files"]:
+            return None
+        dataset = load_from_disk(str(folder))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # what it raises of files it does not know
+        reason = f"{type(error).__name__}: {_one_line(error)[:200]}"
+        raise UserError(
+            f"{key}.path: {file.path} cannot be read as a saved `datasets` folder ({reason}); save it again, or write "
+            "Parquet"
+        ) from None
     if not isinstance(dataset, Dataset):
         raise UserError(f"{key}.path: {file.path} holds several splits; name the folder of one")
-    _check_columns(file, columns, dataset.column_names, key)
-    yield from dataset.with_format(None).select_columns(list(columns))
+    return dataset
+
+
+def _decoded(features: Any, row: Row) -> Row:
+    """A row's values as their features mean them; as they are stored where one cannot be, which are then no text."""
+    try:
+        return dict(features.decode_example(row))
+    except ValueError:
+        return row
 
 
 def _check_columns(file: CorpusFile, columns: Sequence[str], present: Sequence[str], key: str) -> None:
     for column in columns:
         if column not in present:
             raise UserError(_no_column(file, column, key, present))
+        if present.count(column) > 1:
+            raise UserError(f"{key}: {file.path} has {present.count(column)} columns {column!r}; rename all but one")
 
 
 def _no_column(file: CorpusFile, column: str, key: str, present: Sequence[str]) -> str:
@@ -172,11 +205,6 @@ def row_id(file: CorpusFile, number: int, row: Row, documents: Documents, key: s
     if not is_unicode(name):
         raise UserError(f"{key}.id: {file.path} row {number}: {documents.id!r} is not valid Unicode")
     return name
-
-
-def is_unicode(text: str) -> bool:
-    """Whether the text can be encoded: JSON's escapes and broken files bring lone surrogates."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator[Document]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from msif_ray.corpus.chat import chat_fault, encode_chat
 from msif_ray.corpus.packed import NoParts, Part
 from msif_ray.corpus.queries import Query
-from msif_ray.corpus.reader import Document, is_unicode
+from msif_ray.corpus.reader import Document
 from msif_ray.corpus.spans import overlapping, overlapping_turn
+from msif_ray.corpus.unicode import is_unicode
 from msif_ray.influence.batch import Batch, WindowKey
 
 if TYPE_CHECKING:
@@ -179,9 +181,16 @@ def _encode_part(tokenizer: "PreTrainedTokenizerBase", name: str, part: Part | N
     if isinstance(part, NoParts):
         return Skipped(name, part.reason)
     ids, own = part.sequence
-    if max(ids, default=0) >= len(tokenizer):
-        return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary of {len(tokenizer)}")
+    last = last_token(tokenizer)
+    if max(ids, default=0) > last:
+        return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary, whose last is {last}")
     return _encoded(name, ids, own)
+
+
+@lru_cache(maxsize=8)
+def last_token(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The largest id of a tokenizer's vocabulary, in which there may be holes: it has fewer tokens than that says."""
+    return max(tokenizer.get_vocab().values(), default=-1)
 
 
 def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
@@ -193,8 +202,6 @@ def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
     fault = chat_fault(document.text)
-    if fault is None and not all(is_unicode(message["content"]) for message in document.text):
-        fault = "messages is not valid Unicode"
     if fault is not None:
         return Skipped(document.id, fault)
     try:

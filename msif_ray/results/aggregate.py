@@ -123,7 +123,8 @@ def _values(names: Sequence[str], value: object, packed: bool) -> Iterator[tuple
 
 
 def _text(value: object) -> str:
-    return NOTHING if value is None else str(value)
+    # Broken files bring lone surrogates, which no table holds.
+    return NOTHING if value is None else str(value).encode(errors="backslashreplace").decode()
 
 
 def _table(facts: Facts, sums: _Sums) -> pa.Table:

@@ -1,6 +1,7 @@
 """A corpus is counted, hashed and its ids compared in one pass, with few bytes for each document."""
 
 import json
+import os
 import re
 import tracemalloc
 from pathlib import Path
@@ -95,3 +96,5 @@ def test_what_datasets_keeps_beside_a_saved_corpus_is_not_its_content(tmp_path: 
     before = census.fingerprint(tmp_path / "a")
     (tmp_path / "a" / "cache-0123.arrow").write_bytes(b"x")
     assert census.fingerprint(tmp_path / "a") == before
+    (tmp_path / "a" / os.fsdecode(b"caf\xe9")).write_bytes(b"x")  # no content, but not known to be none
+    assert census.fingerprint(tmp_path / "a") != before

@@ -11,6 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from results.finished import Finished
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from msif_ray.config import Documents, parse_run
 from msif_ray.corpus.blocks import CorpusBlocks
@@ -70,10 +73,12 @@ FAULTS = [
     ({"ids": [1, 2.5]}, {"eos": E}, "ids are not whole numbers from zero on"),
     ({"ids": [1, None]}, {"eos": E}, "ids are not whole numbers from zero on"),
     ({"ids": [1, -100]}, {"eos": E}, "ids are not whole numbers from zero on"),
+    ({"ids": [2**63]}, {"eos": E}, "ids are not whole numbers from zero on"),
     ({"ids": [[1], [2, 3]]}, {"eos": E}, "ids are not whole numbers from zero on"),
     ({"ids": [True, False]}, {"eos": E}, "ids are not whole numbers from zero on"),
     ({"n": [4, 3]}, {"lengths": "n"}, "n are not the lengths of documents that ids consists of"),
     ({"n": [4, 4, 0]}, {"lengths": "n"}, "n are not the lengths of documents that ids consists of"),
+    ({"n": [2**62] * 4 + [8]}, {"lengths": "n"}, "n are not the lengths of documents that ids consists of"),
     ({"n": None}, {"lengths": "n"}, "n is null"),
     ({"p": [0, 1]}, {"positions": "p"}, "p has 2 values for 8 tokens"),
     ({"d": [0, 1]}, {"documents": "d"}, "d has 2 values for 8 tokens"),
@@ -103,7 +108,17 @@ def test_tokens_before_a_document_are_context_or_are_not_there() -> None:
     )
     size = len(TOKENIZER)
     assert encode(TOKENIZER, Document("d", None, Part((4, size), 0, 2, True)), False) == Skipped(
-        "d", f"token {size} is not in the tokenizer's vocabulary of {size}"
+        "d", f"token {size} is not in the tokenizer's vocabulary, whose last is {size - 1}"
+    )
+
+
+def test_ids_of_a_vocabulary_with_holes_are_known_by_the_largest() -> None:
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0, "b": 1, "c": 9}, unk_token="a")))
+    assert len(words) == 3
+    found = encode(words, Document("d", None, Part((1, 9), 0, 2, True)), False)
+    assert found == Encoded("d", (1, 9), (False, True))
+    assert encode(words, Document("d", None, Part((1, 10), 0, 2, True)), False) == Skipped(
+        "d", "token 10 is not in the tokenizer's vocabulary, whose last is 9"
     )
 
 
@@ -254,7 +269,7 @@ def test_rows_are_whole_by_default_and_mistakes_are_told_before_the_run(
     resolved = resolve(tmp_path, packed=packed(lengths="n"), id="name")
     assert resolved.documents == {"stages.0": 6, "score.0": 6}
     assert resolved.run.stages[0].fit.max_tokens == resolved.run.score[0].max_tokens == models.CONTEXT
-    with pytest.raises(UserError, match=r"^stages\.0\.documents\.packed\.eos: 60 is not in the vocabulary of 53"):
+    with pytest.raises(UserError, match=r"^stages\.0\.documents\.packed\.eos: 60 is .*, whose last is 52; name"):
         resolve(tmp_path, packed=packed(eos=60))
     with pytest.raises(UserError, match=r"^stages\.0\.documents: .*rows\.jsonl has no column 'seq_lengths'"):
         resolve(tmp_path, packed=packed(lengths="seq_lengths"))

@@ -226,6 +226,18 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     "no list": (TALKING, {"talk": "the"}, CHAT, ROW + r"'talk': messages is not a list but str"),
     "no last turn": (TALKING, {"talk": TALK[:4]}, CHAT, ROW + r"'talk': the last message is the user's; end with the"),
     "nobody's turn": (TALKING, {"talk": TALK[:2]}, CHAT, ROW + r"'talk': no message is the assistant's"),
+    "name not Unicode": (
+        TALKING,
+        {"talk": [TALK[0] | {"name": "\ud800"}, *TALK[1:]]},
+        CHAT,
+        ROW + r"'talk': messages is not valid Unicode",
+    ),
+    "other turn's name not Unicode": (
+        TALKING,
+        {"other": [*TALK[:4], {"role": "assistant", "content": " old", "name": "\ud800"}]},
+        CHAT | OTHER,
+        ROW + r"'other': messages is not valid Unicode",
+    ),
     "silence": (
         TALKING,
         {"talk": [*TALK[:2], {"role": "assistant", "content": ""}]},

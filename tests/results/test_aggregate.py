@@ -54,6 +54,12 @@ def test_the_command_prints_and_writes(run_dir: Path, tmp_path: Path) -> None:
     assert pq.read_table(out).num_rows == 24  # of all queries
 
 
+def test_a_value_that_is_not_unicode_is_shown_escaped(run_dir: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace('"books"', r'"book\udcff"'))
+    assert {row["value"] for row in aggregate(run_dir, "domain").to_pylist()} == {"web", r"book\udcff", "(none)"}
+
+
 def test_another_column_and_another_corpus_are_refused(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no column 'licence'"):
         aggregate(run_dir, "licence")
