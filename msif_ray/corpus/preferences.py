@@ -14,7 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from msif_ray.corpus.chat import chat_fault, encode_chat
-from msif_ray.corpus.reader import Document, is_unicode
+from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Preferred, Skipped, Window, value_fault
 from msif_ray.influence.batch import WindowKey
 
@@ -131,8 +131,6 @@ def _conversation(
         raise ValueError(f"{what} is a conversation, and its prompt is not")
     whole = [*prompt, *messages]
     fault = chat_fault(whole)
-    if fault is None and not all(is_unicode(message["content"]) for message in whole):
-        fault = "messages is not valid Unicode"
     if fault is not None:
         raise ValueError(f"{what}: {fault}")
     if tokenizer.chat_template is None:

@@ -193,8 +193,6 @@ def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
     fault = chat_fault(document.text)
-    if fault is None and not all(is_unicode(message["content"]) for message in document.text):
-        fault = "messages is not valid Unicode"
     if fault is not None:
         return Skipped(document.id, fault)
     try:

@@ -148,6 +148,7 @@ NO_PAIR = {
     "chosen is a conversation, and its prompt is not": pair("the", [{"role": "assistant", "content": "a"}], "b"),
     "chosen: no message is the assistant's": pair([], [{"role": "user", "content": "a"}], "b"),
     "chosen: message 0 is not a mapping but str": pair(..., ["a"], ["b"]),
+    "chosen: the role of message 0 is not valid Unicode": pair([], [{"role": "\ud800", "content": "a"}], "b"),
     "chosen is a conversation, and the tokenizer has no chat template": UNTEMPLATED,
 }
 
