@@ -18,7 +18,8 @@ class Documents(Strict):
     `text`: a class's name or number. One of preferences has `chosen` and `rejected` in place of a completion, each a
     text or messages as the prompt is. Without `id`, a document's id is `file:row`; of several in a row
     `file:row:number`, or the `id` with the number, unless that is a list of theirs. `append_eos` ends the sequence with
-    the EOS token as a target: by default where there is a completion. A chat template ends its turns itself.
+    the EOS token as a target: by default where there is a completion. Of a tokenizer that ends every text with EOS, a
+    prompt isn't ended, and nothing is ended twice. A chat template ends its turns itself.
     """
 
     path: Locations

@@ -2,38 +2,35 @@
 
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
+from msif_ray.corpus.spans import overlapping
+from msif_ray.corpus.template import Messages, marks_generation, rendered, rendered_and_marked, rendered_before
 from msif_ray.corpus.unicode import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GENERATION = "generation"  # the template's own mark of what the assistant writes
-
 
 def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], since: int = 0
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, since: int = 0
 ) -> tuple[list[int], list[bool]]:
     """A conversation's tokens and which of them the assistant wrote in turn `since` and after it.
 
-    Those are what the template marks (`{% generation %}`), where it marks any. Otherwise an assistant's turn is what
-    the conversation up to and with it has more than the conversation before it with the generation prompt, and both
-    must be the first tokens of the whole one exactly: so it holds the end of the turn, as training on assistant turns
-    does, and no text is ever searched for.
+    Those are the tokens that overlap what the template marks (`{% generation %}`), where it marks any. Otherwise an
+    assistant's turn is what the conversation up to and with it has more than the conversation before it with the
+    generation prompt, and both must be the first tokens of the whole one exactly: so it holds the end of the turn, as
+    training on assistant turns does, and no text is ever searched for. Before a first turn that is the assistant's, the
+    template must write its generation prompt for a conversation without messages; not all do.
 
     Raises ValueError, which says why, where the template refuses the conversation or its turns are no such prefixes.
     """
-    whole = _tokens(tokenizer, messages)
-    if _marks_generation(tokenizer):
-        marked = _apply(tokenizer, messages, return_assistant_tokens_mask=True)["assistant_masks"]
-        first = _beginning(tokenizer, messages, since, whole) if since else 0
-        return whole, [bool(mark) and place >= first for place, mark in enumerate(marked)]
+    if marks_generation(tokenizer):
+        return _marked(tokenizer, messages, since)
+    whole = _tokens(tokenizer, rendered(tokenizer, messages))
     targets = [False] * len(whole)
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and number >= since:
-            before = _tokens(tokenizer, messages[:number], add_generation_prompt=True) if number else []
-            after = _tokens(tokenizer, messages[: number + 1])
+            before = _tokens(tokenizer, rendered_before(tokenizer, messages[:number]))
+            after = _tokens(tokenizer, rendered(tokenizer, messages[: number + 1]))
             if whole[: len(before)] != before or whole[: len(after)] != after or len(after) < len(before):
                 raise ValueError(
                     f"the chat template does not mark what the assistant writes, and turn {number} does not begin and "
@@ -43,14 +40,22 @@ def encode_chat(
     return whole, targets
 
 
-def _beginning(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], turn: int, whole: list[int]
-) -> int:
-    """Where a turn, not the first, begins among the `whole` conversation's tokens."""
-    before = _tokens(tokenizer, messages[:turn])
+def _marked(tokenizer: "PreTrainedTokenizerBase", messages: Messages, since: int) -> tuple[list[int], list[bool]]:
+    """As `encode_chat`, where the template marks what the assistant writes."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer ({type(tokenizer).__name__}) has no offsets that tell which tokens the chat template marks"
+        )
+    text, marked = rendered_and_marked(tokenizer, messages)
+    whole, targets = overlapping(tokenizer, text, *marked)
+    before = _tokens(tokenizer, rendered(tokenizer, messages[:since])) if since else []
     if whole[: len(before)] != before:
-        raise ValueError(f"turn {turn} does not begin between tokens of the whole conversation")
-    return len(before)
+        raise ValueError(f"turn {since} does not begin between tokens of the whole conversation")
+    return whole, [False] * len(before) + targets[len(before) :]
+
+
+def _tokens(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def chat_fault(messages: Any) -> str | None:
@@ -74,8 +79,9 @@ def turns_fault(messages: Any) -> str | None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 return f"the {key} of message {number} is not text"
-    # All of it: a template may write more of a message than its content.
-    return None if is_unicode(messages) else "messages is not valid Unicode"
+        if not is_unicode(message):  # all of it: a template may write more than its content
+            return f"message {number} is not valid Unicode"
+    return None
 
 
 def chat_text(messages: Any) -> str:
@@ -83,30 +89,6 @@ def chat_text(messages: Any) -> str:
     return "" if chat_fault(messages) is not None else turns_text(messages)
 
 
-def turns_text(messages: list[dict[str, Any]]) -> str:
+def turns_text(messages: Messages) -> str:
     """As `chat_text`, of some turns, whoever's they are."""
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def rendered_turns(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> tuple[str, str]:
-    """A conversation as the template writes it, and what it writes before it lets the assistant take the last turn."""
-    before = _apply(tokenizer, messages[:-1], tokenize=False, add_generation_prompt=True) if len(messages) > 1 else ""
-    return _apply(tokenizer, messages, tokenize=False), before
-
-
-def _marks_generation(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    template = tokenizer.get_chat_template()
-    tags = [part.split("%}")[0].strip("-+ \n") for part in template.split("{%")[1:]]
-    return GENERATION in tags
-
-
-def _tokens(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    return list(_apply(tokenizer, messages, **options)["input_ids"])
-
-
-def _apply(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> Any:
-    options = {"tokenize": True, "return_dict": True} | options
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {' '.join(str(error).split())[:200]}") from None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from msif_ray.corpus.chat import chat_text, turns_text
+from msif_ray.corpus.ends import appended
 from msif_ray.corpus.packed import Part
 from msif_ray.corpus.preferences import EncodedPair, Pairs, encode_pair
 from msif_ray.corpus.reader import Document
@@ -142,7 +143,7 @@ def _encode_text(
         label = classes.number(document.label)
     except ValueError as error:
         return Skipped(document.id, str(error))
-    ends = [tokenizer.eos_token_id] if append_eos else []
+    ends = appended(tokenizer, append_eos, by_defaults=True)
     cut: dict[str, Any] = {}
     if classes.truncate and max_tokens is not None:
         cut = {"truncation": True, "max_length": max_tokens - len(ends)}

@@ -14,6 +14,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from msif_ray.corpus.chat import chat_fault, encode_chat
+from msif_ray.corpus.ends import appended, prompt_tokens
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Preferred, Skipped, Window, value_fault
 from msif_ray.influence.batch import WindowKey
@@ -106,9 +107,9 @@ def _sequence(
         fault = f"{what} is text, whose length is counted after its prompt; name the `prompt` column"
     if fault is not None:
         raise ValueError(fault)
-    before = list(tokenizer(prompt)["input_ids"]) if document.has_prompt else []
+    before = prompt_tokens(tokenizer, prompt) if document.has_prompt else []
     after = list(tokenizer(completion, add_special_tokens=not document.has_prompt)["input_ids"])
-    ends = [tokenizer.eos_token_id] if append_eos else []
+    ends = appended(tokenizer, append_eos, by_defaults=not document.has_prompt)
     return [*before, *after, *ends], [False] * len(before) + [True] * (len(after) + len(ends))
 
 

@@ -1,9 +1,9 @@
 """Which tokens a span of characters is: those that overlap it, by the tokenizer's own offsets."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from msif_ray.corpus.chat import rendered_turns
+from msif_ray.corpus.template import Messages, rendered, rendered_before
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -12,27 +12,28 @@ Span = Sequence[int]
 """From the first character to before the second."""
 
 
-def overlapping(tokenizer: "PreTrainedTokenizerBase", text: str, span: Span) -> tuple[list[int], list[bool]]:
-    """A text's tokens without special ones, and which of them have a character of the span.
+def overlapping(tokenizer: "PreTrainedTokenizerBase", text: str, *spans: Span) -> tuple[list[int], list[bool]]:
+    """A text's tokens without special ones, and which of them have a character of one of the spans.
 
     Characters are Unicode code points. A token that is partly in the span is in it; several tokens of one character
     are all in it. Where a tokenizer's offsets leave out the space that a token begins with, so does this.
     """
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    start, stop = span
-    inside = [max(first, start) < min(last, stop) for first, last in found["offset_mapping"]]
-    return list(found["input_ids"]), inside
+    wanted = bytearray(len(text))
+    for start, stop in spans:
+        wanted[start:stop] = b"\1" * (stop - start)
+    return list(found["input_ids"]), [1 in wanted[first:last] for first, last in found["offset_mapping"]]
 
 
 def overlapping_turn(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], span: Span
+    tokenizer: "PreTrainedTokenizerBase", messages: Messages, span: Span
 ) -> tuple[list[int], list[bool]]:
     """A conversation's tokens, and which of them have a character of the span of its last turn's content.
 
     That begins where the template lets the assistant write, white space aside. Raises ValueError where the template
     writes something else there.
     """
-    whole, before = rendered_turns(tokenizer, messages)
+    whole, before = rendered(tokenizer, messages), rendered_before(tokenizer, messages[:-1])
     content = messages[-1]["content"]
     body = content.strip()
     after = whole[len(before) :]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from msif_ray.corpus.chat import chat_fault, encode_chat
+from msif_ray.corpus.ends import appended, prompt_tokens
 from msif_ray.corpus.packed import NoParts, Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
@@ -119,7 +120,8 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
 
     With a prompt, prompt and completion are tokenised separately and joined, the completion
     verbatim and without special tokens; only its tokens are targets. `append_eos` ends the
-    sequence with the EOS token as a target. Of a conversation the assistant's tokens are targets (`chat`). Of a query
+    sequence with the EOS token as a target, unless the tokenizer itself does; one that it adds
+    to a prompt is left out. Of a conversation the assistant's tokens are targets (`chat`). Of a query
     those are targets that it asks about, of a conversation's the last turn's, and it may be two sequences (`Margin`).
     """
     if isinstance(document, Query) and document.rather_than is not None:
@@ -134,12 +136,11 @@ def encode(tokenizer: "PreTrainedTokenizerBase", document: Document, append_eos:
     if isinstance(document, Query) and document.span is not None:
         return _encode_span(tokenizer, document, append_eos)
     if document.has_prompt:
-        before = list(tokenizer(document.prompt)["input_ids"])
+        before = prompt_tokens(tokenizer, document.prompt)
         after = list(tokenizer(document.text, add_special_tokens=False)["input_ids"])
     else:
         before, after = [], list(tokenizer(document.text)["input_ids"])
-    if append_eos:
-        after.append(tokenizer.eos_token_id)
+    after += appended(tokenizer, append_eos, by_defaults=not document.has_prompt)
     return _encoded(document.id, [*before, *after], [False] * len(before) + [True] * len(after))
 
 
@@ -155,9 +156,9 @@ def _encode_margin(tokenizer: "PreTrainedTokenizerBase", query: Query, append_eo
 
 def _encode_span(tokenizer: "PreTrainedTokenizerBase", query: Query, append_eos: bool) -> Encoded | Skipped:
     """The completion's tokens that overlap the query's span as targets; those after it stay, as training has them."""
-    before = list(tokenizer(query.prompt)["input_ids"])
+    before = prompt_tokens(tokenizer, query.prompt)
     after, inside = overlapping(tokenizer, query.text, query.span)
-    ends = [tokenizer.eos_token_id] if append_eos else []
+    ends = appended(tokenizer, append_eos, by_defaults=False)
     targets = [False] * len(before) + inside + [False] * len(ends)
     return _of_span(query, _encoded(query.id, [*before, *after, *ends], targets))
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import models
 import pytest
+from corpus.test_windows import ending
 
 from msif_ray.corpus.objectives import Classes, as_text, encode_for, frame, framed
 from msif_ray.corpus.pieces import pieces
@@ -74,6 +75,21 @@ def test_a_classified_text_is_shown_with_its_label() -> None:
     around = frame(CLASSES, document, encoded)
     assert as_text(CLASSES, document, TOKENIZER) == "the king\n\n[label: positive]"
     assert framed(pieces(TOKENIZER, encoded.ids), around) == ["the", " king\n\n[label: positive]"]
+
+
+def test_an_eos_of_the_tokenizers_own_is_at_the_end_and_once() -> None:
+    tokenizer = ending()
+    found = encode_for(PAIRS, tokenizer, pair("the king", " is old", " is the sea"), append_eos=True, max_tokens=None)
+    assert not isinstance(found, Skipped)
+    chosen, rejected = (tokenizer.convert_ids_to_tokens(found.ids[part]) for part in found.parts)
+    assert chosen == ["<bos>", "the", "Ġking", "Ġis", "Ġold", "<eos>"]
+    assert rejected == ["<bos>", "the", "Ġking", "Ġis", "Ġthe", "Ġsea", "<eos>"]
+    unprompted = encode_for(PAIRS, tokenizer, pair(..., "the king", "the sea"), append_eos=True, max_tokens=None)
+    assert not isinstance(unprompted, Skipped)
+    assert tokenizer.convert_ids_to_tokens(unprompted.ids[: unprompted.split]) == ["<bos>", "the", "Ġking", "<eos>"]
+    cut = Classes(CLASSES.names, truncate=True)
+    read = encode_for(cut, tokenizer, text("the king is old", 0), append_eos=True, max_tokens=4)
+    assert tokenizer.convert_ids_to_tokens(read.ids) == ["<bos>", "the", "Ġking", "<eos>"]
 
 
 def ids_of(words: str) -> list[int]:
@@ -148,6 +164,7 @@ NO_PAIR = {
     "chosen is a conversation, and its prompt is not": pair("the", [{"role": "assistant", "content": "a"}], "b"),
     "chosen: no message is the assistant's": pair([], [{"role": "user", "content": "a"}], "b"),
     "chosen: message 0 is not a mapping but str": pair(..., ["a"], ["b"]),
+    "chosen: message 0 is not valid Unicode": pair([], [{"role": "\ud800", "content": "a"}], "b"),
     "chosen is a conversation, and the tokenizer has no chat template": UNTEMPLATED,
 }
 

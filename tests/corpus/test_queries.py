@@ -230,13 +230,13 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
         TALKING,
         {"talk": [TALK[0] | {"name": "\ud800"}, *TALK[1:]]},
         CHAT,
-        ROW + r"'talk': messages is not valid Unicode",
+        ROW + r"'talk': message 0 is not valid Unicode",
     ),
     "other turn's name not Unicode": (
         TALKING,
         {"other": [*TALK[:4], {"role": "assistant", "content": " old", "name": "\ud800"}]},
         CHAT | OTHER,
-        ROW + r"'other': messages is not valid Unicode",
+        ROW + r"'other': message 4 is not valid Unicode",
     ),
     "silence": (
         TALKING,

@@ -162,7 +162,7 @@ def test_bytes_that_are_no_utf8_spoil_one_conversation_only(tmp_path, field, nam
     assert good.text == talk and bad.text == [talk[0] | {field: talk[0][field] + "\udcff"}, talk[1]]
     tokenizer = tokenizer_of(PLAIN)
     assert isinstance(encode(tokenizer, good, False), Encoded)
-    assert encode(tokenizer, bad, False) == Skipped("b", "messages is not valid Unicode")
+    assert encode(tokenizer, bad, False) == Skipped("b", "message 0 is not valid Unicode")
 
 
 def test_a_damaged_parquet_file_is_one_line(tmp_path):

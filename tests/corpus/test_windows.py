@@ -5,7 +5,9 @@ from itertools import pairwise
 
 import models
 import pytest
+from tokenizers.processors import TemplateProcessing
 
+from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
 from msif_ray.influence.batch import WindowKey
@@ -47,6 +49,43 @@ def test_prompts_are_masked_and_eos_is_a_target():
     found = encode(bos, Document("d", "the", "the", has_prompt=True), append_eos=False)
     assert found.ids == (bos.bos_token_id, *tokens("the"), *tokens("the"))  # once, before the prompt
     assert found.targets == (False, False, True)
+
+
+def ending():
+    """A tokenizer that ends every text with EOS by itself, and knows EOS by its name."""
+    tokenizer = models.build_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[(name, models.VOCABULARY.index(name)) for name in ("<bos>", "<eos>")]
+    )
+    return tokenizer
+
+
+OWN_EOS = {
+    "a prompt is not ended": (("the king", " is old"), {}, True, ["<bos>", "the", "Ġking", "Ġis", "Ġold", "<eos>"]),
+    "nor an empty one": (("", "the king"), {}, True, ["<bos>", "the", "Ġking", "<eos>"]),
+    "but by itself": (("the<eos>", " king"), {}, True, ["<bos>", "the", "<eos>", "Ġking", "<eos>"]),
+    "nor a completion": (("the", " king"), {}, False, ["<bos>", "the", "Ġking"]),
+    "nor the prompt of a span": (("the", " king"), {"span": [1, 5]}, True, ["<bos>", "the", "Ġking", "<eos>"]),
+    "a text is ended once": ((None, "the king"), {}, True, ["<bos>", "the", "Ġking", "<eos>"]),
+    "by itself": ((None, "the king"), {}, False, ["<bos>", "the", "Ġking", "<eos>"]),
+    "but for an end of its own": ((None, "the<eos>"), {}, True, ["<bos>", "the", "<eos>", "<eos>"]),
+}
+
+
+@pytest.mark.parametrize("case", OWN_EOS)
+def test_an_eos_of_the_tokenizers_own_is_at_the_end_and_once(case):
+    (prompt, text), asks, append_eos, expected = OWN_EOS[case]
+    asked = Query("d", prompt, text, has_prompt=prompt is not None, **asks)
+    found = encode(ending(), asked, append_eos)
+    assert ending().convert_ids_to_tokens(found.ids) == expected
+
+
+def test_one_token_that_begins_and_ends_texts_is_kept_before_them():
+    tokenizer = models.build_tokenizer(bos=True)
+    tokenizer.eos_token = tokenizer.bos_token
+    for prompt in ("", "the"):
+        found = encode(tokenizer, Document("d", prompt, " king", has_prompt=True), append_eos=True)
+        assert found.ids == tuple(tokenizer(f"<bos>{prompt} king<bos>", add_special_tokens=False)["input_ids"])
 
 
 SKIPPED = {
