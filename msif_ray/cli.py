@@ -126,11 +126,12 @@ def aggregate_command(
     out: Annotated[str | None, typer.Option(help="A Parquet file for the groups of every query.")] = None,
 ) -> None:
     """Sum influence by a column of the corpus, such as a domain, a date or a licence."""
-    from msif_ray.results.aggregate import aggregate, print_aggregate, write_aggregate
+    from msif_ray.results.aggregate import aggregate, print_aggregate
+    from msif_ray.tables import write_table
 
     table = aggregate(run_dir, by, scores)
     if out is not None:
-        write_aggregate(table, out)
+        write_table(out, table)
     print_aggregate(table, by, Console(highlight=False), query)
 
 

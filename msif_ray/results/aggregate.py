@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +22,6 @@ from msif_ray.paths import exists
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, read_facts
 from msif_ray.results.parts import UNITS, part_path, read_rows
-from msif_ray.store import replacing
 
 # Values of the column that are printed.
 SHOWN = 30
@@ -172,8 +170,3 @@ def print_aggregate(table: pa.Table, column: str, console: Console, query: str |
     over = "" if query is not None else f" (mean over {queries} queries)"
     words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
     console.print(Text(words, style="dim"))
-
-
-def write_aggregate(table: pa.Table, path: str | Path) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
