@@ -106,7 +106,7 @@ def compare_command(
     query: Annotated[str | None, typer.Option(help="The id of one query; default: all that both have.")] = None,
     scores_a: Annotated[str | None, typer.Option(help="A `score` entry of the first; default: its first.")] = None,
     scores_b: Annotated[str | None, typer.Option(help="A `score` entry of the second; default: its first.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Documents that make up the top.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Documents that make up the top; –: there are no more.")] = 20,
 ) -> None:
     """Say how alike two runs' rankings are (two α, two models), and which documents moved most.
 

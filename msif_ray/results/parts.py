@@ -219,6 +219,13 @@ def skipped_of(path: Path) -> list[tuple[str, str]]:
         return [(document, reason) for document, reason in json.loads(part.schema_arrow.metadata[SKIPPED])]
 
 
+def count_documents(path: Path, queries: int) -> int:
+    """The documents of a part that has scores of them for each of so many queries, with those skipped. Raises UserError
+    as `skipped_of` does."""
+    with _opened(path) as part:
+        return int(part.metadata.num_rows) // queries + len(json.loads(part.schema_arrow.metadata[SKIPPED]))
+
+
 def read_part(path: Path) -> pa.Table:
     """A part's rows, without the list columns of `detail`.
 
