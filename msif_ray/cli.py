@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from msif_ray.config import load_run
 from msif_ray.errors import UserError
@@ -82,7 +83,7 @@ def report_command(
 
     path, signals = write_report(run_dir)
     for line in signal_lines(signals):
-        Console(stderr=True, soft_wrap=True).print(f"note: {line}", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(Text(f"note: {line}"))
     print(path)
 
 
@@ -150,5 +151,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"msif: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(Text(f"msif: {error}", style="red"))
         sys.exit(2)
