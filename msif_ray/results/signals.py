@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Fitted, Query, Scored
 from msif_ray.results.maps import short_name
 
@@ -69,7 +70,7 @@ def signal_lines(signals: Signals) -> list[str]:
         for signal in found:
             by_title.setdefault(signal.title, {})[query] = None
     for title, having in by_title.items():
-        some = [*list(having)[:QUERIES_NAMED], *(["…"] if len(having) > QUERIES_NAMED else [])]
+        some = [*map(visible, list(having)[:QUERIES_NAMED]), *(["…"] if len(having) > QUERIES_NAMED else [])]
         lines.append(f"{title}: {len(having)} of {len(queries)} queries ({', '.join(some)})")
     return lines
 
