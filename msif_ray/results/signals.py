@@ -22,6 +22,9 @@ LEAST_PROBABILITY = 0.05
 ONE_MAP = 0.5
 FEWEST_MAPS = 4
 LENGTH_CORRELATION = 0.7
+# Of few documents chance alone correlates as much, and of two any: of independent normal numbers in one query of 80
+# where there are 10, in one of 100,000 where there are 30.
+LENGTH_DOCUMENTS = 30
 SKIPPED_SHARE = 0.05
 # Queries named in a line of a terminal.
 QUERIES_NAMED = 5
@@ -150,7 +153,7 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
 
 def _length(row: Mapping[str, Any]) -> Iterator[Signal]:
     correlation = row["length_correlation"]
-    if correlation is not None and correlation > LENGTH_CORRELATION:
+    if row["documents"] >= LENGTH_DOCUMENTS and correlation is not None and correlation > LENGTH_CORRELATION:
         yield Signal(
             "Long documents dominate",
             f"|score| and the number of tokens have a correlation of {correlation:.2f}; a score is a sum over tokens. "

@@ -15,6 +15,9 @@ from msif_ray.tables import read_table, table_path, write_table
 
 STATISTICS = "statistics.parquet"
 BINS = 64
+# Of a sum of squares, the share that squared distances from the mean make up where numbers differ. With less it is
+# rounding, of float64 sums over up to millions of parts, and the numbers are equal.
+LEAST_SPREAD = 1e-12
 
 SCHEMA = pa.schema(
     [
@@ -63,8 +66,8 @@ class _Sums:
     def row(self, stage: str, query: str) -> dict[str, Any]:
         count, total, squares, absolute, tokens, squared_tokens, products = self.moments.tolist()
         mean = total / count if count else 0.0
-        variances = (squares - absolute**2 / count) * (squared_tokens - tokens**2 / count) if count else 0.0
-        correlation = (products - absolute * tokens / count) / variances**0.5 if variances > 0 else None
+        variances = _spread(squares, absolute, count) * _spread(squared_tokens, tokens, count)
+        correlation = (products - absolute * tokens / count) / variances**0.5 if variances else None
         return {
             "stage": stage,
             "query_id": query,
@@ -78,6 +81,12 @@ class _Sums:
             "mean_tokens": tokens / count if count else 0.0,
             "histogram": self.histogram.tolist(),
         }
+
+
+def _spread(squares: float, total: float, count: float) -> float:
+    """The sum of squared distances from the mean, from sums; exactly zero for equal numbers."""
+    spread = squares - total**2 / count if count else 0.0
+    return spread if spread > LEAST_SPREAD * squares else 0.0
 
 
 def write_statistics(run_dir: str | Path, stages: Iterable[str]) -> None:
