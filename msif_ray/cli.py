@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from msif_ray.config import load_run
 from msif_ray.errors import UserError
@@ -82,7 +83,7 @@ def report_command(
 
     path, signals = write_report(run_dir)
     for line in signal_lines(signals):
-        Console(stderr=True, soft_wrap=True).print(f"note: {line}", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(Text(f"note: {line}"))
     print(path)
 
 
@@ -106,7 +107,7 @@ def compare_command(
     query: Annotated[str | None, typer.Option(help="The id of one query; default: all that both have.")] = None,
     scores_a: Annotated[str | None, typer.Option(help="A `score` entry of the first; default: its first.")] = None,
     scores_b: Annotated[str | None, typer.Option(help="A `score` entry of the second; default: its first.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Documents that make up the top.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Documents that make up the top; –: there are no more.")] = 20,
 ) -> None:
     """Say how alike two runs' rankings are (two α, two models), and which documents moved most.
 
@@ -126,11 +127,12 @@ def aggregate_command(
     out: Annotated[str | None, typer.Option(help="A Parquet file for the groups of every query.")] = None,
 ) -> None:
     """Sum influence by a column of the corpus, such as a domain, a date or a licence."""
-    from msif_ray.results.aggregate import aggregate, print_aggregate, write_aggregate
+    from msif_ray.results.aggregate import aggregate, print_aggregate
+    from msif_ray.tables import write_table
 
     table = aggregate(run_dir, by, scores)
     if out is not None:
-        write_aggregate(table, out)
+        write_table(out, table)
     print_aggregate(table, by, Console(highlight=False), query)
 
 
@@ -149,5 +151,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, soft_wrap=True).print(f"msif: {error}", style="red", markup=False, highlight=False)
+        Console(stderr=True, soft_wrap=True).print(Text(f"msif: {error}", style="red"))
         sys.exit(2)

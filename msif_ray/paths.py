@@ -29,11 +29,19 @@ def is_remote(path: str | Path) -> bool:
 
 
 def check_location(location: Location) -> Location:
-    """Gives a path or paths back. Raises ValueError, which does not repeat it, for a URL with credentials in it."""
+    """Gives a path or paths back. Raises ValueError for what cannot be one, and, without repeating it, for a URL with
+    credentials in it."""
     for text in [location] if isinstance(location, str) else location:
         protocol, separator, rest = text.partition("://")
-        if separator and "@" in rest.partition("/")[0]:
+        bucket = rest.partition("/")[0]
+        if separator and "@" in bucket:
             raise ValueError(f"{protocol}://…@…: credentials do not belong in a path; set them in the environment")
+        if not text:
+            raise ValueError("the path is empty; name a folder or a file")
+        if protocol in PROTOCOLS and separator and not bucket:
+            raise ValueError(f"{text}: there is no bucket in it; name one after {protocol}://")
+        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{text!r}: a path has neither null characters nor lone surrogates")
     return location
 
 

@@ -9,6 +9,7 @@ from time import monotonic
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_BETWEEN_WAITS = 20.0
@@ -101,27 +102,30 @@ class Step:
         self.skipped += skipped
         self.add(documents, 0)
         if self.resumed:
-            self.console.print(f"{self.name}: {self.resumed:,} documents were done before", highlight=False)
+            self._say(f"{self.name}: {self.resumed:,} documents were done before")
 
     def wait(self, reason: str) -> None:
         """Says why nothing is being done, now and then."""
         if monotonic() - self._said > SECONDS_BETWEEN_WAITS:
             self._said = monotonic()
-            self.console.print(f"{self.name}: waiting: {reason}", highlight=False, soft_wrap=True)
+            self._say(f"{self.name}: waiting: {reason}")
 
     def tell(self) -> None:
         """A line in a log that has had none for a minute; a terminal has its bar."""
         if not self.console.is_terminal and monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = monotonic()
-            self.console.print(str(self.snapshot()), highlight=False, soft_wrap=True)
+            self._say(str(self.snapshot()))
 
     def close(self) -> Snapshot:
         """Ends the step with a line that sums it up."""
         self.bar.remove_task(self._task)
         last = self.snapshot()
         self.observe(last)
-        self.console.print(str(last), highlight=False, soft_wrap=True)
+        self._say(str(last))
         return last
+
+    def _say(self, line: str) -> None:
+        _print_line(self.console, line)
 
     def snapshot(self) -> Snapshot:
         seconds = monotonic() - self.started
@@ -140,7 +144,7 @@ class Reporter:
     started: float = field(default_factory=monotonic)
 
     def say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _print_line(self.console, line)
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Step]:
@@ -169,11 +173,16 @@ class Reporter:
             table.add_column(name, justify="right", no_wrap=True)
         for step in self.finished:
             counts = [f"{count:,}" for count in (step.done - step.resumed, step.skipped, step.tokens)]
-            table.add_row(step.name, *counts, f"{step.tokens_per_second:,.0f}", *_of(step.seconds, total))
+            table.add_row(Text(step.name), *counts, f"{step.tokens_per_second:,.0f}", *_of(step.seconds, total))
         rest = total - sum(step.seconds for step in self.finished)
         table.add_row("between the steps", "", "", "", "", *_of(rest, total), style="dim")
         table.add_row("all", "", "", "", "", *_of(total, total), style="bold")
         self.console.print(table, highlight=False)
+
+
+def _print_line(console: Console, line: str) -> None:
+    """As it is: what stands in brackets or between colons is no markup of rich's, and no emoji."""
+    console.print(Text(line), soft_wrap=True)
 
 
 def _of(seconds: float, total: float) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """run.json: all that a score depends on, written before the first step and compared on every later one."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ ADAPTER = (
     "the response of its stage are those of a full fine-tuning that ended there, not of the matrices that were trained"
 )
 
-# What a run.json must have, and of which type.
-_RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict}
+# What a run.json must have, and its identity, and of which type.
+_RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict, "strengths": dict}
+_IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "queries": list, "maps": dict}
 
 # Keys of the cluster that say where a run is computed and not what.
 _PLACEMENT = (
@@ -122,9 +123,14 @@ def read_record(path: Path) -> dict[str, Any]:
     """A whole run.json. No advice to delete it: any configuration would then be taken for that of the results."""
     mend = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
     record = read_json(path, mend)
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in _RECORD.items()):
+    if not _has(record, _RECORD) or not _has(record["identity"], _IDENTITY):
         raise UserError(f"{path}: not the record of a run of this version; {mend}")
-    return record
+    return dict(record)
+
+
+def _has(found: Any, wanted: Mapping[str, type]) -> bool:
+    """Whether a value of JSON is an object with the wanted keys, each of its type."""
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in wanted.items())
 
 
 def _refuse_unrecorded(run_dir: str) -> None:

@@ -87,6 +87,19 @@ def test_the_summary_has_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[2].split()[1:4] == ["8", "1", "70"] and lines[-1].split()[-1] == "100%"
 
 
+def test_brackets_and_colons_are_text(clock: Clock) -> None:
+    reporter, written, _ = log()
+    step = step_of(reporter, clock)
+    step.name = "[s]"
+    step.resume(1)
+    clock.now = 61.0
+    step.wait("[/x] of s3://b/:smile:")
+    step.close()
+    lines = written.getvalue().splitlines()
+    assert lines[:2] == ["[s]: 1 documents were done before", "[s]: waiting: [/x] of s3://b/:smile:"]
+    assert lines[2].startswith("[s]: 1 of 100 documents")
+
+
 def test_nothing_done_has_no_summary() -> None:
     reporter, written, _ = log()
     reporter.summarise()

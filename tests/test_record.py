@@ -135,7 +135,10 @@ def test_other_versions_are_said_in_one_line(folder: Path, monkeypatch: pytest.M
     assert said.startswith("warning: ") and "(now 9.9)" in said and "(now 8.8)" in said and "ray" not in said
 
 
-@pytest.mark.parametrize("content", ["", '{"identity', "[]", "{}", '{"identity": {}, "versions": {}}'])
+NOTHING = '{"identity": {}, "versions": {}, "device": "cpu", "strengths": {}}'
+
+
+@pytest.mark.parametrize("content", ["", '{"identity', "[]", "{}", '{"identity": {}, "versions": {}}', NOTHING])
 def test_a_damaged_record_is_not_to_be_deleted(folder: Path, content: str) -> None:
     keep(describe(folder))
     (folder / "run" / "run.json").write_text(content)

@@ -24,7 +24,7 @@ from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of, storage
-from msif_ray.store import replacing
+from msif_ray.tables import read_table, write_table
 
 SCHEMA = pa.schema(
     [
@@ -110,16 +110,11 @@ class Chosen:
 @lru_cache(maxsize=4)
 def read_chosen(path: str) -> Chosen:
     """The candidates in a file of `write_chosen`, read once per process. Raises UserError for one that is damaged."""
-    with storage(path, "read"), path_of(path).open("rb") as file:
-        try:
-            return Chosen(pq.read_table(file).cast(SCHEMA))
-        except (pa.ArrowException, ValueError):
-            raise UserError(f"{path}: damaged; delete it, and run the same command again") from None
+    return Chosen(read_table(path_of(path), SCHEMA.names))
 
 
 def write_chosen(path: Path, table: pa.Table) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
+    write_table(path, table)
 
 
 def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Decode | None = None) -> pa.Table:

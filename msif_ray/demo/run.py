@@ -90,7 +90,8 @@ def run_demo(folder: str | Path) -> None:
         "for finding a stated fact by its words, use BM25. Influence compares gradients, not words; how well "
         "it predicts what retraining would change, this table does not measure.\n"
         f"Wall time: {time.monotonic() - started:.0f} s. Inputs, run descriptions and scores: {folder}\n"
-        f"To look at: {folder / 'run' / 'report.html'}"
+        f"To look at: {folder / 'run' / 'report.html'}",
+        markup=False,
     )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -20,14 +19,14 @@ from msif_ray.corpus.reader import read_rows as read_corpus
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, read_manifest
 from msif_ray.paths import exists
+from msif_ray.results.complete import check_complete
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, read_facts
 from msif_ray.results.parts import UNITS, part_path, read_rows
-from msif_ray.store import replacing
 
 # Values of the column that are printed.
 SHOWN = 30
-NOTHING = "(none)"  # a document whose column is null
+NOTHING = "(none)"  # what is printed of documents whose column is null
 
 SCHEMA = pa.schema(
     [
@@ -43,7 +42,7 @@ SCHEMA = pa.schema(
     metadata={
         "unit": UNITS["unit"],
         "sign": UNITS["sign"],
-        "value": "of the column that the documents are grouped by, as text",
+        "value": "of the column that the documents are grouped by, as text; null: of documents where it is null",
         "mean": "mean score of the group's documents; total: their sum",
         "share": "the group's sum of |score| over that of all documents",
         "net_share": "the group's sum of scores over the sum of |score| of all documents",
@@ -54,9 +53,9 @@ SCHEMA = pa.schema(
 
 @dataclass
 class _Sums:
-    """By query and value: the number of documents, the sum of their scores and of |score|."""
+    """By query, and then by value: the number of documents, the sum of their scores and of |score|."""
 
-    sums: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    sums: dict[str, dict[str | None, np.ndarray]] = field(default_factory=dict)
 
     def add(self, rows: pa.Table, values: pa.Array) -> None:
         sizes = pc.abs(rows["score"].cast(pa.float64()))
@@ -66,27 +65,28 @@ class _Sums:
         found = table.group_by(["query_id", "value"]).aggregate([("score", "count"), ("score", "sum"), ("size", "sum")])
         for row in found.to_pylist():
             own = np.array([row["score_count"], row["score_sum"], row["size_sum"]], dtype=np.float64)
-            key = (row["query_id"], row["value"])
-            self.sums[key] = self.sums[key] + own if key in self.sums else own
+            of_query = self.sums.setdefault(row["query_id"], {})
+            of_query[row["value"]] = of_query.get(row["value"], 0.0) + own
 
 
 def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.Table:
     """Sums of the scores of `label` (default: the run's first) by query and by the value of the corpus's `column`:
     a table of `SCHEMA`, by query and then by falling share.
 
-    The corpus is read again, a block and its scores at a time. Raises UserError for a column that it does not have,
-    and for a corpus that is no longer as it was scored.
+    The corpus is read again, a block and its scores at a time. Raises UserError for a run that is not finished, for a
+    column that the corpus does not have, and for a corpus that is no longer as it was scored.
     """
     facts = read_facts(run_dir)
     scored = facts.scored_as(label) if label is not None else facts.scored[0]
     entry = next(each for each in facts.run.score if each.label == scored.label)
+    check_complete(facts, scored)
     sums = _Sums()
     for block, values in _blocks(facts.run, entry, column):
         path = part_path(facts.run_dir, scored.label, block)
         if not exists(path):
             if entry.candidates is not None:
                 continue  # none of its documents was one
-            raise UserError(f"{path}: missing; finish the run with `msif run`")
+            raise UserError(f"{path}: the corpus has documents that the run has not: it has changed since")
         for rows in read_rows(path):
             places = pc.index_in(rows["doc_id"], value_set=pa.array(list(values), pa.string()))
             if places.null_count:
@@ -96,7 +96,7 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
     return _table(facts, sums)
 
 
-def _blocks(run: Run, entry: Score, column: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _blocks(run: Run, entry: Score, column: str) -> Iterator[tuple[str, dict[str, str | None]]]:
     """The id of every block, and the column's value of each of its documents by id."""
     documents, key = run.scored_documents(entry), f"score.{run.score.index(entry)}.documents"
     size = run.cluster.documents_per_block
@@ -116,23 +116,23 @@ def _blocks(run: Run, entry: Score, column: str) -> Iterator[tuple[str, dict[str
             number += 1
 
 
-def _values(names: Sequence[str], value: object, packed: bool) -> Iterator[tuple[str, str]]:
+def _values(names: Sequence[str], value: object, packed: bool) -> Iterator[tuple[str, str | None]]:
     """Of each document of a row: the row's value, or of packed ones each its own where there are as many."""
     each = value if packed and isinstance(value, list) and len(value) == len(names) else [value] * len(names)
     return zip(names, map(_text, each), strict=True)
 
 
-def _text(value: object) -> str:
+def _text(value: object) -> str | None:
     # Broken files bring lone surrogates, which no table holds.
-    return NOTHING if value is None else str(value).encode(errors="backslashreplace").decode()
+    return None if value is None else str(value).encode(errors="backslashreplace").decode()
 
 
 def _table(facts: Facts, sums: _Sums) -> pa.Table:
     rows = []
     for query in facts.queries:
-        own = {value: each for (name, value), each in sums.sums.items() if name == query.id}
+        own = sums.sums.get(query.id, {})
         count, _, size = sum(own.values(), np.zeros(3))
-        for value, (documents, total, absolute) in sorted(own.items(), key=lambda item: (-item[1][2], item[0])):
+        for value, (documents, total, absolute) in sorted(own.items(), key=lambda item: (-item[1][2], item[0] or "")):
             rows.append(
                 {
                     "query_id": query.id,
@@ -159,22 +159,18 @@ def print_aggregate(table: pa.Table, column: str, console: Console, query: str |
     means = [("documents", "max"), ("share", "sum"), ("net_share", "sum"), ("share_of_documents", "max")]
     groups = table.group_by("value").aggregate(means).sort_by([("share_sum", "descending")]).to_pylist()
     shown = Table(box=None, padding=(0, 1), header_style="dim")
-    shown.add_column(column, overflow="fold")
+    shown.add_column(Text(column), overflow="fold")
     for name in ("documents", "share", "net", "per document"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in groups[:SHOWN]:
         share, documents = row["share_sum"] / queries, row["share_of_documents_max"]
         ratio = f"{share / documents:.2f}×" if documents else ""
         net = f"{row['net_share_sum'] / queries:+.1%}"
-        shown.add_row(visible(row["value"]), f"{row['documents_max']:,}", f"{share:.1%}", net, ratio)
+        value = Text(NOTHING, style="dim") if row["value"] is None else Text(visible(row["value"]))
+        shown.add_row(value, f"{row['documents_max']:,}", f"{share:.1%}", net, ratio)
     console.print(shown)
     if len(groups) > SHOWN:
         console.print(Text(f"and {len(groups) - SHOWN:,} more values", style="dim"))
     over = "" if query is not None else f" (mean over {queries} queries)"
     words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
     console.print(Text(words, style="dim"))
-
-
-def write_aggregate(table: pa.Table, path: str | Path) -> None:
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)

@@ -33,11 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from msif_ray.paths import path_of
 from msif_ray.results.facts import Facts, Scored
-from msif_ray.store import replacing
+from msif_ray.tables import write_table
 
 STAGES = "stages.parquet"
 
@@ -116,8 +115,7 @@ def stages_beside(facts: Facts, label: str) -> list[str]:
 def write_by_stage(run_dir: str | Path, rows: Iterable[Row]) -> None:
     """Writes `stages.parquet`."""
     table = [vars(row) | {"net": row.net} for row in rows]
-    with replacing(path_of(run_dir) / STAGES) as temporary:
-        pq.write_table(pa.Table.from_pylist(table, SCHEMA), temporary)
+    write_table(path_of(run_dir) / STAGES, pa.Table.from_pylist(table, SCHEMA))
 
 
 def _compared(facts: Facts) -> list[list[str]]:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msif_ray.errors import UserError
+from msif_ray.results.complete import check_complete
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Query, Scored, read_facts
 from msif_ray.results.parts import query_scores
@@ -35,9 +36,9 @@ class Moved:
 class Compared:
     """One query in two sets of scores, over the documents of both.
 
-    `spearman` and `pearson` are None where either side's scores are all equal. `overlap` is the share of the highest
-    scores' documents that both have, of as many as `top`; `moved` the documents of either top, highest or lowest,
-    the farthest first.
+    `spearman` and `pearson` are None where either side's scores are all equal. `overlap` is the share of the `top`
+    documents with the highest scores that both have, None where there are no more than that many, which would all be
+    in common; `moved` the documents of either top, highest or lowest, the farthest first.
     """
 
     query_id: str
@@ -45,7 +46,7 @@ class Compared:
     alone: tuple[int, int]
     spearman: float | None
     pearson: float | None
-    overlap: float
+    overlap: float | None
     moved: list[Moved]
 
 
@@ -62,7 +63,7 @@ def compare_scores(
     ids, scores = ids.filter(pa.array(finite)), (scores[0][finite], scores[1][finite])
     alone = (len(one[0]) - len(common), len(other[0]) - len(common))
     if not len(ids):
-        return Compared(query_id, 0, alone, None, None, 0.0, [])
+        return Compared(query_id, 0, alone, None, None, None, [])
     ranks = [_ranks(each) for each in scores]
     k = min(top, len(ids))
     tops = [set(np.flatnonzero(each <= k).tolist()) for each in ranks]
@@ -78,7 +79,8 @@ def compare_scores(
     ]
     mean_ranks = [pd.Series(each).rank().to_numpy() for each in scores]
     spearman, pearson = (_correlation(*pair) for pair in (mean_ranks, scores))
-    return Compared(query_id, len(ids), alone, spearman, pearson, len(tops[0] & tops[1]) / k, moved)
+    overlap = len(tops[0] & tops[1]) / top if len(ids) > top else None
+    return Compared(query_id, len(ids), alone, spearman, pearson, overlap, moved)
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
@@ -113,7 +115,8 @@ def compare(
 ) -> None:
     """Prints how alike two runs' rankings are, query by query, and the documents that moved most.
 
-    `labels` name the scores of each run (default: its first). Raises UserError for runs that have no query in common.
+    `labels` name the scores of each run (default: its first). Raises UserError for runs that have no query in common,
+    and for one that is not finished.
     """
     sides = [_side(run, label) for run, label in zip((run_a, run_b), labels, strict=True)]
     queries = _common(sides[0][0], sides[1][0], query)
@@ -127,12 +130,13 @@ def compare(
         table.add_column(name, justify="right", no_wrap=True)
     found = list(compare_runs(sides[0], sides[1], queries, top))
     for each in found:
-        row = (visible(each.query_id), f"{each.documents:,}", _number(each.spearman), _number(each.pearson))
-        table.add_row(*row, f"{each.overlap:.0%}")
+        row = (f"{each.documents:,}", _number(each.spearman), _number(each.pearson), _share(each.overlap))
+        table.add_row(Text(visible(each.query_id)), *row)
     if len(found) > 1:
-        means = [_mean([each.spearman for each in found]), _mean([each.pearson for each in found])]
-        overlap = f"{np.mean([each.overlap for each in found]):.0%}"
-        table.add_row("mean", "", *map(_number, means), overlap, style="bold")
+        spearman, pearson, overlap = (
+            _mean([getattr(each, name) for each in found]) for name in ("spearman", "pearson", "overlap")
+        )
+        table.add_row("mean", "", _number(spearman), _number(pearson), _share(overlap), style="bold")
     console.print(table)
     _print_moved(console, found, MOVED if query is None else top)
     alone = [max(each.alone[side] for each in found) for side in (0, 1)]
@@ -143,7 +147,9 @@ def compare(
 
 def _side(run: str | Path, label: str | None) -> tuple[Facts, Scored]:
     facts = read_facts(run)
-    return facts, facts.scored[0] if label is None else facts.scored_as(label)
+    scored = facts.scored[0] if label is None else facts.scored_as(label)
+    check_complete(facts, scored)
+    return facts, scored
 
 
 def _common(one: Facts, other: Facts, query: str | None) -> list[str]:
@@ -177,13 +183,17 @@ def _print_moved(console: Console, found: list[Compared], count: int) -> None:
         for place, moved in enumerate(each.moved[:count]):
             name = visible(each.query_id) if place == 0 else ""
             ranks, scores = (f"{rank:,}" for rank in moved.ranks), (f"{score:+.4g}" for score in moved.scores)
-            table.add_row(name, visible(moved.doc_id), *ranks, *scores)
+            table.add_row(Text(name), Text(visible(moved.doc_id)), *ranks, *scores)
     console.print(table)
 
 
 def _mean(values: list[float | None]) -> float | None:
     there = [value for value in values if value is not None]
     return float(np.mean(there)) if there else None
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _number(value: float | None) -> str:

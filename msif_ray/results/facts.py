@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from msif_ray import layout, stages
 from msif_ray.config import IdentityResponse, Run, Score, Strength, UnrolledResponse, parse_run
 from msif_ray.corpus.queries import Query as Asked
 from msif_ray.corpus.queries import query_of
 from msif_ray.errors import UserError
-from msif_ray.paths import exists, path_of, storage
+from msif_ray.paths import exists, path_of
 from msif_ray.record import read_record
 from msif_ray.store import read_json
+from msif_ray.tables import read_table
 
 
 @dataclass(frozen=True)
@@ -212,8 +211,7 @@ def _kept(run: Run, entry: Score) -> dict[str, Kept]:
     path = layout.energy_file(layout.directions(run.run_dir, entry.label))
     if not exists(path):
         return {}
-    with storage(path, "read"), path.open("rb") as file:
-        table = pq.read_table(file)
+    table = read_table(path, ["query_id", "rank", "energy_kept"])
     aggregates: list[tuple[str, str]] = [("rank", "mean"), ("energy_kept", "mean"), ("energy_kept", "min")]
     found = table.group_by("query_id").aggregate(aggregates).to_pylist()
     return {row["query_id"]: Kept(row["rank_mean"], row["energy_kept_mean"], row["energy_kept_min"]) for row in found}
@@ -224,8 +222,7 @@ def _skipped(run: Run) -> dict[str, Counter[str]]:
     path = path_of(run.run_dir) / "skipped.parquet"
     if not exists(path):
         return {}
-    with storage(path, "read"), path.open("rb") as file:
-        table: pa.Table = pq.read_table(file, columns=["stage", "reason"])
+    table = read_table(path, ["stage", "reason"])
     found: dict[str, Counter[str]] = {}
     for entries in stages.passes(run):
         own = table.filter(pc.equal(table["stage"], entries[0].label))["reason"].to_pylist()

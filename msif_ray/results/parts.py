@@ -5,7 +5,7 @@ A part carries its block's skipped documents in its own metadata, so that one re
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from msif_ray.errors import UserError
-from msif_ray.paths import matching, path_of, storage
+from msif_ray.paths import matching, path_of
 from msif_ray.store import replacing
+from msif_ray.tables import opened, write_table
 
 SKIPPED = b"skipped"
 
@@ -158,7 +158,8 @@ def write_part(
 ) -> None:
     """Writes one block's scores `[documents, queries]` as rows sorted by query id, then document order.
 
-    A row group holds whole queries, and its statistics say which: whoever wants one query reads a small part.
+    A row group holds whole queries, and its statistics say which: whoever wants one query reads a small part. A block
+    without rows has no row group.
 
     `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
     added to the file's own; `details` are columns beside the scores, and `chosen`
@@ -181,7 +182,10 @@ def write_part(
             some = order[start : start + in_group]
             columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], *of_documents)
             rows = pa.table([*columns, *details.columns(some, scores[:, some], *of_documents)], schema)
-            writer.write_table(rows if chosen is None else rows.filter(pa.array(chosen[:, some].T.reshape(-1))))
+            if chosen is not None:
+                rows = rows.filter(pa.array(chosen[:, some].T.reshape(-1)))
+            if len(rows):  # an empty row group is more than `datasets` can read
+                writer.write_table(rows)
 
 
 def _columns(
@@ -206,14 +210,20 @@ def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
         for _, path in part_files(run_dir, stage)
         for document, reason in skipped_of(path)
     ]
-    with replacing(path_of(run_dir) / "skipped.parquet") as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, SKIPPED_SCHEMA), temporary)
+    write_table(path_of(run_dir) / "skipped.parquet", pa.Table.from_pylist(rows, SKIPPED_SCHEMA))
 
 
 def skipped_of(path: Path) -> list[tuple[str, str]]:
     """`(document id, reason)` from a part's footer. Raises UserError for a file that is not a part."""
     with _opened(path) as part:
         return [(document, reason) for document, reason in json.loads(part.schema_arrow.metadata[SKIPPED])]
+
+
+def count_documents(path: Path, queries: int) -> int:
+    """The documents of a part that has scores of them for each of so many queries, with those skipped. Raises UserError
+    as `skipped_of` does."""
+    with _opened(path) as part:
+        return int(part.metadata.num_rows) // queries + len(json.loads(part.schema_arrow.metadata[SKIPPED]))
 
 
 def read_part(path: Path) -> pa.Table:
@@ -262,20 +272,6 @@ def _as_scores(part: pq.ParquetFile, rows: pa.Table) -> pa.Table:
     return rows.cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    with storage(path, "read"), path.open("rb") as file:
-        try:
-            with pq.ParquetFile(file, page_checksum_verification=True) as part:
-                yield part
-        except OSError as error:
-            # Parquet's own complaints are OSErrors too; the system's have a number.
-            if error.errno is not None:
-                raise
-            raise _damaged(path) from None
-        except (pa.ArrowException, KeyError, TypeError, ValueError):
-            raise _damaged(path) from None
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: not a part of this run's scores, or damaged; delete it, and its block is scored again")
+def _opened(path: Path) -> AbstractContextManager[pq.ParquetFile]:
+    fault = "not a part of this run's scores, or damaged; delete it, and its block is scored again"
+    return opened(path, fault)

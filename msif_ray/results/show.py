@@ -37,7 +37,7 @@ def show(
     scored = facts.scored_as(label) if label is not None else facts.scored[0]
     queries = [each for each in facts.queries if query is None or each.id == query]
     if not queries:
-        some = ", ".join(each.id for each in facts.queries[:5])
+        some = ", ".join(visible(each.id) for each in facts.queries[:5])
         raise UserError(f"--query: {run_dir} has no query {query!r}; it has {some}" + _more(len(facts.queries) - 5))
     wanted: dict[str, list[dict[str, Any]]] = {each.id: [] for each in queries}
     for row in read_top(run_dir):
@@ -64,7 +64,7 @@ def _print(
     statistics: Mapping[str, Any],
     shares: list[Row],
 ) -> None:
-    console.rule(Text(query.id, style="bold"), align="left")
+    console.rule(Text(visible(query.id), style="bold"), align="left")
     before, inside, after = (visible(part, None) for part in explained(query))
     console.print(Text.assemble(visible(query.prompt, None), before, (inside, "bold underline"), after))
     if query.rather_than is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Fitted, Query, Scored
 from msif_ray.results.maps import short_name
 
@@ -21,6 +22,9 @@ LEAST_PROBABILITY = 0.05
 ONE_MAP = 0.5
 FEWEST_MAPS = 4
 LENGTH_CORRELATION = 0.7
+# Of few documents chance alone correlates as much, and of two any: of independent normal numbers in one query of 80
+# where there are 10, in one of 100,000 where there are 30.
+LENGTH_DOCUMENTS = 30
 SKIPPED_SHARE = 0.05
 # Queries named in a line of a terminal.
 QUERIES_NAMED = 5
@@ -69,7 +73,7 @@ def signal_lines(signals: Signals) -> list[str]:
         for signal in found:
             by_title.setdefault(signal.title, {})[query] = None
     for title, having in by_title.items():
-        some = [*list(having)[:QUERIES_NAMED], *(["…"] if len(having) > QUERIES_NAMED else [])]
+        some = [*map(visible, list(having)[:QUERIES_NAMED]), *(["…"] if len(having) > QUERIES_NAMED else [])]
         lines.append(f"{title}: {len(having)} of {len(queries)} queries ({', '.join(some)})")
     return lines
 
@@ -149,7 +153,7 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
 
 def _length(row: Mapping[str, Any]) -> Iterator[Signal]:
     correlation = row["length_correlation"]
-    if correlation is not None and correlation > LENGTH_CORRELATION:
+    if row["documents"] >= LENGTH_DOCUMENTS and correlation is not None and correlation > LENGTH_CORRELATION:
         yield Signal(
             "Long documents dominate",
             f"|score| and the number of tokens have a correlation of {correlation:.2f}; a score is a sum over tokens. "

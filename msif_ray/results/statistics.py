@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from msif_ray.errors import UserError
-from msif_ray.paths import exists, path_of, storage
+from msif_ray.paths import path_of
 from msif_ray.results.parts import UNITS, part_files, read_rows
-from msif_ray.store import replacing
+from msif_ray.tables import read_table, table_path, write_table
 
 STATISTICS = "statistics.parquet"
 BINS = 64
+# Of a sum of squares, the share that squared distances from the mean make up where numbers differ. With less it is
+# rounding, of float64 sums over up to millions of parts, and the numbers are equal.
+LEAST_SPREAD = 1e-12
 
 SCHEMA = pa.schema(
     [
@@ -65,8 +66,8 @@ class _Sums:
     def row(self, stage: str, query: str) -> dict[str, Any]:
         count, total, squares, absolute, tokens, squared_tokens, products = self.moments.tolist()
         mean = total / count if count else 0.0
-        variances = (squares - absolute**2 / count) * (squared_tokens - tokens**2 / count) if count else 0.0
-        correlation = (products - absolute * tokens / count) / variances**0.5 if variances > 0 else None
+        variances = _spread(squares, absolute, count) * _spread(squared_tokens, tokens, count)
+        correlation = (products - absolute * tokens / count) / variances**0.5 if variances else None
         return {
             "stage": stage,
             "query_id": query,
@@ -82,20 +83,21 @@ class _Sums:
         }
 
 
+def _spread(squares: float, total: float, count: float) -> float:
+    """The sum of squared distances from the mean, from sums; exactly zero for equal numbers."""
+    spread = squares - total**2 / count if count else 0.0
+    return spread if spread > LEAST_SPREAD * squares else 0.0
+
+
 def write_statistics(run_dir: str | Path, stages: Iterable[str]) -> None:
     """Writes `statistics.parquet` of the stages' scores. Two passes: the ends first, then what lies between."""
     rows = [sums.row(stage, query) for stage in stages for query, sums in _gather(run_dir, stage).items()]
-    with replacing(path_of(run_dir) / STATISTICS) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
+    write_table(path_of(run_dir) / STATISTICS, pa.Table.from_pylist(rows, SCHEMA))
 
 
 def read_statistics(run_dir: str | Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of `statistics.parquet` by stage and query."""
-    path = path_of(run_dir) / STATISTICS
-    if not exists(path):
-        raise UserError(f"{run_dir}: no {STATISTICS} there yet; finish the run with `msif run`")
-    with storage(path, "read"), path.open("rb") as file:
-        rows = pq.read_table(file).to_pylist()
+    """The rows of `statistics.parquet` by stage and query. Raises UserError where it is missing or damaged."""
+    rows = read_table(table_path(run_dir, STATISTICS), SCHEMA.names).to_pylist()
     return {(row["stage"], row["query_id"]): row for row in rows}
 
 

@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from msif_ray.errors import UserError
-from msif_ray.paths import exists, path_of, storage
+from msif_ray.errors import DamagedError
+from msif_ray.paths import exists, path_of
 from msif_ray.results.parts import CURVATURE_NORM, SHARES, UNITS, part_files, read_rows
 from msif_ray.store import replacing
+from msif_ray.tables import opened, other_version, table_path
 
 Side = Literal["highest", "lowest"]
 
@@ -152,12 +153,12 @@ def has_top(run_dir: str | Path, k: int) -> bool:
     path = path_of(run_dir) / TOP
     if not exists(path):
         return False
-    with storage(path, "read"), path.open("rb") as file:
-        try:
-            schema = pq.read_schema(file)
-            return _is_current(schema.names) and schema.metadata.get(K) == str(k).encode()
-        except (pa.ArrowException, AttributeError):  # not Parquet, or without metadata: to be written anew
-            return False
+    try:
+        with opened(path) as file:
+            schema = file.schema_arrow
+            return _is_current(schema.names) and schema.metadata[K] == str(k).encode()
+    except DamagedError:  # not Parquet, or without that number: to be written anew
+        return False
 
 
 def count_top(run_dir: str | Path) -> int:
@@ -179,16 +180,10 @@ def read_top(run_dir: str | Path) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _opened(run_dir: str | Path) -> Iterator[pq.ParquetFile]:
-    path = path_of(run_dir) / TOP
-    if not exists(path):
-        raise UserError(f"{run_dir}: no {TOP} there yet; finish the run with `msif run`")
-    with storage(path, "read"), path.open("rb") as raw:
-        try:
-            file = pq.ParquetFile(raw)
-        except pa.ArrowException:
-            raise UserError(f"{path}: damaged; delete it, and run `msif run` again") from None
+    path = table_path(run_dir, TOP)
+    with opened(path) as file:
         if not _is_current(file.schema_arrow.names):
-            raise UserError(f"{path}: of another version; delete it, and run `msif run` again")
+            raise other_version(path)
         yield file
 
 
@@ -202,7 +197,10 @@ def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]], k: int, cu
     more = CURVATURE_NORM if curvature_norm else {}
     schema = pa.schema([*TOP_SCHEMA, *(pa.field(name, pa.float32()) for name in more)])
     schema = schema.with_metadata({**TOP_SCHEMA.metadata, **more, K: str(k)})
-    with replacing(path_of(run_dir) / TOP) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with (
+        replacing(path_of(run_dir) / TOP) as temporary,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
+    ):
         while some := list(islice(left, ROWS_AT_ONCE)):
             for row in some:
                 if row.keys() != set(schema.names):

@@ -42,6 +42,7 @@ class Finished:
     energy: float = 1.0
     skipped: Sequence[tuple[str, str]] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
+    out_of: int | None = None  # documents of the corpus, where others have no scores
 
     def write(self, run_dir: Path) -> Path:
         self._record(run_dir)
@@ -74,7 +75,7 @@ class Finished:
             "score": [{"stage": "pretrain", "name": label} for label in self.labels],
         }
         run = parse_run(description | dict(self.changes)).model_dump(mode="json", exclude={"run_dir", "top"})
-        total = self.documents + len(self.skipped)
+        total = self.out_of or self.documents + len(self.skipped)
         write_json(
             layout.run_record(str(run_dir)),
             {

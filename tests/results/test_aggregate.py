@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from results.finished import Finished
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from msif_ray.cli import app
 from msif_ray.errors import UserError
+from msif_ray.results import parts
 from msif_ray.results.aggregate import aggregate
 
 DOMAINS = ["web", "books", None]
@@ -35,8 +37,7 @@ def test_sums_are_those_of_all_scores(run_dir: Path) -> None:
     scores = Finished().scores("pretrain").astype(float)
     for row in found:
         number = int(row["query_id"][1])
-        value = None if row["value"] == "(none)" else row["value"]
-        own = scores[[n for n in range(12) if DOMAINS[n % 3] == value], number]
+        own = scores[[n for n in range(12) if DOMAINS[n % 3] == row["value"]], number]
         assert row["documents"] == 4 and row["share_of_documents"] == pytest.approx(1 / 3)
         assert row["mean"] == pytest.approx(own.mean(), rel=1e-6) and row["total"] == pytest.approx(own.sum(), rel=1e-6)
         total = np.abs(scores[:, number]).sum()
@@ -57,7 +58,7 @@ def test_the_command_prints_and_writes(run_dir: Path, tmp_path: Path) -> None:
 def test_a_value_that_is_not_unicode_is_shown_escaped(run_dir: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace('"books"', r'"book\udcff"'))
-    assert {row["value"] for row in aggregate(run_dir, "domain").to_pylist()} == {"web", r"book\udcff", "(none)"}
+    assert {row["value"] for row in aggregate(run_dir, "domain").to_pylist()} == {"web", r"book\udcff", None}
 
 
 def test_another_column_and_another_corpus_are_refused(run_dir: Path, tmp_path: Path) -> None:
@@ -67,3 +68,31 @@ def test_another_column_and_another_corpus_are_refused(run_dir: Path, tmp_path: 
     corpus.write_text(corpus.read_text().replace("doc-03", "other"))
     with pytest.raises(UserError, match="'doc-03' is not in the block's documents: the corpus has changed since"):
         aggregate(run_dir, "domain")
+    with corpus.open("a") as more:
+        more.writelines(json.dumps({"id": f"more-{n}", "text": "x", "domain": "web"}) + "\n" for n in range(7))
+    corpus.write_text(corpus.read_text().replace("other", "doc-03"))
+    with pytest.raises(UserError, match="the corpus has documents that the run has not: it has changed since"):
+        aggregate(run_dir, "domain")
+
+
+def test_an_unfinished_run_is_refused(run_dir: Path) -> None:
+    parts.part_path(run_dir, "pretrain", "00000-0000000").unlink()
+    with pytest.raises(UserError, match="pretrain has scores of 6 of 13 documents; finish the run with `msif run`"):
+        aggregate(run_dir, "domain")
+
+
+def test_brackets_are_text_and_null_is_a_group_of_its_own(tmp_path: Path) -> None:
+    values = ["[deleted]", "[/link]", ":smile:", "(none)", None]
+    corpus = tmp_path / "corpus.parquet"
+    columns = {"id": [f"doc-{n:02d}" for n in range(10)], "text": ["x"] * 10, "an[a]": values * 2}
+    pq.write_table(pa.table(columns), corpus)
+    documents = {"path": str(corpus), "text": "text", "id": "id"}
+    stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
+    changes = {"stages": stages, "cluster": {"documents_per_block": 5}}
+    run_dir = Finished(documents=10, changes=changes).write(tmp_path / "run")
+    found = {row["value"]: row["documents"] for row in aggregate(run_dir, "an[a]").to_pylist()}
+    assert found == dict.fromkeys(values, 2)
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["aggregate", str(run_dir), "--by", "an[a]"])
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0 and lines[0].split()[0] == "an[a]"
+    assert sorted(line.split()[0] for line in lines[1:6]) == sorted(value or "(none)" for value in values)

@@ -1,5 +1,6 @@
 """`msif compare`: correlations equal another library's, and what moved is named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,22 @@ from results.finished import Finished
 from rich.console import Console
 from typer.testing import CliRunner
 
+from msif_ray import layout
 from msif_ray.cli import app
+from msif_ray.corpus.candidates import SCHEMA, write_chosen
 from msif_ray.errors import UserError
+from msif_ray.results import parts
 from msif_ray.results.compare import compare, compare_scores
 
 
 def side(ids: list[str], scores: np.ndarray) -> tuple[pa.Array, np.ndarray]:
     return pa.array(ids, pa.string()), scores.astype(np.float32)
+
+
+def printed_by(*arguments: str) -> str:
+    result = CliRunner(env={"COLUMNS": "120"}).invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -46,30 +56,39 @@ def test_ranks_overlap_and_what_moved() -> None:
 
 def test_the_same_scores_are_alike_and_constant_ones_have_no_correlation() -> None:
     ids, scores = ["a", "b", "c"], np.array([1.0, np.nan, 2.0])
-    found = compare_scores("q", side(ids, scores), side(ids, scores))
+    found = compare_scores("q", side(ids, scores), side(ids, scores), top=1)
     assert (found.documents, found.overlap) == (2, 1.0) and found.spearman == pytest.approx(1)
     found = compare_scores("q", side(ids, np.ones(3)), side(ids, np.arange(3.0)))
     assert found.spearman is None and found.pearson is None
     assert compare_scores("q", side([], np.zeros(0)), side(ids, np.ones(3))).documents == 0
 
 
+def test_of_no_more_documents_than_the_top_none_is_in_common(tmp_path: Path) -> None:
+    """All of them would be."""
+    ids = [f"d{n}" for n in range(20)]
+    for top, overlap in ((20, None), (21, None), (19, 18 / 19), (10, 0)):
+        found = compare_scores("q", side(ids, np.arange(20.0)), side(ids, -np.arange(20.0)), top=top)
+        assert found.overlap == overlap
+    one, other = Finished().write(tmp_path / "one"), Finished(seed=7).write(tmp_path / "other")
+    printed = printed_by("compare", str(one), str(other))
+    rows = [line.split() for line in printed.splitlines() if line.split()[:1] in (["q0"], ["q1"], ["mean"])]
+    assert [row[-1] for row in rows[:3]] == ["–", "–", "–"] and "100%" not in printed
+
+
 def test_the_command_prints_every_query(tmp_path: Path) -> None:
     one = Finished().write(tmp_path / "one")
     other = Finished(seed=7).write(tmp_path / "other")
-    arguments = ["compare", str(one), str(other), "--top", "4"]
-    result = CliRunner(env={"COLUMNS": "120"}).invoke(app, arguments, catch_exceptions=False)
-    assert result.exit_code == 0
+    printed = printed_by("compare", str(one), str(other), "--top", "4")
     for text in ("A: pretrain of", "damped inverse", "q0", "q1", "mean", "top-4 in common", "what moved most"):
-        assert text in result.stdout
+        assert text in printed
     scores = [run.scores("pretrain")[:, 0] for run in (Finished(), Finished(seed=7))]
     spearman = pl.DataFrame({"a": scores[0], "b": scores[1]}).select(pl.corr("a", "b", method="spearman")).item()
-    assert f"{spearman:.3f}" in result.stdout
+    assert f"{spearman:.3f}" in printed
 
 
 def test_two_entries_of_one_run(tmp_path: Path) -> None:
     run = Finished(labels=("two", "one")).write(tmp_path)
-    arguments = ["compare", str(run), str(run), "--scores-b", "one", "--query", "q1"]
-    printed = CliRunner(env={"COLUMNS": "120"}).invoke(app, arguments, catch_exceptions=False).stdout
+    printed = printed_by("compare", str(run), str(run), "--scores-b", "one", "--query", "q1")
     assert "B: one of" in printed and "q0" not in printed
 
 
@@ -84,3 +103,39 @@ def test_runs_of_other_queries_are_refused(tmp_path: Path) -> None:
             compare(one, run, Console())
     with pytest.raises(UserError, match="'q9' is not a query of both"):
         compare(one, one, Console(), query="q9")
+
+
+def test_brackets_and_colons_are_text(tmp_path: Path) -> None:
+    queries = (("[/b]q", "Is it?", " yes"), ("[red]q1[/red]", "Or not?", " no"))
+    run = Finished(queries=queries, id_of=lambda n: f"[/d]{n}" if n % 2 else f"[link=x]:smile:{n}")
+    one, other = run.write(tmp_path / "one"), replace(run, seed=7).write(tmp_path / "other")
+    printed = printed_by("compare", str(one), str(other), "--top", "4")
+    for text in ("[/b]q", "[red]q1[/red]", "[/d]", "[link=x]:smile:"):
+        assert text in printed
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    whole = Finished(skipped=[("bad", "text is null")]).write(tmp_path / "whole")
+    part = Finished(skipped=[("bad", "text is null")]).write(tmp_path / "part")
+    compare(whole, part, Console(quiet=True))
+    parts.part_path(part, "pretrain", "00000-0000001").unlink()
+    for runs in ((whole, part), (part, whole)):
+        with pytest.raises(UserError, match=r"part: pretrain has scores of 7 of 13 documents; finish the run with"):
+            compare(*runs, Console())
+
+
+def test_a_run_of_candidates_has_the_blocks_that_hold_some(tmp_path: Path) -> None:
+    """Which of their documents have scores depends on the query."""
+    chosen = [("q0", "doc-01", "00000-0000000", 1, None), ("q1", "doc-07", "00000-0000001", 1, None)]
+    entry = {"stage": "pretrain", "candidates": {"path": "pairs.parquet"}}
+    run = Finished(changes={"score": [entry]}, out_of=10_000).write(tmp_path)
+    path = layout.candidates(str(run), "pretrain")
+    with pytest.raises(UserError, match=r"no candidates of pretrain there yet; finish the run with"):
+        compare(run, run, Console())
+    for rows in (chosen[:1], chosen):
+        columns = [pa.array(each, kind.type) for each, kind in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+        write_chosen(path, pa.table(columns, SCHEMA))
+        compare(run, run, Console(quiet=True))
+    parts.part_path(run, "pretrain", "00000-0000000").unlink()
+    with pytest.raises(UserError, match=r"pretrain has scores of 1 of 2 blocks of candidates; finish the run with"):
+        compare(run, run, Console())

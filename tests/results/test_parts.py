@@ -1,13 +1,18 @@
 """A part is all of a block or nothing, and readable by anything that reads Parquet."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import duckdb
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 
 from msif_ray.errors import UserError
 from msif_ray.results import parts
@@ -65,7 +70,10 @@ def test_skipped_documents_of_all_stages_are_gathered(tmp_path: Path) -> None:
 
 def test_no_skipped_document_is_an_empty_table_of_the_same_columns(tmp_path: Path) -> None:
     parts.write_skipped(tmp_path, ["one"])
-    assert pq.read_schema(tmp_path / "skipped.parquet").equals(parts.SKIPPED_SCHEMA)
+    path = tmp_path / "skipped.parquet"
+    assert pq.read_schema(path).equals(parts.SKIPPED_SCHEMA) and pq.read_metadata(path).num_row_groups == 0
+    assert duckdb.sql(f"select count(*) from '{path}'").fetchall() == [(0,)]
+    assert len(pd.read_parquet(path)) == 0 and pl.read_parquet(path).height == 0
 
 
 @pytest.mark.parametrize("content", [b"not parquet", None])
@@ -129,6 +137,36 @@ def test_details_of_a_block_without_documents(tmp_path: Path) -> None:
     details = parts.Details(("x",), np.zeros((0, 2, 1)), [])
     parts.write_part(tmp_path / "p", ["q1", "q0"], [], np.zeros((0, 2)), np.zeros(0), [], [], {}, details)
     assert pq.ParquetFile(tmp_path / "p").metadata.num_rows == 0
+
+
+READERS: dict[str, Callable[[Path], int]] = {
+    "pyarrow": lambda folder: pq.read_table(folder).num_rows,
+    "duckdb": lambda folder: len(duckdb.sql(f"select query_id, score from '{folder}/*.parquet'").fetchall()),
+    "pandas": lambda folder: len(pd.read_parquet(folder, filters=[("query_id", "!=", "")])),
+    "polars": lambda folder: pl.scan_parquet(folder / "*.parquet").select("query_id", "score").collect().height,
+    "datasets": lambda folder: len(load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train")),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_parts_without_rows_and_queries_without_any_are_read(
+    tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` takes no row group of no rows, and nothing takes a folder of no columns."""
+    monkeypatch.setattr(parts, "GROUP_ROWS", 2)  # a query at a time
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    paths = [parts.part_path(tmp_path, "one", f"00000-000000{number}") for number in range(3)]
+    parts.write_part(paths[0], ["a", "b"], [], np.zeros((0, 2)), np.zeros(0), [], [("x", "too short")], {})
+    for path, chosen in zip(paths[1:], ([[True, False], [True, False]], [[False, False], [False, True]]), strict=True):
+        names = [f"{path.stem}-{number}" for number in range(2)]
+        parts.write_part(path, ["b", "a"], names, np.ones((2, 2)), np.ones(2), [3, 3], [], {}, None, np.array(chosen))
+    assert [pq.read_metadata(path).num_row_groups for path in paths] == [0, 1, 1]
+    assert READERS[reader](paths[0].parent) == 3
+    assert len(parts.query_scores(tmp_path, "one", "b")[0]) == 2
+    if reader != "datasets":  # which has no name for no rows
+        paths[1].unlink()
+        paths[2].unlink()
+        assert READERS[reader](paths[0].parent) == 0
 
 
 def test_one_query_reads_a_small_part_of_a_file(tmp_path: Path) -> None:

@@ -41,6 +41,9 @@ def blocks() -> list[tuple[str, str, str]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     RUN.write(folder / "run")
+    # And a block all of whose documents were skipped.
+    path = parts.part_path(folder / "run", "pretrain", "00000-0000002")
+    parts.write_part(path, ["q0", "q1"], [], np.zeros((0, 2)), np.zeros(0), [], [("x", "text is null")], {})
     write_report(SEVERAL.write(folder / "several"))
     ids = [RUN.id_of(number) for number in range(40)]
     corpus = {"id": ids, "text": ["x"] * 40, "domain": [("web", "books")[n % 2] for n in range(40)]}

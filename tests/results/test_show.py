@@ -71,6 +71,17 @@ def test_escapes_of_a_terminal_and_markup_are_text(tmp_path: Path) -> None:
     assert "\x1b" not in printed and "␛[31mred [bold]b[/bold]" in printed
 
 
+def test_ids_are_as_visible_as_texts(tmp_path: Path) -> None:
+    run = Finished(queries=(("\x1b]0;q\x07", "Is it?", " yes"), ("a\nb", "Or not?", " no")), log_likelihood=-20.0)
+    run_dir = run.write(tmp_path)
+    printed = shown(str(run_dir))
+    assert "\x1b" not in printed and "␛]0;q␇" in printed and "a↵b" in printed
+    with pytest.raises(UserError, match="it has ␛]0;q␇, a↵b"):
+        show(run_dir, Console(), "q9")
+    result = CliRunner().invoke(app, ["report", str(run_dir)])
+    assert "queries (␛]0;q␇, a↵b)" in result.stderr
+
+
 @pytest.mark.parametrize(("query", "label", "said"), [("q9", None, "--query"), (None, "x", "no scores are called")])
 def test_what_is_not_there_is_said(run_dir: Path, query: str | None, label: str | None, said: str) -> None:
     with pytest.raises(UserError, match=said):

@@ -74,10 +74,12 @@ def test_one_map_dominates(found: Any) -> None:
     assert signal.title == "One map carries most of the scores" and "1.mlp.up has 71%" in signal.detail
 
 
-def test_long_documents_dominate(found: Any) -> None:
+@pytest.mark.parametrize(("documents", "expected"), [(29, 0), (30, 1)])
+def test_long_documents_dominate(found: Any, documents: int, expected: int) -> None:
+    """Where there are enough for that to be no chance."""
     facts, statistics, _ = found
-    rows = statistics | {KEY: statistics[KEY] | {"length_correlation": 0.8}}
-    assert titles(find_signals(facts, rows, {}))[1] == ["Long documents dominate"]
+    rows = statistics | {KEY: statistics[KEY] | {"length_correlation": 0.8, "documents": documents}}
+    assert titles(find_signals(facts, rows, {}))[1] == ["Long documents dominate"] * expected
 
 
 def test_many_are_skipped(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msif_ray.results import parts
-from msif_ray.results.statistics import BINS, read_statistics, write_statistics
+from msif_ray.results.statistics import BINS, _Sums, read_statistics, write_statistics
 
 
 def test_they_are_those_of_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +39,10 @@ def test_equal_scores_have_no_correlation_and_one_bin(tmp_path: Path) -> None:
     write_statistics(tmp_path, ["s"])
     row = read_statistics(tmp_path)["s", "a"]
     assert row["length_correlation"] is None and row["deviation"] == 0 and sum(row["histogram"]) == 2
+
+
+def test_what_rounding_leaves_of_equal_lengths_is_no_spread() -> None:
+    count, tokens = 247_778, 7176  # of which (Σn)²/N is not Σn² in float64
+    sums = _Sums((-1.0, 1.0))
+    sums.add(np.random.default_rng(0).standard_normal(count).astype(np.float32), np.full(count, tokens, np.int32))
+    assert sums.row("s", "a")["length_correlation"] is None
