@@ -31,7 +31,7 @@ from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.paths import exists, matching, size_of
-from msif_ray.store import load_tensors, read_json, save_tensors, write_json
+from msif_ray.store import delete_folder, load_tensors, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
 # What a map's metric takes while it is made, in copies of the map's factors: these, and the logarithms in float64.
@@ -235,17 +235,22 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
 
 def _groups(plan: IndexPlan) -> list[list[str]]:
     """The maps of each pass, as they were first decided: by the plan's memory, or else as the factors were fitted."""
-    path = layout.groups(plan.folder)
+    path, manifest = layout.groups(plan.folder), layout.index_manifest(plan.folder)
     if not exists(path):
-        fitted = layout.groups(plan.factors)
-        if plan.memory is None and exists(fitted):
-            groups = read_json(fitted)["groups"]
-        else:
-            itemsize = 8 if plan.setup.dtype == "float64" else 4
-            groups = [list(group) for group in module_groups(plan.maps, plan.memory, itemsize)]
-        write_json(path, {"groups": groups})
+        write_json(path, {"groups": read_json(manifest)["groups"] if exists(manifest) else _decided(plan)})
     found: list[list[str]] = read_json(path)["groups"]
     return found
+
+
+def _decided(plan: IndexPlan) -> list[list[str]]:
+    """The groups of an index that does not say which it has: blocks that are there may be of other maps, and go."""
+    delete_folder(plan.folder)
+    fitted = layout.groups(plan.factors)
+    if plan.memory is None and exists(fitted):
+        found: list[list[str]] = read_json(fitted)["groups"]
+        return found
+    itemsize = 8 if plan.setup.dtype == "float64" else 4
+    return [list(group) for group in module_groups(plan.maps, plan.memory, itemsize)]
 
 
 def _totals(plan: IndexPlan, groups: int) -> dict[str, int]:
