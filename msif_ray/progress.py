@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 from time import monotonic
 
@@ -141,6 +141,15 @@ class Reporter:
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def checking(self, check: Callable[[], None]) -> "Reporter":
+        """The same, which calls `check` before it tells `observe` anything: what that raises ends the run."""
+
+        def observe(now: Snapshot) -> None:
+            check()
+            self.observe(now)
+
+        return replace(self, observe=observe)
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Step]:

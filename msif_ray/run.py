@@ -58,10 +58,10 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
     with connected():
         cluster = decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
-        with lease.held(resolved.run.run_dir, reporter.say):
+        with lease.held(resolved.run.run_dir, reporter.say) as own:
             keep_record(resolved, reporter.say)
             sweep(resolved.run.run_dir)
-            _Driver(resolved, reporter).run(until)
+            _Driver(resolved, reporter.checking(own.check)).run(until)
             reporter.summarise()
 
 

@@ -4,7 +4,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -85,13 +87,60 @@ def test_a_driver_of_another_machine_that_renews_is_left_alone(tmp_path: Path, m
 
 def test_the_lease_is_renewed_until_another_driver_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
-    with lease.held(str(tmp_path), quiet):
-        until = time.monotonic() + 10
-        while read_json(layout.lease(str(tmp_path)))["beat"] < 2:
-            assert time.monotonic() < until
-        for _ in range(100):  # a renewal that was under way may still come
-            taken = elsewhere(tmp_path, 7)
-            time.sleep(0.05)
-            if read_json(layout.lease(str(tmp_path))) == taken:
-                break
+    lost = r"process 1 on elsewhere\) and has taken the lease .*; leave the run"
+    with pytest.raises(UserError, match=lost) as ended:  # noqa: SIM117 (it is raised as the inner one ends)
+        with lease.held(str(tmp_path), quiet) as held:
+            until = time.monotonic() + 10
+            while read_json(layout.lease(str(tmp_path)))["beat"] < 2:
+                held.check()
+                assert time.monotonic() < until
+            for _ in range(100):  # a renewal that was under way may still come
+                taken = elsewhere(tmp_path, 7)
+                time.sleep(0.05)
+                if read_json(layout.lease(str(tmp_path))) == taken:
+                    break
+            with pytest.raises(UserError, match="has taken the lease"):
+                held.check()
+    assert "\n" not in str(ended.value)
     assert read_json(layout.lease(str(tmp_path))) == taken
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("dead", [True, False])
+def test_of_drivers_that_start_together_one_is_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: bool, dead: bool
+) -> None:
+    looked, begun, ended = lease._await_end, threading.Barrier(3), threading.Barrier(3)
+    first = threading.local()
+
+    def look(path: Path, say: Callable[[str], None]) -> dict[str, Any]:
+        """All have looked before any goes on."""
+        found = looked(path, say)
+        if not hasattr(first, "look"):
+            first.look = begun.wait(10)
+        return found
+
+    def start() -> None:
+        try:
+            with lease.held(str(tmp_path), lambda line: None):
+                came.append("held")
+                ended.wait(10)
+        except UserError as error:
+            came.append(str(error))
+            ended.wait(10)
+
+    monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.3)
+    monkeypatch.setattr(lease, "_await_end", look)
+    if not locks:  # as on object storage
+        monkeypatch.setattr(lease, "is_remote", lambda path: True)
+    if dead:
+        elsewhere(tmp_path, 0)
+    came: list[str] = []
+    drivers = [threading.Thread(target=start) for _ in range(3)]
+    for driver in drivers:
+        driver.start()
+    for driver in drivers:
+        driver.join()
+    assert came.count("held") == 1
+    assert sum("another driver is at work" in line for line in came) == 2
+    assert not layout.lease(str(tmp_path)).exists()
