@@ -18,6 +18,7 @@ from msif_ray.cluster.fit import Steps
 from msif_ray.cluster.jobs import Work, load_basis
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.room import own_device
 from msif_ray.cluster.stream import stream
 from msif_ray.cluster.tasks import for_each_map
 from msif_ray.cluster.workers import ModelReplica
@@ -173,7 +174,7 @@ class IndexTask:
 
     def _documents(self, found: Packed, owners: Sequence[str], documents: Mapping[str, int]) -> Packed:
         """A row for each document, of its pieces: put together, truncated and rounded."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # a sharded replica's own process has none
+        device = own_device()  # a sharded replica's own process has no GPU
         activations, gradients = found.to(device).unpack(found.scales.dtype)
         parts, names = [], []
         for group, lists in together(owners):
