@@ -17,6 +17,8 @@ from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
+from msif_ray.results.statistics import STATISTICS
+from msif_ray.results.top import TOP
 from msif_ray.store import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
@@ -40,6 +42,9 @@ ADAPTER = (
 
 # What a run.json must have, and of which type.
 _RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict}
+
+# Results that a run takes for its own where they are there; what it writes in any case is not among them.
+_BELIEVED = ("factors", "references", "index", "candidates", "queries", "scores", TOP, STATISTICS)
 
 # Keys of the cluster that say where a run is computed and not what.
 _PLACEMENT = (
@@ -128,10 +133,10 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _refuse_unrecorded(run_dir: str) -> None:
-    for name in ("factors", "references", "queries", "scores"):
+    for name in _BELIEVED:
         if exists(path_of(run_dir) / name):
             raise UserError(
-                f"run_dir: {run_dir} has {name}/ but no run.json, so nothing says whose results these are; "
+                f"run_dir: {run_dir} has {name} but no run.json, so nothing says whose results these are; "
                 "put run.json back, or name a new run_dir"
             )
 
