@@ -128,7 +128,7 @@ def _renew(path: Path, owner: str, beat: int) -> None:
             "host": socket.gethostname(),
             "machine": _machine(),
             "pid": process.pid,
-            "started": process.create_time(),
+            "started": _started(process),
         },
     )
 
@@ -179,8 +179,19 @@ def _is_alive(lease: dict[str, Any]) -> bool:
         process = psutil.Process(lease["pid"])
         if process.pid == os.getpid():
             return lease["owner"] in _HELD
-        return process.create_time() == lease["started"] and process.status() != psutil.STATUS_ZOMBIE
+        # Those of an earlier version have the time of day.
+        is_same = lease["started"] in (_started(process), process.create_time())
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
     return False
+
+
+def _started(process: psutil.Process) -> float:
+    """When a process began: in ticks since the machine did, where the system says so. The time of day moves with the
+    clock when that is set."""
+    with suppress(OSError, IndexError, ValueError):
+        after_name = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2]
+        return int(after_name.split()[19])
+    return float(process.create_time())
 
 
 def _machine() -> str:

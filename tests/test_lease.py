@@ -41,6 +41,30 @@ def test_a_living_driver_is_left_alone_and_a_killed_one_followed_at_once(tmp_pat
     assert not layout.lease(str(tmp_path)).exists()
 
 
+@pytest.mark.parametrize("step", [0.0, 1.0, -3600.0])
+def test_a_living_driver_is_left_alone_when_the_clock_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    created = psutil.Process.create_time
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + step)
+        with pytest.raises(UserError, match="another driver is at work"):
+            lease.held(str(tmp_path), quiet).__enter__()
+        holder.kill()
+
+
+def test_a_living_driver_of_an_earlier_version_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = psutil.Process(other.pid).create_time()
+        about = elsewhere(tmp_path, 0) | {"machine": lease._machine(), "pid": other.pid, "started": started}
+        write_json(layout.lease(str(tmp_path)), about)
+        with pytest.raises(UserError, match=f"process {other.pid} on"):
+            lease.held(str(tmp_path), quiet).__enter__()
+        other.kill()
+
+
 def test_a_lease_that_this_process_could_not_give_back_does_not_keep_it_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
