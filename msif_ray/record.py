@@ -19,7 +19,7 @@ from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
 from msif_ray.results.statistics import STATISTICS
 from msif_ray.results.top import TOP
-from msif_ray.store import read_json, write_json
+from msif_ray.store import json_hash, read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
 
@@ -88,7 +88,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
         write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
         return
     record = read_record(path)
-    difference = _first_difference(record["identity"], identity)
+    difference = _first_difference(record["identity"], _comparable(identity, record["identity"]))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -174,7 +174,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         if stage["solver"]["kind"] == "ekfac":
             stage.pop("solver")  # likewise
     indexes = {
-        f"score.{i}": {key: read_manifest(index_folder(entry))[key] for key in ("rank", "dtype", "bytes", "tokens")}
+        f"score.{i}": _index_identity(read_manifest(index_folder(entry)))
         for i, entry in enumerate(resolved.run.score)
         if entry.index is not None and not is_own(resolved.run, entry)
     }
@@ -204,6 +204,21 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
+
+
+def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """An index of another run: what can be told of it in a message, and all that its manifest says."""
+    return {key: manifest[key] for key in ("rank", "dtype", "bytes", "tokens")} | {"manifest": json_hash(manifest)}
+
+
+def _comparable(identity: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """An identity without what a record that is `kept` from an earlier version does not say: indexes' manifests."""
+    said = kept.get("indexes", {})
+    indexes = {
+        score: {key: value for key, value in about.items() if key != "manifest" or key in said.get(score, about)}
+        for score, about in identity.get("indexes", {}).items()
+    }
+    return identity | ({"indexes": indexes} if indexes else {})
 
 
 def _asked(resolved: Resolved, query: Document) -> list[Any]:

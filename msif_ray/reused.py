@@ -1,7 +1,5 @@
 """Factors of other runs: whole, and fitted to the same model, maps and objective, in the same type."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from msif_ray.errors import UserError
 from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.objectives import objective_identity
 from msif_ray.paths import exists, missing
-from msif_ray.store import read_json
+from msif_ray.store import json_hash, read_json
 
 
 def check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
@@ -54,4 +52,4 @@ def _check_factors(
     gone = missing(layout.factor_files(folder, maps))
     if gone:
         raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json_hash(manifest)
