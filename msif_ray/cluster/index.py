@@ -25,6 +25,7 @@ from msif_ray.cluster.workers import ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
+from msif_ray.fetch import named
 from msif_ray.indexes import missing_files, whole
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, Packed, compress, side_by_side, together, truncate_tokens
@@ -155,7 +156,7 @@ class IndexTask:
         pieces = [piece for batch in taken for piece in batch.pieces]
         fault = next((piece for piece in pieces if not math.isfinite(piece.squared_norm)), None)
         if fault is not None:
-            raise UserError(f"{self.setup.model}: a gradient is not finite, of document {fault.document_id!r}")
+            raise UserError(f"{named(self.setup.model)}: a gradient is not finite, of document {fault.document_id!r}")
         documents = {document: row for row, document in enumerate(outcome.tokens)}
         # In the same order wherever the batches were computed.
         order = sorted(range(len(pieces)), key=lambda i: (documents[pieces[i].document_id], pieces[i].window))
