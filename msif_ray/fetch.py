@@ -28,10 +28,12 @@ TOKENIZER_IDENTITY = (
     "*.model",
     "chat_template*.jinja",
 )
-# What a source begins with: a hub model at a commit, a URL in one state of its files,
-HUB, LISTED = "hub://", "listed://"
+# What a source begins with: a hub model at a commit, a URL in one state of its files, a folder in one of its weights,
+HUB, LISTED, FOLDER = "hub://", "listed://", "folder://"
 # a model that an adapter is merged into, in one state of both.
 MERGED = "merged://"
+# What tells a file of weights from another of its size, without a pass over it: parts of so many bytes, evenly spread.
+SAMPLES, SAMPLE_BYTES = 16, 4096
 
 Listing = list[tuple[str, int, str]]
 
@@ -39,12 +41,12 @@ Listing = list[tuple[str, int, str]]
 def obtain(name: str, revision: str | None, patterns: Sequence[str] = MODEL_FILES) -> tuple[Path, str]:
     """The local folder of a model or tokenizer, and its source: what gives any node the same files, or an error.
 
-    `name` is a folder, a URL or a name of the hub. A folder is its own source, for it is the other nodes', too.
+    `name` is a folder, a URL or a name of the hub. A folder is the other nodes', too, or they have copies of it.
     Raises UserError when there is none or it cannot be fetched.
     """
     if os.path.isdir(name):
         folder = Path(name).resolve()
-        return folder, str(folder)
+        return folder, f"{FOLDER}{_weights(folder)}@{folder}"
     if is_remote(name):
         files = _listed(name)
         return _copy(name, _chosen(name, files, patterns)), f"{LISTED}{_digest(files)}@{name}"
@@ -78,7 +80,7 @@ def named(source: str) -> str:
         return source.removeprefix(HUB).rpartition("@")[0]
     if source.startswith(MERGED):
         return named(json.loads(source.removeprefix(MERGED))[1])
-    return source.removeprefix(LISTED).partition("@")[2] if source.startswith(LISTED) else source
+    return source.partition("@")[2] if source.startswith((LISTED, FOLDER)) else source
 
 
 def merged(digest: str, adapter: str, base: str, tokenizer: str) -> tuple[Path, str]:
@@ -105,13 +107,36 @@ def _local(source: str, patterns: Sequence[str]) -> str:
     if source.startswith(HUB):
         name, _, revision = source.removeprefix(HUB).rpartition("@")
         return str(_hub_folder(name, revision or None, patterns))
+    if source.startswith(FOLDER):
+        digest, _, folder = source.removeprefix(FOLDER).partition("@")
+        if patterns == MODEL_FILES and _weights(Path(folder)) != digest:
+            raise _other_than_begun(folder)
+        return folder
     if not source.startswith(LISTED):
         return source
     digest, _, url = source.removeprefix(LISTED).partition("@")
     files = _listed(url)
     if _digest(files) != digest:
-        raise UserError(f"{url}: its files have changed since this run was started; put them back, or start it again")
+        raise _other_than_begun(url)
     return str(_copy(url, _chosen(url, files, patterns)))
+
+
+def _other_than_begun(name: str) -> UserError:
+    return UserError(f"{name}: its files have changed since this run was started; put them back, or start it again")
+
+
+def _weights(folder: Path) -> str:
+    """What changes when a folder's weights do. Of contents and not of times, which differ between nodes' copies."""
+    digest = hashlib.sha256()
+    with storage(folder, "read"):
+        for path in sorted(folder.glob("*.safetensors")):
+            size = path.stat().st_size
+            digest.update(f"{path.name}\0{size}\0".encode(errors="surrogateescape"))
+            with open(path, "rb", buffering=0) as file:
+                for sample in range(SAMPLES):
+                    file.seek(size * sample // SAMPLES)
+                    digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def _digest(files: Listing) -> str:

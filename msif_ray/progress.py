@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 from time import monotonic
 
@@ -145,6 +145,15 @@ class Reporter:
 
     def say(self, line: str) -> None:
         _print_line(self.console, line)
+
+    def checking(self, check: Callable[[], None]) -> "Reporter":
+        """The same, which calls `check` before it tells `observe` anything: what that raises ends the run."""
+
+        def observe(now: Snapshot) -> None:
+            check()
+            self.observe(now)
+
+        return replace(self, observe=observe)
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Step]:

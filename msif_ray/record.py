@@ -17,7 +17,9 @@ from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
-from msif_ray.store import read_json, write_json
+from msif_ray.results.statistics import STATISTICS
+from msif_ray.results.top import TOP
+from msif_ray.store import json_hash, read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
 
@@ -41,6 +43,9 @@ ADAPTER = (
 # What a run.json must have, and its identity, and of which type.
 _RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict, "strengths": dict}
 _IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "queries": list, "maps": dict}
+
+# Results that a run takes for its own where they are there; what it writes in any case is not among them.
+_BELIEVED = ("factors", "references", "index", "candidates", "queries", "scores", TOP, STATISTICS)
 
 # Keys of the cluster that say where a run is computed and not what.
 _PLACEMENT = (
@@ -84,7 +89,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
         write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
         return
     record = read_record(path)
-    difference = _first_difference(record["identity"], identity)
+    difference = _first_difference(record["identity"], _comparable(identity, record["identity"]))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -134,10 +139,10 @@ def _has(found: Any, wanted: Mapping[str, type]) -> bool:
 
 
 def _refuse_unrecorded(run_dir: str) -> None:
-    for name in ("factors", "references", "queries", "scores"):
+    for name in _BELIEVED:
         if exists(path_of(run_dir) / name):
             raise UserError(
-                f"run_dir: {run_dir} has {name}/ but no run.json, so nothing says whose results these are; "
+                f"run_dir: {run_dir} has {name} but no run.json, so nothing says whose results these are; "
                 "put run.json back, or name a new run_dir"
             )
 
@@ -175,7 +180,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         if stage["solver"]["kind"] == "ekfac":
             stage.pop("solver")  # likewise
     indexes = {
-        f"score.{i}": {key: read_manifest(index_folder(entry))[key] for key in ("rank", "dtype", "bytes", "tokens")}
+        f"score.{i}": _index_identity(read_manifest(index_folder(entry)))
         for i, entry in enumerate(resolved.run.score)
         if entry.index is not None and not is_own(resolved.run, entry)
     }
@@ -205,6 +210,21 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
+
+
+def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """An index of another run: what can be told of it in a message, and all that its manifest says."""
+    return {key: manifest[key] for key in ("rank", "dtype", "bytes", "tokens")} | {"manifest": json_hash(manifest)}
+
+
+def _comparable(identity: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """An identity without what a record that is `kept` from an earlier version does not say: indexes' manifests."""
+    said = kept.get("indexes", {})
+    indexes = {
+        score: {key: value for key, value in about.items() if key != "manifest" or key in said.get(score, about)}
+        for score, about in identity.get("indexes", {}).items()
+    }
+    return identity | ({"indexes": indexes} if indexes else {})
 
 
 def _asked(resolved: Resolved, query: Document) -> list[Any]:

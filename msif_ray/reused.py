@@ -1,7 +1,5 @@
-"""Factors of other runs: whole, and fitted to the same model, maps and objective."""
+"""Factors of other runs: whole, and fitted to the same model, maps and objective, in the same type."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +7,10 @@ from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint
 from msif_ray.config import Run
 from msif_ray.errors import UserError
+from msif_ray.influence.groups import accumulating_bytes
 from msif_ray.objectives import objective_identity
 from msif_ray.paths import exists, missing
-from msif_ray.store import read_json
+from msif_ray.store import json_hash, read_json
 
 
 def check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
@@ -23,14 +22,16 @@ def check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: di
             folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
             try:
                 objective = objective_identity(run, index, references)
-                reused[stage.name] = _check_factors(folder, checkpoints[index], objective, mend)
+                reused[stage.name] = _check_factors(folder, checkpoints[index], run.cluster.dtype, objective, mend)
             except UserError as error:
                 raise UserError(f"stages.{index}.factors: {error}") from None
     return reused
 
 
-def _check_factors(folder: Path, checkpoint: Checkpoint, objective: dict[str, Any] | None, mend: str) -> str:
-    """Factors are whole, and fitted to this model over these maps; the hash of their manifest."""
+def _check_factors(
+    folder: Path, checkpoint: Checkpoint, dtype: str, objective: dict[str, Any] | None, mend: str
+) -> str:
+    """Factors are whole, of this type, and fitted to this model over these maps; the hash of their manifest."""
     path = layout.factors_manifest(folder)
     if not exists(path):
         raise UserError(f"{folder} holds no finished factors; {mend}")
@@ -43,9 +44,12 @@ def _check_factors(folder: Path, checkpoint: Checkpoint, objective: dict[str, An
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
     if maps != checkpoint.maps:
         raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
+    fitted_in = manifest.get("dtype", dtype)
+    if accumulating_bytes(fitted_in) != accumulating_bytes(dtype):  # bfloat16 has the factors of float32
+        raise UserError(f"{folder} was fitted in {fitted_in}, and cluster.dtype is {dtype}; use the same `dtype`")
     if manifest.get("objective") != objective:
         raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
     gone = missing(layout.factor_files(folder, maps))
     if gone:
         raise UserError(f"{gone[0]} is not there ({len(gone)} files in all that {path.name} names are missing); {mend}")
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return json_hash(manifest)

@@ -22,7 +22,7 @@ from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Documents, Run, Score
 from msif_ray.connection import connected, decide_gpus
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, write_chosen
+from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25, by_list, write_chosen
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.objectives import objective_identity
@@ -58,10 +58,10 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
     with connected():
         cluster = decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})
-        with lease.held(resolved.run.run_dir, reporter.say):
+        with lease.held(resolved.run.run_dir, reporter.say) as own:
             keep_record(resolved, reporter.say)
             sweep(resolved.run.run_dir)
-            _Driver(resolved, reporter).run(until)
+            _Driver(resolved, reporter.checking(own.check)).run(until)
             reporter.summarise()
 
 
@@ -161,10 +161,10 @@ class _Driver:
             blocks = replace(blocks, size=manifest["documents_per_block"])  # a part is named after the index's block
             about = {"index": str(index_folder(entry))}
             about |= {f"index_{key}": str(manifest[key]) for key in ("rank", "dtype")}
-        chosen = self._chosen(entry, blocks) if entry.candidates is not None else None
+        chosen = ChosenFile.found(self._chosen(entry, blocks)) if entry.candidates is not None else None
         if chosen is not None:
             blocks = CandidateBlocks(**vars(blocks), chosen=chosen)
-            about["candidates"] = str(chosen)
+            about["candidates"] = chosen.path
         setup = self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens)
         detail, maps = self.config.detail, tuple(self.resolved.maps)
         wanted = Shares(detail.tokens, (setup.max_tokens or 1) - 1) if detail.tokens or detail.modules else None

@@ -4,6 +4,7 @@ On disk: a temporary name in the same folder, then a rename. On object storage: 
 put, which is atomic there.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -115,6 +116,11 @@ def read_json(path: str | Path, mend: str = "delete it, and run the same command
     except ValueError as error:
         fault = " ".join(str(error).split())
         raise UserError(f"{path}: not whole JSON: {fault}; {mend}") from None
+
+
+def json_hash(value: Any) -> str:
+    """A hash of what JSON says, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def delete(path: str | Path) -> None:

@@ -25,7 +25,7 @@ def test_a_model_is_fetched_once_for_each_state_of_its_files(bucket: str, tmp_pa
     assert (checked.model_hash, checked.maps) == (local.model_hash, local.maps)
     assert checked.files == local.files and checked.files.keys() >= {"config.json", "tokenizer.json"}
     source = checked.source
-    assert source.endswith(f"@{url}") and local.source == str(saved) and checked.tokenizer_source == source
+    assert source.endswith(f"@{url}") and fetch.named(local.source) == str(saved) and checked.tokenizer_source == source
     folder = Path(fetch.local_model(source))
     assert folder == Path(checked.model_path) and {file.suffix for file in folder.iterdir()} == {
         ".json",
@@ -39,6 +39,22 @@ def test_a_model_is_fetched_once_for_each_state_of_its_files(bucket: str, tmp_pa
     assert not list(fetch.cache_folder().glob("*.tmp"))
     with pytest.raises(UserError, match=r"stages\.1\.model: s3://.*none: there is no such folder"):
         check_checkpoint(Stage(name="s", model=f"s3://{bucket}/none"), None, "stages.1")
+
+
+def test_a_folder_whose_weights_are_overwritten_is_refused(tmp_path: Path) -> None:
+    saved = models.save(models.build_model("gpt_neox", 1), models.build_tokenizer(), tmp_path / "model")
+    found = check_checkpoint(Stage(name="s", model=str(saved)), None, "stages.0")
+    assert fetch.named(found.source) == str(saved)
+    weights = saved / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content)  # a copy, with a time of its own
+    (saved / "trainer_state.json").write_text("{}")
+    assert fetch.local_model(found.source) == fetch.local_tokenizer(found.tokenizer_source) == str(saved)
+    models.save(models.build_model("gpt_neox", 2), models.build_tokenizer(), saved)
+    assert weights.stat().st_size == len(content)
+    with pytest.raises(UserError, match=rf"^{saved}: its files have changed since this run was started; put them"):
+        fetch.local_model(found.source)
+    assert fetch.local_tokenizer(found.tokenizer_source) == str(saved)
 
 
 def test_a_node_refuses_what_has_changed_since_the_run_was_started(

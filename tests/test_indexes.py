@@ -1,6 +1,7 @@
 """An index that a run cannot score from is refused in one line, before any work."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from msif_ray import layout
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, is_own
 from msif_ray.preflight import Resolved
-from msif_ray.store import write_atomic, write_json
+from msif_ray.record import keep_record
+from msif_ray.store import read_json, write_atomic, write_json
 
 Description = dict[str, Any]
 
@@ -152,3 +154,27 @@ def test_an_indexed_stage_is_fitted_whatever_its_response(folder: Path) -> None:
     description["stages"][0]["response"] = {"kind": "identity"}
     description["stages"][1]["response"] = {"kind": "identity"}
     assert "stages.0" in resolve(description).corpora
+
+
+FIGURES = {"rank": 16, "dtype": "int8", "bytes": 1000, "tokens": 50}
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_index_built_anew_is_told_from_the_one_that_a_run_began_with(
+    folder: Path, tmp_path: Path, resolved: Resolved, earlier: bool
+) -> None:
+    description = asking(folder, tmp_path / "other") | {"run_dir": str(tmp_path / "run")}
+    built = pretend(tmp_path / "other", manifest(resolved, **FIGURES, damping={"m": 0.1}))
+    keep_record(resolve(description), print)
+    path = layout.run_record(description["run_dir"])
+    if earlier:  # a record of a version that kept no hash of the manifest
+        record = read_json(path)
+        del record["identity"]["indexes"]["score.0"]["manifest"]
+        write_json(path, record)
+    keep_record(resolve(description), print)
+    write_json(layout.index_manifest(built), manifest(resolved, **FIGURES, damping={"m": 0.2}))
+    with nullcontext() if earlier else pytest.raises(UserError, match=r"another run: indexes\.score\.0\.manifest was "):
+        keep_record(resolve(description), print)
+    write_json(layout.index_manifest(built), manifest(resolved, **FIGURES | {"rank": 8}))
+    with pytest.raises(UserError, match=r"another run: indexes\.score\.0\.rank was 16 and is 8"):
+        keep_record(resolve(description), print)

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from msif_ray import progress
+from msif_ray.errors import UserError
 from msif_ray.progress import Reporter, Snapshot
 
 
@@ -104,3 +105,18 @@ def test_nothing_done_has_no_summary() -> None:
     reporter, written, _ = log()
     reporter.summarise()
     assert written.getvalue() == ""
+
+
+def test_a_check_is_made_as_often_as_something_is_told(clock: Clock) -> None:
+    reporter, _, seen = log()
+    faults: list[Exception] = []
+
+    def check() -> None:
+        if faults:
+            raise faults[0]
+
+    with pytest.raises(UserError, match="the lease is lost"), reporter.checking(check).step("s", 10) as step:
+        step.add(1, 10)
+        faults.append(UserError("the lease is lost"))
+        step.add(1, 10)
+    assert [each.documents for each in seen] == [1] and not reporter.finished

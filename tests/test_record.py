@@ -149,12 +149,15 @@ def test_a_damaged_record_is_not_to_be_deleted(folder: Path, content: str) -> No
         record.keep_carried(str(folder / "run"), {}, {})
 
 
-@pytest.mark.parametrize("name", ["factors", "queries", "scores"])
+@pytest.mark.parametrize(
+    "name",
+    ["factors", "references", "index", "candidates", "queries", "scores", "top.parquet", "statistics.parquet"],
+)
 def test_results_without_a_record_are_refused(folder: Path, name: str) -> None:
     keep(describe(folder))
     (folder / "run" / "run.json").unlink()
     (folder / "run" / name).mkdir()
-    with pytest.raises(UserError, match=rf"^run_dir: .*/run has {name}/ but no run\.json, .* name a new run_dir"):
+    with pytest.raises(UserError, match=rf"^run_dir: .*/run has {name} but no run\.json, .* name a new run_dir"):
         keep(describe(folder))
     shutil.rmtree(folder / "run" / name)
     keep(describe(folder))

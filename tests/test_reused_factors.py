@@ -39,10 +39,20 @@ def test_factors_of_another_run_are_taken_instead_of_its_corpus(folder: Path) ->
     assert "stages.0" not in resolved.corpora and resolved.reused.keys() == {"pre"}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_of_two_and_four_bytes_have_factors_of_one_type(folder: Path, dtype: str) -> None:
+    save_factors(folder, resolve(describe(folder)), dtype=dtype)
+    assert resolve(reusing(folder)).reused.keys() == {"pre"}
+
+
 BASIS = "basis/gpt_neox.layers.1.mlp.dense_4h_to_h.safetensors"
 FACTORS: dict[str, tuple[Callable[[Path, Resolved], object], str]] = {
     "another model": (lambda f, r: save_factors(f, r, model_sha256="x"), "{other} was fitted to another model than"),
     "other maps": (lambda f, r: save_factors(f, r, maps={}), "{other} was fitted over other maps; use the same"),
+    "another type": (
+        lambda f, r: save_factors(f, r, dtype="float64"),
+        "{other} was fitted in float64, and cluster.dtype is float32; use the same `dtype`",
+    ),
     "none": (lambda f, r: None, "{other} holds no finished factors"),
     "half a manifest": (
         lambda f, r: save_factors(f, r, maps=[]),

@@ -3,6 +3,8 @@
 Maps are fitted in groups whose factors fit in a rank's memory together, one group after the other.
 """
 
+import json
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -50,6 +52,16 @@ class FitTask:
     record: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Maps that are fitted together. Their covariances are kept by `index`, and by a checksum of their names: a group
+    of that number, as it was decided once, may have been of other maps."""
+
+    index: int
+    maps: tuple[str, ...]
+    checksum: str
+
+
 Steps = Callable[[str], AbstractContextManager[Progress]]
 """Begins a step of that name."""
 
@@ -70,10 +82,11 @@ def _are_there(folder: Path, maps: Iterable[str]) -> bool:
 def fit(task: FitTask, pool: ReplicaPool, steps: Steps, say: Say) -> None:
     """Fits one stage's EK-FAC factors; what is on storage already is not computed again."""
     groups = _groups(task, pool, say)
-    for index in range(len(groups)):
-        if not (exists(layout.group_record(task.folder, index)) and _are_there(task.folder, groups[index])):
-            _fit_group(task, pool, steps, groups, index)
-    _write_manifest(task, [read_json(layout.group_record(task.folder, index)) for index in range(len(groups))])
+    for group in groups:
+        if not _is_done(task.folder, group):
+            of_group = f", group {group.index + 1} of {len(groups)}" if len(groups) > 1 else ""
+            _fit_group(task, pool, steps, group, of_group)
+    _write_manifest(task, [read_json(layout.group_record(task.folder, group.index)) for group in groups])
     drop_partials(task.folder)
 
 
@@ -82,7 +95,16 @@ def drop_partials(folder: Path) -> None:
     delete_folder(folder / "partials")
 
 
-def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[list[str]]:
+def _is_done(folder: Path, group: _Group) -> bool:
+    record = layout.group_record(folder, group.index)
+    return (
+        exists(record)
+        and set(read_json(record)["mean_eigenvalues"]) == set(group.maps)
+        and _are_there(folder, group.maps)
+    )
+
+
+def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[_Group]:
     """The groups of maps as they were first decided: a pass that has begun holds for its group alone."""
     path = layout.groups(task.folder)
     if not exists(path):
@@ -93,16 +115,23 @@ def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[list[str]]:
             )
             budget = int(FREE_SHARE * free)
         itemsize = 8 if task.setup.dtype == "float64" else 4
-        groups = module_groups(task.maps, budget, itemsize)
-        write_json(path, {"factor_memory": budget, "groups": [list(group) for group in groups]})
-    found: list[list[str]] = read_json(path)["groups"]
-    return found
+        groups = [list(group) for group in module_groups(task.maps, budget, itemsize)]
+        checksums = [_checksum(group) for group in groups]
+        write_json(path, {"factor_memory": budget, "groups": groups, "checksums": checksums})
+    about = read_json(path)
+    # Those of an earlier version have no checksums, and nor have the sums that were begun by them.
+    checksums = about.get("checksums") or [""] * len(about["groups"])
+    found = zip(about["groups"], checksums, strict=True)
+    return [_Group(index, tuple(maps), checksum) for index, (maps, checksum) in enumerate(found)]
 
 
-def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[Sequence[str]], index: int) -> None:
-    """Fits one group of maps and drops its partial sums."""
-    sampled, folder, maps = task.labels == "sampled", task.folder, tuple(groups[index])
-    of_group = f", group {index + 1} of {len(groups)}" if len(groups) > 1 else ""
+def _checksum(maps: Sequence[str]) -> str:
+    return f"{zlib.crc32(json.dumps(maps).encode()):08x}"
+
+
+def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, group: _Group, of_group: str) -> None:
+    """Fits one group of maps and drops its partial sums. `of_group` says in steps' names which it is."""
+    sampled, folder, index, maps = task.labels == "sampled", task.folder, group.index, group.maps
     missing = [name for name in maps if not exists(layout.basis_file(folder, name))]
     if missing:
         with steps(f"covariance{of_group}") as progress:
@@ -112,6 +141,7 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, groups: Sequence[
                 task.blocks,
                 layout.partials(folder, index, "covariance"),
                 progress,
+                inputs=group.checksum,
             )
         _forget(folder, index, maps)
         memory = _eigen_memory(task.maps)

@@ -18,12 +18,14 @@ from msif_ray.cluster.fit import Steps
 from msif_ray.cluster.jobs import Work, load_basis
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.room import own_device
 from msif_ray.cluster.stream import stream
 from msif_ray.cluster.tasks import for_each_map
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
+from msif_ray.fetch import named
 from msif_ray.indexes import missing_files, whole
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, Packed, compress, side_by_side, together, truncate_tokens
@@ -31,7 +33,7 @@ from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.paths import exists, matching, size_of
-from msif_ray.store import load_tensors, read_json, save_tensors, write_json
+from msif_ray.store import delete_folder, load_tensors, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
 # What a map's metric takes while it is made, in copies of the map's factors: these, and the logarithms in float64.
@@ -154,7 +156,7 @@ class IndexTask:
         pieces = [piece for batch in taken for piece in batch.pieces]
         fault = next((piece for piece in pieces if not math.isfinite(piece.squared_norm)), None)
         if fault is not None:
-            raise UserError(f"{self.setup.model}: a gradient is not finite, of document {fault.document_id!r}")
+            raise UserError(f"{named(self.setup.model)}: a gradient is not finite, of document {fault.document_id!r}")
         documents = {document: row for row, document in enumerate(outcome.tokens)}
         # In the same order wherever the batches were computed.
         order = sorted(range(len(pieces)), key=lambda i: (documents[pieces[i].document_id], pieces[i].window))
@@ -173,7 +175,7 @@ class IndexTask:
 
     def _documents(self, found: Packed, owners: Sequence[str], documents: Mapping[str, int]) -> Packed:
         """A row for each document, of its pieces: put together, truncated and rounded."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # a sharded replica's own process has none
+        device = own_device()  # a sharded replica's own process has no GPU
         activations, gradients = found.to(device).unpack(found.scales.dtype)
         parts, names = [], []
         for group, lists in together(owners):
@@ -235,17 +237,22 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
 
 def _groups(plan: IndexPlan) -> list[list[str]]:
     """The maps of each pass, as they were first decided: by the plan's memory, or else as the factors were fitted."""
-    path = layout.groups(plan.folder)
+    path, manifest = layout.groups(plan.folder), layout.index_manifest(plan.folder)
     if not exists(path):
-        fitted = layout.groups(plan.factors)
-        if plan.memory is None and exists(fitted):
-            groups = read_json(fitted)["groups"]
-        else:
-            itemsize = 8 if plan.setup.dtype == "float64" else 4
-            groups = [list(group) for group in module_groups(plan.maps, plan.memory, itemsize)]
-        write_json(path, {"groups": groups})
+        write_json(path, {"groups": read_json(manifest)["groups"] if exists(manifest) else _decided(plan)})
     found: list[list[str]] = read_json(path)["groups"]
     return found
+
+
+def _decided(plan: IndexPlan) -> list[list[str]]:
+    """The groups of an index that does not say which it has: blocks that are there may be of other maps, and go."""
+    delete_folder(plan.folder)
+    fitted = layout.groups(plan.factors)
+    if plan.memory is None and exists(fitted):
+        found: list[list[str]] = read_json(fitted)["groups"]
+        return found
+    itemsize = 8 if plan.setup.dtype == "float64" else 4
+    return [list(group) for group in module_groups(plan.maps, plan.memory, itemsize)]
 
 
 def _totals(plan: IndexPlan, groups: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections
 from msif_ray.cluster.index import load_metric
 from msif_ray.cluster.rank import Outcome
-from msif_ray.cluster.room import RankResources
+from msif_ray.cluster.room import RankResources, own_device
 from msif_ray.cluster.score import ScoreTask, write_scores
 from msif_ray.cluster.score_jobs import DocumentScores, load_directions
 from msif_ray.cluster.workers import BlockReplica, Counted
@@ -107,7 +107,7 @@ class IndexedReplica(BlockReplica):
 
     @property
     def _device(self) -> torch.device:
-        return torch.device("cuda" if self._task.score.setup.cuda else "cpu")
+        return torch.device(own_device())
 
     def do(self, block: Block) -> Counted:
         dtype = torch.promote_types(getattr(torch, self._task.score.setup.dtype), torch.float32)

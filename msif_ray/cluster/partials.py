@@ -15,7 +15,7 @@ import torch
 from msif_ray.cluster.rank import Outcome
 from msif_ray.errors import UserError
 from msif_ray.layout import part_file
-from msif_ray.paths import storage
+from msif_ray.paths import exists, storage
 from msif_ray.store import delete_folder, load_tensors, read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -84,7 +84,7 @@ def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
     """
     with storage(step, "listed"):
         manifests = list(step.glob(f"*/{MANIFEST}")) if step.exists() else []
-    of_inputs = [partial for path in manifests if (partial := _read(path)).inputs == inputs]
+    of_inputs = [partial for path in manifests if (partial := _read(path)) and partial.inputs == inputs]
     found = sorted(of_inputs, key=lambda p: (-len(p.blocks), p.folder.name))
     chosen: list[Partial] = []
     covered: set[str] = set()
@@ -95,7 +95,8 @@ def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
     return sorted(chosen, key=lambda partial: partial.folder.name)
 
 
-def _read(manifest: Path) -> Partial:
+def _read(manifest: Path) -> Partial | None:
+    """A partial, unless it has just been replaced, as a replica of a dead driver may do yet."""
     try:
         about = read_json(manifest)
         return Partial(
@@ -109,6 +110,8 @@ def _read(manifest: Path) -> Partial:
             about["inputs"],
         )
     except (UserError, KeyError, TypeError, ValueError):
+        if not exists(manifest):
+            return None
         raise UserError(
             f"{manifest}: not the whole manifest of a partial sum; delete the folder {manifest.parent}, and run the "
             "same command again: its blocks are done again"

@@ -21,7 +21,7 @@ from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch, within
 from msif_ray.errors import UserError
-from msif_ray.fetch import local_model, local_tokenizer
+from msif_ray.fetch import local_model, local_tokenizer, named
 from msif_ray.heap import keep_freed_memory
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.blocks import Blocks
@@ -206,8 +206,8 @@ class Rank:
             yield
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"cluster.tokens_per_batch: {self.setup.model} cannot be {what}: the GPU's memory is full; lower "
-                "cluster.tokens_per_batch or cluster.factor_memory, or raise cluster.ranks_per_replica "
+                f"cluster.tokens_per_batch: {named(self.setup.model)} cannot be {what}: the GPU's memory is full; "
+                "lower cluster.tokens_per_batch or cluster.factor_memory, or raise cluster.ranks_per_replica "
                 f"({' '.join(str(error).split())[:200]})"
             ) from None
 

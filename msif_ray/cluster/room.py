@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -36,12 +36,22 @@ class RankResources:
         return of_rank if self.ranks == 1 else f"{self.ranks} ranks of {of_rank} each"
 
     @property
+    def share(self) -> "RankResources":
+        """One rank's: what an actor takes that has no model to share with others."""
+        return replace(self, ranks=1)
+
+    @property
     def actor(self) -> dict[str, Any]:
         """What the replica's own actor asks for: the one rank's share, or nothing beside its rank actors."""
         if self.ranks > 1:
             return {"num_cpus": 0}
         environment = {} if self.gpus else {"runtime_env": {"env_vars": heap.ENVIRONMENT}}
         return {"num_cpus": self.cpus, "num_gpus": self.gpus} | environment
+
+
+def own_device() -> str:
+    """What this process may compute on: an actor that asked Ray for no GPU sees those of the machine all the same."""
+    return "cuda" if ray.is_initialized() and ray.get_gpu_ids() else "cpu"
 
 
 def _group_name(actor: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy
@@ -12,7 +11,7 @@ from msif_ray.cluster.score_jobs import DocumentScores, ScoreJob
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Detail
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.candidates import read_chosen
+from msif_ray.corpus.candidates import ChosenFile, read_chosen
 from msif_ray.corpus.reader import Block
 from msif_ray.results.parts import Details, done_blocks, part_path, write_part
 
@@ -33,7 +32,7 @@ class ScoreTask:
     maps: tuple[str, ...]
     detail: Detail
     metadata: dict[str, str]
-    candidates: Path | None = None
+    candidates: ChosenFile | None = None
 
     @property
     def replica(self) -> type[ModelReplica]:
@@ -57,7 +56,7 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
         squares[places[document.document_id]] += document.squared_norm
         in_curvature[places[document.document_id]] += document.squared_curvature_norm
     by_map, by_token = _shares(task, outcome, documents)
-    chosen = None if task.candidates is None else read_chosen(str(task.candidates)).pairs(ids, task.queries)
+    chosen = None if task.candidates is None else read_chosen(task.candidates).pairs(ids, task.queries)
     count = len(task.queries)
     for index, label in enumerate(task.labels):
         own = slice(index * count, (index + 1) * count)

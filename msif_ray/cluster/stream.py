@@ -106,6 +106,7 @@ def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: 
         lent, takes = pool.lend(progress), {"num_cpus": 0}
     else:
         pool.dismiss()  # it has the room that these need
+        resources = resources.share
         lent, takes = [], resources.actor
     files = [{"file": index} for index in range(len(task.blocks.files))]
     blocks = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(

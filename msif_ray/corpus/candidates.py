@@ -6,7 +6,7 @@ the documents that BM25 finds for a query. What is not a candidate has no score,
 
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.census import fingerprint
 from msif_ray.corpus.chat import chat_text, turns_fault, turns_text
 from msif_ray.corpus.packed import Part
 from msif_ray.corpus.queries import Query
@@ -50,7 +51,7 @@ Decode = Callable[[Sequence[int]], str]
 class CandidateBlocks(CorpusBlocks):
     """The blocks of a corpus that hold candidates, with those alone; `chosen` is the file that says which."""
 
-    chosen: Path = Path()
+    chosen: "ChosenFile" = field(kw_only=True)
 
     @property
     def ids(self) -> frozenset[str]:
@@ -73,7 +74,7 @@ class CandidateBlocks(CorpusBlocks):
 
     @property
     def _chosen(self) -> "Chosen":
-        return read_chosen(str(self.chosen))
+        return read_chosen(self.chosen)
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,22 @@ class Chosen:
         return np.array([[query in own for query in queries] for own in of], dtype=bool).reshape(-1, len(queries))
 
 
+@dataclass(frozen=True)
+class ChosenFile:
+    """A file of `write_chosen` as a run found it: a process may outlive the run, and what is there then."""
+
+    path: str
+    state: str
+
+    @classmethod
+    def found(cls, path: Path) -> "ChosenFile":
+        return cls(str(path), fingerprint(path))
+
+
 @lru_cache(maxsize=4)
-def read_chosen(path: str) -> Chosen:
-    """The candidates in a file of `write_chosen`, read once per process. Raises UserError for one that is damaged."""
-    return Chosen(read_table(path_of(path), SCHEMA.names))
+def read_chosen(chosen: ChosenFile) -> Chosen:
+    """The candidates in a file, read once per process. Raises UserError for one that is damaged."""
+    return Chosen(read_table(path_of(chosen.path), SCHEMA.names))
 
 
 def write_chosen(path: Path, table: pa.Table) -> None:

@@ -1,5 +1,7 @@
 """Partial sums on storage, without Ray."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -86,6 +88,18 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
     manifest.write_text(content)
     with pytest.raises(UserError, match=rf"{manifest}: not the whole manifest .* delete"):
         partials.read_disjoint(tmp_path)
+
+
+def test_a_partial_that_is_replaced_while_it_is_read_is_not_there(tmp_path, monkeypatch):
+    old, new = write(tmp_path, ["a"], 1.0), write(tmp_path, ["a", "b"], 3.0)
+    read_json = partials.read_json
+
+    def replaced(path):
+        shutil.rmtree(old, ignore_errors=True)
+        return read_json(path)
+
+    monkeypatch.setattr(partials, "read_json", replaced)
+    assert [partial.folder for partial in partials.read_disjoint(tmp_path)] == [new]
 
 
 def test_a_damaged_or_missing_part_is_named(tmp_path):

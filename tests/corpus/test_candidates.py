@@ -11,7 +11,15 @@ import pytest
 
 from msif_ray.config import Documents
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.candidates import CandidateBlocks, by_bm25, by_list, listed_pairs, read_chosen, write_chosen
+from msif_ray.corpus.candidates import (
+    CandidateBlocks,
+    ChosenFile,
+    by_bm25,
+    by_list,
+    listed_pairs,
+    read_chosen,
+    write_chosen,
+)
 from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
@@ -113,13 +121,20 @@ def test_what_is_not_there_is_said(
 def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> None:
     path = write(tmp_path, query_id=["q1", "q0", "q1"], doc_id=["d9", "d0", "d1"])
     write_chosen(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, path, "k"))
-    chosen = CandidateBlocks(**vars(blocks), chosen=tmp_path / "chosen.parquet")
+    chosen = CandidateBlocks(**vars(blocks), chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
     names = ["00000-0000000", "00000-0000002"]
     assert chosen.ids == set(names) and chosen.count == 3 and chosen.documents_in(names[0]) == 2
     assert [[each.id for each in block.documents] for block in chosen.left(set())] == [["d0", "d1"], ["d9"]]
     assert [block.id for block in chosen.left({names[0]})] == names[1:]
-    pairs = read_chosen(str(tmp_path / "chosen.parquet")).pairs(["d0", "d1", "d5", "d9"], ["q0", "q1"])
+    pairs = read_chosen(chosen.chosen).pairs(["d0", "d1", "d5", "d9"], ["q0", "q1"])
     assert pairs.tolist() == [[True, False], [False, True], [False, False], [False, True]]
+
+
+def test_a_later_run_of_the_same_process_reads_its_own_candidates(blocks: CorpusBlocks, tmp_path: Path) -> None:
+    for document in ("d1", "d5", "d1"):
+        write_chosen(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, write(tmp_path, doc_id=[document]), "k"))
+        chosen = CandidateBlocks(**vars(blocks), chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
+        assert [each.id for block in chosen.left(set()) for each in block.documents] == [document]
 
 
 def test_both_completions_of_a_pair_are_searched(tmp_path: Path) -> None:
