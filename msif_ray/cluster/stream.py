@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 import ray
 
-from msif_ray.cluster.deaths import DEATHS
+from msif_ray.cluster.deaths import DEATHS, NoRoomError
 from msif_ray.cluster.pool import WAIT_SECONDS, Progress, ReplicaPool
 from msif_ray.cluster.room import RankResources, free_ranks
 from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
@@ -81,7 +81,7 @@ def _attempt(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress:
         if isinstance(error.cause, UserError):
             # Ray Data puts lines of its own, on its retries, after ours.
             return UserError(str(error.cause).partition("\n")[0])
-        if not isinstance(error.cause, DEATHS):
+        if not isinstance(error.cause, (NoRoomError, *DEATHS)):
             raise
         return _short(error)
     except DEATHS as error:

@@ -4,19 +4,23 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import ray
 import runs
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.util.placement_group import placement_group_table
 
-from msif_ray.cluster import pool, stream
+from msif_ray.cluster import pool, stream, workers
+from msif_ray.cluster.deaths import NoRoomError
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.replica import Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Cluster
+from msif_ray.corpus.reader import Block
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,6 +97,73 @@ def test_a_lent_replica_that_dies_is_replaced_by_its_borrower_and_then_by_the_po
         assert ray.get(borrower.borrow.remote([lent])) is None
         (again,) = replicas.lend(Progress())
         assert again != lent
+
+
+class Mapper:
+    """Stands for Ray Data's own actor, which is lost and restarted with what it was made from."""
+
+    def __init__(self, lent: list[Any], cpus: int) -> None:
+        workers.UNFILLED_SECONDS = 1.0
+        self.replica = ModelReplica([None], RankResources(1, cpus, 0.0), lent)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def has(self) -> str:
+        """The id of its replica."""
+        return str(self.replica._replica._actor_id.hex())
+
+    def do(self) -> None:
+        self.replica.do(Block("00000-0000000", ()))
+
+
+def test_an_actor_that_is_restarted_takes_its_replica_back() -> None:
+    resources = RankResources(1, 0, 0.0)
+    lent = [ray.remote(Replica).options(num_cpus=0).remote(resources) for _ in range(2)]
+    mapper = ray.remote(Mapper).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    mappers = [mapper.remote(lent, 0) for _ in lent]
+    had = [ray.get(mapper.has.remote()) for mapper in mappers]
+    assert set(had) == {actor._actor_id.hex() for actor in lent}
+    os.kill(ray.get(mappers[0].pid.remote()), signal.SIGKILL)
+    assert ray.get(mappers[0].has.remote(), timeout=60) == had[0]
+    assert ray.get(mappers[1].has.remote()) == had[1]
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Somebody has the whole cluster."""
+    other = ray.remote(Replica).options(num_cpus=2).remote(RankResources(1, 2, 0.0))
+    ray.get(other.has_room.remote(), timeout=60)
+    try:
+        yield
+    finally:
+        ray.kill(other)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_place_of_a_replica_that_was_lost_is_not_waited_for_without_end(restarted: bool) -> None:
+    lent = ray.remote(Replica).options(num_cpus=0).remote(RankResources(1, 0, 0.0))
+    mapper = ray.remote(Mapper).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote([lent], 1)
+    assert ray.get(mapper.has.remote(), timeout=60) == lent._actor_id.hex()
+    ray.kill(lent)
+    with no_room():
+        if restarted:
+            os.kill(ray.get(mapper.pid.remote()), signal.SIGKILL)
+            with pytest.raises(ActorDiedError, match="NoRoomError"):
+                ray.get(mapper.do.remote(), timeout=60)
+        else:
+            with pytest.raises(RayTaskError) as lost:
+                ray.get(mapper.do.remote(), timeout=60)
+            assert isinstance(lost.value.cause, NoRoomError)
+            assert "1 CPU" in str(lost.value.cause)
+
+
+def test_an_actor_that_has_had_no_replica_yet_waits_for_room() -> None:
+    with no_room():
+        mapper = ray.remote(Mapper).options(num_cpus=0).remote([], 1)
+        has = mapper.has.remote()
+        assert not ray.wait([has], timeout=8)[0], "it is no longer the demand that an autoscaler sees"
+    assert ray.get(has, timeout=60)
 
 
 class Progress:
