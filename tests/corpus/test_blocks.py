@@ -57,5 +57,5 @@ def test_a_file_that_has_become_shorter_is_named(corpus, tmp_path, rows):
     with pytest.raises(UserError, match=rf"^key\.path: {tmp_path}/b\.jsonl .*shorter .* it has {rows} of its 7 doc"):
         for block in corpus().left(set()):
             read.append(block)
-    assert [len(block.documents) for block in read] == [3, 3, 1] + [3] * (rows // 3), "a block is handed out that is cut"
+    assert [len(block.documents) for block in read] == [3, 3, 1] + [3] * (rows // 3), "a cut block is handed out"
     assert len(list(corpus(ROWS + rows).left(set()))) == 3 + -(-rows // 3), "what is missing is not asked for"
