@@ -123,6 +123,7 @@ class ModelReplica(BlockReplica):
         while True:
             asked = self._replica.has_room.remote()
             if not ray.wait([asked], timeout=None if until is None else max(0.0, until - monotonic()))[0]:
+                self._end_own()  # or this process, where it is to end, would wait for its answer
                 raise NoRoomError(f"no room for another replica of {self._resources} in {seconds:.0f} s")
             if answer(asked):
                 return
@@ -135,6 +136,7 @@ class ModelReplica(BlockReplica):
         if self._own is not None:
             ray.kill(self._own)
             free_ranks_of(_id(self._own))
+            self._own = None
 
 
 def _borrowed(lent: list[Any]) -> Any:
