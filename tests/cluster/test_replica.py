@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -195,11 +196,29 @@ def test_scoring_that_waits_says_what_for(monkeypatch: pytest.MonkeyPatch) -> No
     class Told:
         def wait(self, reason: str) -> None:
             said.append(reason)
-            begun.set()
+            heard.set()
 
-    with stream._told_to_wait(Told(), "for a replica") as begun:  # type: ignore[arg-type]
-        assert begun.wait(10)
-    assert said == ["for a replica"]
+    seen, heard = stream._Seen(RankResources(1, 2, 0.0)), threading.Event()
+    with stream._told_to_wait(Told(), seen.silence):  # type: ignore[arg-type]
+        assert heard.wait(10)
+    assert set(said) == {"no replica has done a block yet; each takes 2 CPU"}
+
+
+def test_scoring_in_which_no_block_is_done_any_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(stream, "monotonic", lambda: now)
+    seen = stream._Seen(RankResources(1, 2, 0.0))
+    seen.block_of("one")
+    now += 20
+    assert seen.block_of("other") == 2 and seen.silence() is None
+    now += 39
+    assert seen.silence() is None, "two blocks may take as long"
+    now += 1
+    told = seen.silence()
+    assert told is not None and told.startswith("no block has been done for 40 s;") and told.endswith("takes 2 CPU")
+    assert seen.block_of("one") == 2 and seen.silence() is None
+    now += stream.ALIVE_SECONDS
+    assert seen.block_of("one") == 1
 
 
 class Working(Replica):
@@ -207,6 +226,21 @@ class Working(Replica):
 
     def work(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def test_a_replica_that_is_still_at_work_for_a_stream_that_broke_off_is_lent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "Replica", Working)
+    monkeypatch.setattr(pool, "START_SECONDS", 20.0)
+    with ReplicaPool(Cluster(replicas={"min": 1, "max": 2}, cpus_per_rank=1, gpus_per_rank=0)) as replicas:
+        lent = replicas.lend(Progress())
+        assert len(lent) == 2
+        monkeypatch.setattr(pool, "START_SECONDS", 1.0)
+        work = lent[0].work.remote(8)
+        assert set(replicas.lend(Progress())) == set(lent)
+        assert not ray.wait([work], timeout=0)[0], "the wait was for the one at work"
+        ray.get(work)
 
 
 def test_a_borrower_finds_the_free_replica_while_others_are_at_work() -> None:
