@@ -50,10 +50,11 @@ class Progress(Protocol):
 class _Worker:
     """A replica, the step that it has said to be ready for (what it has summed belongs there), and the blocks that it
     has done in passes that see the same as `done_in`: the next of these may find what an earlier one kept. It
-    `has_model` when it was ready for the last step, and is not still loading."""
+    `has_model` when it was ready for the last step, and is not still loading; `had_room` when it was lent last."""
 
     actor: Any
     has_model: bool = False
+    had_room: bool = False
     ready_for: Destination | None = None
     done_in: object = None
     done: set[str] = field(default_factory=set)
@@ -105,31 +106,33 @@ class ReplicaPool:
 
     def lend(self, progress: Progress) -> list[Any]:
         """The actors of those replicas that have started, `replicas.min` at least, for others to work with until this
-        pool is used again. Those that wait for room are given up: whoever borrows asks for more."""
+        pool is used again. Those that wait for room are given up: whoever borrows asks for more. One that is at work
+        on a block of a stream that broke off is lent before it has ended that: its borrower waits for it."""
         self._deaths = 0  # those that died while they were lent have done blocks, of which this pool is not told
         self._fill()
         refs = {worker.actor.release.remote(): worker for worker in self._workers}
-        started: list[_Worker] = []
-        fewest = self._cluster.replicas.min
+        started, fewest = 0, self._cluster.replicas.min
         while refs:
-            done, _ = ray.wait(list(refs), timeout=WAIT_SECONDS if len(started) < fewest else START_SECONDS)
-            if not done and len(started) >= fewest:
+            done, _ = ray.wait(list(refs), timeout=WAIT_SECONDS if started < fewest else START_SECONDS)
+            if not done and started >= fewest:
                 break
             if not done:
-                progress.wait(self._wanted(len(started), fewest))
+                progress.wait(self._wanted(started, fewest))
                 continue
             worker, room = refs.pop(done[0]), False
             try:
                 room = answer(done[0])
             except DEATHS as death:
                 worker = self._replace(worker, death)
+            worker.had_room = room
             if room:
-                started.append(worker)
+                started += 1
             else:
                 refs[worker.actor.release.remote()] = worker
         for worker in refs.values():
-            self._drop(worker)
-        return [worker.actor for worker in started]
+            if not worker.had_room:
+                self._drop(worker)
+        return [worker.actor for worker in self._workers]
 
     def idle(self) -> list[Any]:
         """The actors that have a model in their own process, and so PyTorch: for what is to be done between passes."""

@@ -7,7 +7,7 @@ actor that computed it: a block is all there or not at all, and none is there tw
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
 from time import monotonic
@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 import ray
 
-from msif_ray.cluster.deaths import DEATHS
+from msif_ray.cluster.deaths import DEATHS, NoRoomError
 from msif_ray.cluster.pool import WAIT_SECONDS, Progress, ReplicaPool
 from msif_ray.cluster.room import RankResources, free_ranks
 from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
@@ -27,6 +27,9 @@ FRUITLESS_TRIES = 4
 
 # Ray Data does not say which of its actors are alive: those are that have done a block within so many seconds.
 ALIVE_SECONDS = 300.0
+
+# For how long it is no news that no block is done.
+QUIET_SECONDS = 30.0
 
 
 class BlockTask(Protocol):
@@ -50,8 +53,8 @@ class BlockTask(Protocol):
 def stream(task: BlockTask, pool: ReplicaPool, progress: Progress) -> None:
     """Does every block that has no file yet, with the pool's replicas where the task takes a model.
 
-    Ray Data replaces dead replicas and redoes lost blocks by itself. Where it gives up, because what it lost
-    cannot be had again, the stream is begun anew over the blocks that are left.
+    Dead replicas are replaced, and lost blocks redone, while it lasts. Where it breaks off, because what was lost
+    cannot be had again or a replica's place stays empty, it is begun anew over the blocks that are left.
     """
     quiet_ray_data()
     done = task.done()
@@ -81,7 +84,7 @@ def _attempt(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress:
         if isinstance(error.cause, UserError):
             # Ray Data puts lines of its own, on its retries, after ours.
             return UserError(str(error.cause).partition("\n")[0])
-        if not isinstance(error.cause, DEATHS):
+        if not isinstance(error.cause, (NoRoomError, *DEATHS)):
             raise
         return _short(error)
     except DEATHS as error:
@@ -107,6 +110,7 @@ def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: 
     else:
         pool.dismiss()  # it has the room that these need
         resources = resources.share
+        # One that was lost gets a place when all other blocks are done: Ray Data ends those that are idle.
         lent, takes = [], resources.actor
     files = [{"file": index} for index in range(len(task.blocks.files))]
     blocks = ray.data.from_items(files, override_num_blocks=len(files)).map_batches(
@@ -124,31 +128,59 @@ def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: 
         compute=ray.data.ActorPoolStrategy(min_size=replicas.min, max_size=replicas.max),
         **takes,
     )
-    with _told_to_wait(progress, f"no replica has done a block yet; each takes {resources}") as begun:
-        seen: dict[str, float] = {}
+    seen = _Seen(resources)
+    with _told_to_wait(progress, seen.silence):
         for row in finished.iter_rows():
-            begun.set()
-            seen[str(row["replica"])] = monotonic()
-            progress.alive(sum(monotonic() - last < ALIVE_SECONDS for last in seen.values()))
+            progress.alive(seen.block_of(str(row["replica"])))
             progress.add(int(row["documents"]), int(row["tokens"]), int(row["skipped"]))
 
 
+class _Seen:
+    """Which replicas have done a block and when: Ray Data says neither, and nothing while the cluster has no room."""
+
+    def __init__(self, resources: RankResources) -> None:
+        self._resources = resources
+        self._by_replica: dict[str, float] = {}
+        self._last = monotonic()
+        self._longest = 0.0
+
+    def block_of(self, replica: str) -> int:
+        """Takes down that a replica has done a block; gives how many are alive."""
+        now = monotonic()
+        if self._by_replica:
+            self._longest = max(self._longest, now - self._last)
+        self._last = self._by_replica[replica] = now
+        return sum(now - last < ALIVE_SECONDS for last in self._by_replica.values())
+
+    def silence(self) -> str | None:
+        """Why no block is done, where it takes longer than blocks did so far."""
+        quiet = monotonic() - self._last
+        if not self._by_replica:
+            return f"no replica has done a block yet; each takes {self._resources}"
+        if quiet < max(QUIET_SECONDS, 2 * self._longest):
+            return None
+        return (
+            f"no block has been done for {quiet:.0f} s; where a replica was lost, another one needs room: "
+            f"each takes {self._resources}"
+        )
+
+
 @contextmanager
-def _told_to_wait(progress: Progress, reason: str) -> Iterator[Event]:
-    """Tells the reason for waiting now and then until the event that it gives is set: Ray Data says nothing while
-    the cluster has no room."""
-    begun = Event()
+def _told_to_wait(progress: Progress, reason: Callable[[], str | None]) -> Iterator[None]:
+    """Tells the reason for waiting now and then, while there is one."""
+    ended = Event()
 
     def tell() -> None:
-        while not begun.wait(WAIT_SECONDS):
-            progress.wait(reason)
+        while not ended.wait(WAIT_SECONDS):
+            if (why := reason()) is not None:
+                progress.wait(why)
 
     teller = Thread(target=tell, daemon=True)
     teller.start()
     try:
-        yield begun
+        yield
     finally:
-        begun.set()
+        ended.set()
         teller.join()
 
 

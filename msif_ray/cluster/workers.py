@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Any
 
 import numpy
 import ray
 
-from msif_ray.cluster.deaths import DEATHS, answer
+from msif_ray.cluster.deaths import DEATHS, NoRoomError, answer
 from msif_ray.cluster.replica import Borrower, Replica
 from msif_ray.cluster.room import RankResources, free_ranks_of
 from msif_ray.corpus.blocks import CorpusBlocks
@@ -23,6 +24,12 @@ Columns = dict[str, numpy.ndarray]
 
 # A block that ends its replica this often is at fault itself.
 RESTARTS = 4
+
+# How long the place of a lost replica may stay empty before the stream is begun anew with the others. Ray Data gives
+# an actor's blocks to no other one, so they wait as long as it does, which costs nothing while the others have work;
+# a new beginning costs each of them a block at most, and those that were started meanwhile the load of the model. A
+# process starts within seconds, and a machine that is to come at all mostly within minutes.
+UNFILLED_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,8 @@ class ModelReplica(BlockReplica):
 
     It asks Ray for nothing: the replica has the room, or waits for it, which is the demand that an autoscaler sees.
     Its replica has room when this actor begins, or Ray Data would give it blocks that others could do meanwhile. It
-    loads with the first block.
+    loads with the first block. Where it has blocks and its replica is lost, it waits UNFILLED_SECONDS for the room of
+    another, and raises NoRoomError.
     """
 
     def __init__(self, task: list[Any], resources: RankResources, lent: list[Any]) -> None:
@@ -79,7 +87,9 @@ class ModelReplica(BlockReplica):
         self._begun = False
         self._own: Any = None
         self._replica = _borrowed(lent) or self._start()
-        self._surviving(self._await_room)
+        # Where Ray has restarted this actor, it has blocks.
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._surviving(lambda: self._await_room(UNFILLED_SECONDS if restarted else None))
 
     def __del__(self) -> None:
         self._end_own()  # or its ranks' room would stay taken when Ray Data drops this actor
@@ -89,6 +99,7 @@ class ModelReplica(BlockReplica):
 
     def _process(self, block: Block) -> tuple[int, int, int]:
         while not self._begun:
+            self._await_room(UNFILLED_SECONDS)
             self._begun = answer(self._replica.begin.remote(self._task))
         done: tuple[int, int, int] = answer(self._replica.do.remote(block))
         return done
@@ -107,9 +118,15 @@ class ModelReplica(BlockReplica):
                 self._replica = self._start()
         raise lost
 
-    def _await_room(self) -> None:
-        while not answer(self._replica.has_room.remote()):
-            pass
+    def _await_room(self, seconds: float | None) -> None:
+        until = None if seconds is None else monotonic() + seconds
+        while True:
+            asked = self._replica.has_room.remote()
+            if not ray.wait([asked], timeout=None if until is None else max(0.0, until - monotonic()))[0]:
+                self._end_own()  # or this process, where it is to end, would wait for its answer
+                raise NoRoomError(f"no room for another replica of {self._resources} in {seconds:.0f} s")
+            if answer(asked):
+                return
 
     def _start(self) -> Any:
         self._own = ray.remote(Replica).options(**self._resources.actor).remote(self._resources)
@@ -119,10 +136,12 @@ class ModelReplica(BlockReplica):
         if self._own is not None:
             ray.kill(self._own)
             free_ranks_of(_id(self._own))
+            self._own = None
 
 
 def _borrowed(lent: list[Any]) -> Any:
-    """One of the lent replicas, this actor's from now on: one that nobody has, or else whose borrower is dead.
+    """One of the lent replicas, this actor's from now on: one that nobody has, or that it had itself before Ray
+    restarted it, or else whose borrower is dead.
 
     All are asked at once, since one at work answers after its block, and one without work need not wait for that.
     """
@@ -133,7 +152,7 @@ def _borrowed(lent: list[Any]) -> Any:
         actor = asked.pop(ref)
         with suppress(*DEATHS):
             holder = answer(ref)
-            if holder is None and answer(actor.lend.remote(current)):
+            if holder in (None, current) and answer(actor.lend.remote(current)):
                 return actor
             taken.append((actor, holder))
     for actor, holder in taken:

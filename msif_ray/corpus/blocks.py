@@ -10,6 +10,7 @@ from msif_ray import layout
 from msif_ray.config import Documents
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Block, block_id, read_file_blocks
+from msif_ray.errors import UserError
 
 
 class Blocks(Protocol):
@@ -48,10 +49,13 @@ class CorpusBlocks:
             yield from self.left_in(file, done)
 
     def left_in(self, file: int, done: AbstractSet[str]) -> Iterator[Block]:
-        """One file's blocks that are not done; the file is not opened when there are none."""
+        """One file's blocks that are not done; the file is not opened when there are none.
+
+        Raises UserError, naming the file, where it is shorter than `rows` says.
+        """
         if done >= set(self._names(file)):
             return
-        for block in read_file_blocks(self.files, file, self.documents, self.size, self.key, self._taken()[file]):
+        for block in self._read(file):
             if block.id not in done:
                 yield block if self.references is None else _with_references(block, self.references)
 
@@ -64,6 +68,23 @@ class CorpusBlocks:
         """How many documents a block has."""
         file, number = (int(part) for part in block.split("-"))
         return min(self.size, self._taken()[file] - number * self.size)
+
+    def _read(self, file: int) -> Iterator[Block]:
+        """One file's blocks. Raises UserError where it ends before the documents that were counted in it: those that
+        are missing could never be done."""
+        left = taken = self._taken()[file]
+        for block in read_file_blocks(self.files, file, self.documents, self.size, self.key, taken):
+            whole = len(block.documents) == min(self.size, left)
+            left -= len(block.documents)
+            if not whole:
+                break
+            yield block
+        if left:
+            raise UserError(
+                f"{self.key}.path: {self.files[file].path} has become shorter since the run was checked: it has "
+                f"{taken - left:,} of its {self.rows[file]:,} documents; put it back as it was and run the same "
+                "command again, or name a new run_dir"
+            )
 
     def _names(self, file: int) -> list[str]:
         return [block_id(file, number) for number in range(-(-self._taken()[file] // self.size))]

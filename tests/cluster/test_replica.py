@@ -2,21 +2,26 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import ray
 import runs
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.util.placement_group import placement_group_table
 
-from msif_ray.cluster import pool, stream
+from msif_ray.cluster import pool, stream, workers
+from msif_ray.cluster.deaths import NoRoomError
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.replica import Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Cluster
+from msif_ray.corpus.reader import Block
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,6 +100,73 @@ def test_a_lent_replica_that_dies_is_replaced_by_its_borrower_and_then_by_the_po
         assert again != lent
 
 
+class Mapper:
+    """Stands for Ray Data's own actor, which is lost and restarted with what it was made from."""
+
+    def __init__(self, lent: list[Any], cpus: int) -> None:
+        workers.UNFILLED_SECONDS = 1.0
+        self.replica = ModelReplica([None], RankResources(1, cpus, 0.0), lent)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def has(self) -> str:
+        """The id of its replica."""
+        return str(self.replica._replica._actor_id.hex())
+
+    def do(self) -> None:
+        self.replica.do(Block("00000-0000000", ()))
+
+
+def test_an_actor_that_is_restarted_takes_its_replica_back() -> None:
+    resources = RankResources(1, 0, 0.0)
+    lent = [ray.remote(Replica).options(num_cpus=0).remote(resources) for _ in range(2)]
+    mapper = ray.remote(Mapper).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    mappers = [mapper.remote(lent, 0) for _ in lent]
+    had = [ray.get(mapper.has.remote()) for mapper in mappers]
+    assert set(had) == {actor._actor_id.hex() for actor in lent}
+    os.kill(ray.get(mappers[0].pid.remote()), signal.SIGKILL)
+    assert ray.get(mappers[0].has.remote(), timeout=60) == had[0]
+    assert ray.get(mappers[1].has.remote()) == had[1]
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Somebody has the whole cluster."""
+    other = ray.remote(Replica).options(num_cpus=2).remote(RankResources(1, 2, 0.0))
+    ray.get(other.has_room.remote(), timeout=60)
+    try:
+        yield
+    finally:
+        ray.kill(other)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_place_of_a_replica_that_was_lost_is_not_waited_for_without_end(restarted: bool) -> None:
+    lent = ray.remote(Replica).options(num_cpus=0).remote(RankResources(1, 0, 0.0))
+    mapper = ray.remote(Mapper).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote([lent], 1)
+    assert ray.get(mapper.has.remote(), timeout=60) == lent._actor_id.hex()
+    ray.kill(lent)
+    with no_room():
+        if restarted:
+            os.kill(ray.get(mapper.pid.remote()), signal.SIGKILL)
+            with pytest.raises(ActorDiedError, match="NoRoomError"):
+                ray.get(mapper.do.remote(), timeout=60)
+        else:
+            with pytest.raises(RayTaskError) as lost:
+                ray.get(mapper.do.remote(), timeout=60)
+            assert isinstance(lost.value.cause, NoRoomError)
+            assert "1 CPU" in str(lost.value.cause)
+
+
+def test_an_actor_that_has_had_no_replica_yet_waits_for_room() -> None:
+    with no_room():
+        mapper = ray.remote(Mapper).options(num_cpus=0).remote([], 1)
+        has = mapper.has.remote()
+        assert not ray.wait([has], timeout=8)[0], "it is no longer the demand that an autoscaler sees"
+    assert ray.get(has, timeout=60)
+
+
 class Progress:
     """Told of a wait for replicas, which is short here."""
 
@@ -124,11 +196,29 @@ def test_scoring_that_waits_says_what_for(monkeypatch: pytest.MonkeyPatch) -> No
     class Told:
         def wait(self, reason: str) -> None:
             said.append(reason)
-            begun.set()
+            heard.set()
 
-    with stream._told_to_wait(Told(), "for a replica") as begun:  # type: ignore[arg-type]
-        assert begun.wait(10)
-    assert said == ["for a replica"]
+    seen, heard = stream._Seen(RankResources(1, 2, 0.0)), threading.Event()
+    with stream._told_to_wait(Told(), seen.silence):  # type: ignore[arg-type]
+        assert heard.wait(10)
+    assert set(said) == {"no replica has done a block yet; each takes 2 CPU"}
+
+
+def test_scoring_in_which_no_block_is_done_any_more_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(stream, "monotonic", lambda: now)
+    seen = stream._Seen(RankResources(1, 2, 0.0))
+    seen.block_of("one")
+    now += 20
+    assert seen.block_of("other") == 2 and seen.silence() is None
+    now += 39
+    assert seen.silence() is None, "two blocks may take as long"
+    now += 1
+    told = seen.silence()
+    assert told is not None and told.startswith("no block has been done for 40 s;") and told.endswith("takes 2 CPU")
+    assert seen.block_of("one") == 2 and seen.silence() is None
+    now += stream.ALIVE_SECONDS
+    assert seen.block_of("one") == 1
 
 
 class Working(Replica):
@@ -136,6 +226,21 @@ class Working(Replica):
 
     def work(self, seconds: float) -> None:
         time.sleep(seconds)
+
+
+def test_a_replica_that_is_still_at_work_for_a_stream_that_broke_off_is_lent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "Replica", Working)
+    monkeypatch.setattr(pool, "START_SECONDS", 20.0)
+    with ReplicaPool(Cluster(replicas={"min": 1, "max": 2}, cpus_per_rank=1, gpus_per_rank=0)) as replicas:
+        lent = replicas.lend(Progress())
+        assert len(lent) == 2
+        monkeypatch.setattr(pool, "START_SECONDS", 1.0)
+        work = lent[0].work.remote(8)
+        assert set(replicas.lend(Progress())) == set(lent)
+        assert not ray.wait([work], timeout=0)[0], "the wait was for the one at work"
+        ray.get(work)
 
 
 def test_a_borrower_finds_the_free_replica_while_others_are_at_work() -> None:

@@ -5,6 +5,7 @@ import pytest
 from msif_ray.config import Documents
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.files import corpus_files
+from msif_ray.errors import UserError
 
 ROWS = 7
 
@@ -46,3 +47,15 @@ def test_blocks_that_are_done_are_left_out(corpus, tmp_path):
     assert [block.id for block in corpus().left(done)] == [block.id for block in blocks if block.id not in done]
     (tmp_path / "a.jsonl").unlink()  # a file whose blocks are all done is not opened
     assert list(corpus().left({block.id for block in blocks[:3]})) == blocks[3:]
+
+
+@pytest.mark.parametrize("rows", [0, 3, 5])  # nothing, whole blocks, a part of one
+def test_a_file_that_has_become_shorter_is_named(corpus, tmp_path, rows):
+    lines = (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[:rows]))
+    read = []
+    with pytest.raises(UserError, match=rf"^key\.path: {tmp_path}/b\.jsonl .*shorter .* it has {rows} of its 7 doc"):
+        for block in corpus().left(set()):
+            read.append(block)
+    assert [len(block.documents) for block in read] == [3, 3, 1] + [3] * (rows // 3), "a cut block is handed out"
+    assert len(list(corpus(ROWS + rows).left(set()))) == 3 + -(-rows // 3), "what is missing is not asked for"
