@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from threading import Event, Thread
 from time import monotonic
 
@@ -153,7 +154,9 @@ class Reporter:
             check()
             self.observe(now)
 
-        return replace(self, observe=observe)
+        checked = copy(self)  # not `replace`: a subclass may be made of other things
+        vars(checked)["observe"] = observe
+        return checked
 
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Step]:
