@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from msif_ray.errors import UserError
+from msif_ray.unicode import is_unicode
 
 PROTOCOLS = ("s3", "gs")
 Location = TypeVar("Location", str, list[str])
@@ -40,7 +41,7 @@ def check_location(location: Location) -> Location:
             raise ValueError("the path is empty; name a folder or a file")
         if protocol in PROTOCOLS and separator and not bucket:
             raise ValueError(f"{text}: there is no bucket in it; name one after {protocol}://")
-        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        if "\0" in text or not is_unicode(text):
             raise ValueError(f"{text!r}: a path has neither null characters nor lone surrogates")
     return location
 

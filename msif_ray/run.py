@@ -22,7 +22,7 @@ from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Documents, Run, Score
 from msif_ray.connection import connected, decide_gpus
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25, by_list, write_chosen
+from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25, by_list
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.objectives import objective_identity
@@ -38,6 +38,7 @@ from msif_ray.results.statistics import STATISTICS, write_statistics
 from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import corpus_blocks, factors_folder, model_setup
 from msif_ray.store import sweep
+from msif_ray.tables import write_table
 
 Until = Literal["fit", "index", "score"]
 
@@ -213,7 +214,7 @@ class _Driver:
                 checkpoint = self.resolved.stages[self.config.stage_index(entry.stage)]
                 tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
                 table = by_bm25(blocks, queries, wanted.top, lambda ids: str(tokenizer.decode(list(ids))))
-            write_chosen(path, table)
+            write_table(path, table)
             self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
         return path
 

@@ -25,7 +25,7 @@ from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of, storage
-from msif_ray.tables import read_table, write_table
+from msif_ray.tables import read_table
 
 SCHEMA = pa.schema(
     [
@@ -110,7 +110,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class ChosenFile:
-    """A file of `write_chosen` as a run found it: a process may outlive the run, and what is there then."""
+    """A table of candidates as a run found it: a process may outlive the run, and what is there then."""
 
     path: str
     state: str
@@ -124,10 +124,6 @@ class ChosenFile:
 def read_chosen(chosen: ChosenFile) -> Chosen:
     """The candidates in a file, read once per process. Raises UserError for one that is damaged."""
     return Chosen(read_table(path_of(chosen.path), SCHEMA.names))
-
-
-def write_chosen(path: Path, table: pa.Table) -> None:
-    write_table(path, table)
 
 
 def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Decode | None = None) -> pa.Table:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from msif_ray.corpus.spans import overlapping
 from msif_ray.corpus.template import Messages, marks_generation, rendered, rendered_and_marked, rendered_before
-from msif_ray.corpus.unicode import is_unicode
+from msif_ray.unicode import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

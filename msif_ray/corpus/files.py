@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from msif_ray.config import Documents
-from msif_ray.corpus.unicode import is_unicode
 from msif_ray.errors import UserError
 from msif_ray.paths import exists, find, is_remote, path_of, storage
+from msif_ray.unicode import is_unicode
 
 
 @dataclass(frozen=True)

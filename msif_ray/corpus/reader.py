@@ -20,10 +20,10 @@ from msif_ray.config import Documents
 from msif_ray.corpus.arrow import python_rows
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.packed import NoParts, Part, part_names, row_parts
-from msif_ray.corpus.unicode import is_unicode
 from msif_ray.errors import UserError
 from msif_ray.fetch import fetched
 from msif_ray.paths import is_remote, path_of, storage
+from msif_ray.unicode import is_unicode
 
 ROWS_AT_ONCE = 1024
 ROWS_MADE = 64  # of those into Python values

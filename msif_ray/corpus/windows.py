@@ -13,8 +13,8 @@ from msif_ray.corpus.packed import NoParts, Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.spans import overlapping, overlapping_turn
-from msif_ray.corpus.unicode import is_unicode
 from msif_ray.influence.batch import Batch, WindowKey
+from msif_ray.unicode import is_unicode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,12 +18,12 @@ from msif_ray.corpus.candidates import (
     by_list,
     listed_pairs,
     read_chosen,
-    write_chosen,
 )
 from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
+from msif_ray.tables import write_table
 
 TEXTS = [
     "the river runs to the sea", "a king of the old city", None, "the sea is green and the sea is old", "winter",
@@ -120,7 +120,7 @@ def test_what_is_not_there_is_said(
 
 def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> None:
     path = write(tmp_path, query_id=["q1", "q0", "q1"], doc_id=["d9", "d0", "d1"])
-    write_chosen(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, path, "k"))
+    write_table(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, path, "k"))
     chosen = CandidateBlocks(**vars(blocks), chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
     names = ["00000-0000000", "00000-0000002"]
     assert chosen.ids == set(names) and chosen.count == 3 and chosen.documents_in(names[0]) == 2
@@ -132,7 +132,7 @@ def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> N
 
 def test_a_later_run_of_the_same_process_reads_its_own_candidates(blocks: CorpusBlocks, tmp_path: Path) -> None:
     for document in ("d1", "d5", "d1"):
-        write_chosen(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, write(tmp_path, doc_id=[document]), "k"))
+        write_table(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, write(tmp_path, doc_id=[document]), "k"))
         chosen = CandidateBlocks(**vars(blocks), chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
         assert [each.id for block in chosen.left(set()) for each in block.documents] == [document]
 

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from msif_ray import layout
 from msif_ray.cli import app
-from msif_ray.corpus.candidates import SCHEMA, write_chosen
+from msif_ray.corpus.candidates import SCHEMA
 from msif_ray.errors import UserError
 from msif_ray.results import parts
 from msif_ray.results.compare import compare, compare_scores
+from msif_ray.tables import write_table
 
 
 def side(ids: list[str], scores: np.ndarray) -> tuple[pa.Array, np.ndarray]:
@@ -134,7 +135,7 @@ def test_a_run_of_candidates_has_the_blocks_that_hold_some(tmp_path: Path) -> No
         compare(run, run, Console())
     for rows in (chosen[:1], chosen):
         columns = [pa.array(each, kind.type) for each, kind in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
-        write_chosen(path, pa.table(columns, SCHEMA))
+        write_table(path, pa.table(columns, SCHEMA))
         compare(run, run, Console(quiet=True))
     parts.part_path(run, "pretrain", "00000-0000000").unlink()
     with pytest.raises(UserError, match=r"pretrain has scores of 1 of 2 blocks of candidates; finish the run with"):
