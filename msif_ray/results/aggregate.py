@@ -150,21 +150,24 @@ def _table(facts: Facts, sums: _Sums) -> pa.Table:
 
 def print_aggregate(table: pa.Table, column: str, console: Console, query: str | None = None) -> None:
     """Prints one query's groups, or the means of their shares over all queries: shares have no unit, and queries'
-    scores differ in size. Raises UserError for a query that is not there."""
+    scores differ in size. Where queries have scores of different documents (candidates), the equal share is a mean,
+    too, and the number of documents the largest. Raises UserError for a query that is not there."""
     if query is not None:
         table = table.filter(pc.equal(table["query_id"], query))
         if not len(table):
             raise UserError(f"--query: there are no scores of {query!r}")
     queries = len(pc.unique(table["query_id"]))
-    means = [("documents", "max"), ("share", "sum"), ("net_share", "sum"), ("share_of_documents", "max")]
-    groups = table.group_by("value").aggregate(means).sort_by([("share_sum", "descending")]).to_pylist()
+    sums = [(name, "sum") for name in ("documents", "share", "net_share", "share_of_documents")]
+    found = table.group_by("value").aggregate([("documents", "max"), *sums])
+    groups = found.sort_by([("share_sum", "descending")]).to_pylist()
     shown = Table(box=None, padding=(0, 1), header_style="dim")
     shown.add_column(Text(column), overflow="fold")
     for name in ("documents", "share", "net", "per document"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in groups[:SHOWN]:
-        share, documents = row["share_sum"] / queries, row["share_of_documents_max"]
-        ratio = f"{share / documents:.2f}×" if documents else ""
+        # Both are means over as many queries: one without documents of the group counts as zero in either.
+        share, equal = row["share_sum"] / queries, row["share_of_documents_sum"] / queries
+        ratio = f"{share / equal:.2f}×" if equal else ""
         net = f"{row['net_share_sum'] / queries:+.1%}"
         value = Text(NOTHING, style="dim") if row["value"] is None else Text(visible(row["value"]))
         shown.add_row(value, f"{row['documents_max']:,}", f"{share:.1%}", net, ratio)
@@ -172,5 +175,7 @@ def print_aggregate(table: pa.Table, column: str, console: Console, query: str |
     if len(groups) > SHOWN:
         console.print(Text(f"and {len(groups) - SHOWN:,} more values", style="dim"))
     over = "" if query is not None else f" (mean over {queries} queries)"
+    differ = any(row["documents_sum"] != queries * row["documents_max"] for row in groups)
     words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
+    words += "; documents: of a query at most" if differ else ""
     console.print(Text(words, style="dim"))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,12 @@ from msif_ray.results.aggregate import aggregate
 DOMAINS = ["web", "books", None]
 
 
+def of_corpus(corpus: Path, per_block: int) -> dict[str, Any]:
+    documents = {"path": str(corpus), "text": "text", "id": "id"}
+    stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
+    return {"stages": stages, "cluster": {"documents_per_block": per_block}}
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """12 documents in blocks of six, one more skipped."""
@@ -25,10 +32,7 @@ def run_dir(tmp_path: Path) -> Path:
     lines.insert(2, {"id": "skipped", "text": None, "domain": "web", "year": 1})
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    documents = {"path": str(corpus), "text": "text", "id": "id"}
-    stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
-    changes = {"stages": stages, "cluster": {"documents_per_block": 7}}
-    run = Finished(changes=changes, skipped=[("skipped", "text is null")])
+    run = Finished(changes=of_corpus(corpus, 7), skipped=[("skipped", "text is null")])
     return run.write(tmp_path / "run")
 
 
@@ -86,13 +90,31 @@ def test_brackets_are_text_and_null_is_a_group_of_its_own(tmp_path: Path) -> Non
     corpus = tmp_path / "corpus.parquet"
     columns = {"id": [f"doc-{n:02d}" for n in range(10)], "text": ["x"] * 10, "an[a]": values * 2}
     pq.write_table(pa.table(columns), corpus)
-    documents = {"path": str(corpus), "text": "text", "id": "id"}
-    stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
-    changes = {"stages": stages, "cluster": {"documents_per_block": 5}}
-    run_dir = Finished(documents=10, changes=changes).write(tmp_path / "run")
+    run_dir = Finished(documents=10, changes=of_corpus(corpus, 5)).write(tmp_path / "run")
     found = {row["value"]: row["documents"] for row in aggregate(run_dir, "an[a]").to_pylist()}
     assert found == dict.fromkeys(values, 2)
     result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["aggregate", str(run_dir), "--by", "an[a]"])
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[0].split()[0] == "an[a]"
     assert sorted(line.split()[0] for line in lines[1:6]) == sorted(value or "(none)" for value in values)
+
+
+def test_queries_with_other_candidates_have_their_own_equal_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal scores each group has its equal share, however many of its documents each query has."""
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [{"id": f"doc-{n:02d}", "text": "x", "domain": DOMAINS[n // 6]} for n in range(12)]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    scores = np.ones((12, 2), dtype=np.float32)
+    scores[:5, 0] = scores[7:, 1] = np.nan  # one web and six books of the first query, six and one of the second
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    run_dir = Finished(changes=of_corpus(corpus, 6)).write(tmp_path / "run")
+    assert [row["share"] for row in aggregate(run_dir, "domain").to_pylist()] == pytest.approx([6 / 7, 1 / 7] * 2)
+    for query, at_most in (([], True), (["--query", "q0"], False)):
+        arguments = ["aggregate", str(run_dir), "--by", "domain", *query]
+        printed = CliRunner(env={"COLUMNS": "200"}).invoke(app, arguments, catch_exceptions=False).stdout
+        found = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[1:3]}
+        assert [row[-1] for row in found.values()] == ["1.00×", "1.00×"]
+        assert ("documents: of a query at most" in printed) == at_most
+        assert [found[value][0] for value in ("web", "books")] == (["6", "6"] if at_most else ["1", "6"])
