@@ -58,8 +58,8 @@ SCHEMA = pa.schema(
         "documents": "those with a score of the query; out_of: those of the corpus that could have one, N",
         "unit": "supports, opposes, net: nats of the completion's log-likelihood, sums of max(score, 0) / N, "
         "min(score, 0) / N and score / N over the documents",
-        "share": "of the supports of all stages scored with the same responses; null where no other stage is, and "
-        "for a second entry of one stage. opposing_share: likewise of the opposes",
+        "share": "of the supports of all stages scored with the same responses; null where no other stage is, for a "
+        "second entry of one stage, and where no document supports. opposing_share: likewise of the opposes",
     },
 )
 
@@ -135,11 +135,10 @@ def _compared(facts: Facts) -> list[list[str]]:
 
 
 def _row(facts: Facts, scored: Scored, query: str, row: Mapping[str, Any]) -> Row:
-    """From the sums of |score| and of score: half their sum is the sum of the positive ones."""
-    total, sizes, documents = row["mean"] * row["documents"], row["total_absolute"], row["documents"]
-    supports, opposes = max(0.0, sizes + total) / 2, min(0.0, total - sizes) / 2
+    documents = row["documents"]
     out_of = scored.out_of or max(documents, scored.documents - facts.skipped.get(scored.label, Counter()).total())
-    return Row(scored.label, query, scored.stage, documents, out_of, supports / out_of, opposes / out_of)
+    supports, opposes = row["total_positive"] / out_of, row["total_negative"] / out_of
+    return Row(scored.label, query, scored.stage, documents, out_of, supports, opposes)
 
 
 def _with_shares(rows: list[Row]) -> dict[str, Row]:

@@ -225,19 +225,21 @@ def _results(gathered: Gathered, scored: Scored, query: str) -> Json:
 
 
 def _stages(gathered: Gathered, label: str, query: str) -> list[Json]:
-    """The shares by stage that go with the scores of `label`; empty where there are none."""
+    """The rows by stage that go with the scores of `label`; empty where no other stage's do. A share is null where no
+    document supports."""
     beside = stages_beside(gathered.facts, label) if gathered.by_stage else []
     rows = [gathered.by_stage[each, query] for each in beside if (each, query) in gathered.by_stage]
+    if len(rows) < 2:
+        return []
     return [
         {
             "label": row.stage,
             "documents": row.documents,
             "out_of": row.out_of,
-            "share": _short(row.share),
+            "share": None if row.share is None else _short(row.share),
             **{name: _short(getattr(row, name)) for name in ("supports", "opposes", "net")},
         }
         for row in rows
-        if row.share is not None
     ]
 
 

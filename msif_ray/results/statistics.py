@@ -29,6 +29,8 @@ SCHEMA = pa.schema(
         ("lowest", pa.float64()),
         ("highest", pa.float64()),
         ("total_absolute", pa.float64()),
+        ("total_positive", pa.float64()),
+        ("total_negative", pa.float64()),
         ("length_correlation", pa.float64()),
         ("mean_tokens", pa.float64()),
         ("histogram", pa.list_(pa.int64())),
@@ -38,6 +40,7 @@ SCHEMA = pa.schema(
         "documents": "those with a score of the query that is a number; the other columns are over these",
         "deviation": "standard deviation of the scores",
         "total_absolute": "sum of |score|: of which a document's share of the whole is a share",
+        "total_positive": "sum of the scores above zero; total_negative: of those below it",
         "length_correlation": "Pearson's correlation of |score| with n_tokens; null where either is constant",
         "histogram": f"documents in {BINS} intervals of equal width from the lowest score to the highest",
     },
@@ -51,21 +54,24 @@ class _Sums:
     """Running sums of one query's scores s and their documents' lengths n."""
 
     ends: Ends
-    moments: np.ndarray = field(default_factory=lambda: np.zeros(7))  # 1, s, s², |s|, n, n², |s|·n
+    # 1, max(s, 0), min(s, 0), s², n, n², |s|·n. Sums of one sign: neither can be had from those of s and |s|, whose
+    # rounding is larger than a sum that is small beside the other.
+    moments: np.ndarray = field(default_factory=lambda: np.zeros(7))
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
 
     def add(self, scores: np.ndarray, tokens: np.ndarray) -> None:
         kept = np.isfinite(scores)
         s, n = scores[kept].astype(np.float64), tokens[kept].astype(np.float64)
         size = np.abs(s)
-        self.moments += (len(s), s.sum(), s @ s, size.sum(), n.sum(), n @ n, size @ n)
+        positive, negative = np.maximum(s, 0.0).sum(), np.minimum(s, 0.0).sum()
+        self.moments += (len(s), positive, negative, s @ s, n.sum(), n @ n, size @ n)
         lowest, highest = self.ends
         places = (s - lowest) / ((highest - lowest) or 1.0) * BINS
         self.histogram += np.bincount(np.clip(places.astype(np.int64), 0, BINS - 1), minlength=BINS)
 
     def row(self, stage: str, query: str) -> dict[str, Any]:
-        count, total, squares, absolute, tokens, squared_tokens, products = self.moments.tolist()
-        mean = total / count if count else 0.0
+        count, positive, negative, squares, tokens, squared_tokens, products = self.moments.tolist()
+        mean, absolute = (positive + negative) / count if count else 0.0, positive - negative
         variances = _spread(squares, absolute, count) * _spread(squared_tokens, tokens, count)
         correlation = (products - absolute * tokens / count) / variances**0.5 if variances else None
         return {
@@ -77,6 +83,8 @@ class _Sums:
             "lowest": self.ends[0],
             "highest": self.ends[1],
             "total_absolute": absolute,
+            "total_positive": positive,
+            "total_negative": negative,
             "length_correlation": None if correlation is None else max(-1.0, min(1.0, correlation)),
             "mean_tokens": tokens / count if count else 0.0,
             "histogram": self.histogram.tolist(),

@@ -99,12 +99,29 @@ def test_one_stage_alone_has_none(tmp_path: Path) -> None:
     assert "Which stage it comes from" not in page and "What a stage's share is" not in page
 
 
-def test_nothing_but_opposing_documents_have_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = finished(entry("pretrain"), entry("tune"))
-    monkeypatch.setattr(Finished, "scores", lambda self, label: -np.ones((12, 2), dtype=np.float32))
+def test_what_rounding_leaves_of_opposing_documents_is_no_support(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of scores and of |score| differ by rounding where their means are not exact. The first query of the one
+    stage has one supporting document, far less than what rounding leaves of the others."""
+    random = np.random.default_rng(13)  # of which 61 documents round to a support of 1e-16
+    scores = {label: -random.lognormal(size=(61, 2)).astype(np.float32) for label in ("pretrain", "tune")}
+    scores["tune"][7, 0] = 1e-30
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores[label])
+    run = finished(entry("pretrain"), entry("tune"), documents=61)
     write_report(run.write(tmp_path))
-    row = rows(tmp_path)["pretrain", "q0"]
-    assert row["share"] is None and row["opposing_share"] == 0.5 and row["supports"] == 0
+    found = rows(tmp_path)
+    for label, own in scores.items():
+        first, second = found[label, "q0"], found[label, "q1"]
+        assert first["share"] == (label == "tune")
+        assert (second["supports"], second["share"]) == (0, None) and 0 < second["opposing_share"] < 1
+        assert second["opposes"] == second["net"] == pytest.approx(own[:, 1].astype(float).mean())
+    assert found["tune", "q0"]["supports"] == pytest.approx(1e-30 / 61)
+    pages = page_data((tmp_path / "report.html").read_text(encoding="utf-8"))["scored"][0]["queries"]
+    assert [[row["share"] for row in page["stages"]] for page in pages] == [[0, 1], [None, None]]
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["show", str(tmp_path)], catch_exceptions=False)
+    lines = [line for line in result.stdout.splitlines() if "support by stage" in line]
+    assert lines == ["support by stage: pretrain 0%, tune 100%"]  # of the first
 
 
 def test_show_prints_the_shares(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from results import browser
 from results.finished import KINDS, MAPS, Finished, page_data
@@ -248,6 +249,19 @@ def test_it_shows_which_stage_an_answer_comes_from(chromium: Any, tmp_path: Path
     assert found.violations_count == 0, found.generate_report()
     seen.page.get_by_label("Scores", exact=True).select_option(label="alone")
     assert "compared with no other stage" in seen.page.locator("#stages").inner_text()
+    seen.assert_quiet()
+
+
+def test_a_stage_has_no_share_where_no_document_supports(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = -np.random.default_rng(0).lognormal(size=(12, 2)).astype(np.float32)
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    tune = {"stage": "tune", "documents": {"path": "tune.jsonl", "text": "text"}}
+    run = Finished(labels=("pretrain", "tune"), changes={"score": [{"stage": "pretrain"}, tune]})
+    seen = browser.Watched(chromium, write_report(run.write(tmp_path))[0])
+    shares = seen.page.locator("#stages tbody td:nth-child(2)").all_inner_texts()
+    assert [share.strip() for share in shares] == ["–", "–"]
     seen.assert_quiet()
 
 

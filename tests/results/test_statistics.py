@@ -28,6 +28,8 @@ def test_they_are_those_of_all_scores(tmp_path: Path, monkeypatch: pytest.Monkey
         assert row["documents"] == len(own) and row["lowest"] == own.min() and row["highest"] == own.max()
         assert row["mean"] == pytest.approx(own.mean()) and row["deviation"] == pytest.approx(own.std())
         assert row["total_absolute"] == pytest.approx(np.abs(own).sum())
+        assert row["total_positive"] == pytest.approx(own[own > 0].sum())
+        assert row["total_negative"] == pytest.approx(own[own < 0].sum())
         assert row["length_correlation"] == pytest.approx(np.corrcoef(np.abs(own), lengths)[0, 1])
         assert row["mean_tokens"] == pytest.approx(lengths.mean())
         assert row["histogram"] == np.histogram(own, BINS)[0].tolist()

@@ -103,7 +103,7 @@
       bar.style.width = `${100 * each.share}%`;
       const all = each.documents === each.out_of ? "" : ` of ${each.out_of.toLocaleString("en")}`;
       return make("tr", {}, make("th", { scope: "row" }, each.label),
-        make("td", {}, make("span", { class: "share", "aria-hidden": "true" }, bar), ` ${percent(each.share)}`),
+        make("td", {}, make("span", { class: "share", "aria-hidden": "true" }, bar), ` ${each.share === null ? "–" : percent(each.share)}`),
         ...[each.supports, each.opposes, each.net].map((value) => make("td", {}, signed(value))),
         make("td", {}, `${each.documents.toLocaleString("en")}${all}`));
     });
