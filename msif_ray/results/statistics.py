@@ -54,9 +54,12 @@ class _Sums:
     """Running sums of one query's scores s and their documents' lengths n."""
 
     ends: Ends
-    # 1, max(s, 0), min(s, 0), s², n, n², |s|·n. Sums of one sign: neither can be had from those of s and |s|, whose
-    # rounding is larger than a sum that is small beside the other.
-    moments: np.ndarray = field(default_factory=lambda: np.zeros(7))
+    # 1, max(s, 0), min(s, 0), s², n, n², |s|·n, d, d², with d = s - lowest.
+    #
+    # Each sign has its own sum: from those of s and |s| a small one could not be told from the other's rounding.
+    # The deviation is from d: Σs² can be any number of times Σ(s - mean)², where scores are alike and far from zero,
+    # and so can its rounding; Σd² of N documents is no more than 2N times that, with the ends among them.
+    moments: np.ndarray = field(default_factory=lambda: np.zeros(9))
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
 
     def add(self, scores: np.ndarray, tokens: np.ndarray) -> None:
@@ -64,13 +67,14 @@ class _Sums:
         s, n = scores[kept].astype(np.float64), tokens[kept].astype(np.float64)
         size = np.abs(s)
         positive, negative = np.maximum(s, 0.0).sum(), np.minimum(s, 0.0).sum()
-        self.moments += (len(s), positive, negative, s @ s, n.sum(), n @ n, size @ n)
         lowest, highest = self.ends
-        places = (s - lowest) / ((highest - lowest) or 1.0) * BINS
+        d = s - lowest
+        self.moments += (len(s), positive, negative, s @ s, n.sum(), n @ n, size @ n, d.sum(), d @ d)
+        places = d / ((highest - lowest) or 1.0) * BINS
         self.histogram += np.bincount(np.clip(places.astype(np.int64), 0, BINS - 1), minlength=BINS)
 
     def row(self, stage: str, query: str) -> dict[str, Any]:
-        count, positive, negative, squares, tokens, squared_tokens, products = self.moments.tolist()
+        count, positive, negative, squares, tokens, squared_tokens, products, *distances = self.moments.tolist()
         mean, absolute = (positive + negative) / count if count else 0.0, positive - negative
         variances = _spread(squares, absolute, count) * _spread(squared_tokens, tokens, count)
         correlation = (products - absolute * tokens / count) / variances**0.5 if variances else None
@@ -79,7 +83,7 @@ class _Sums:
             "query_id": query,
             "documents": int(count),
             "mean": mean,
-            "deviation": max(0.0, squares / count - mean**2) ** 0.5 if count else 0.0,
+            "deviation": (_spread(distances[1], distances[0], count) / count) ** 0.5 if count else 0.0,
             "lowest": self.ends[0],
             "highest": self.ends[1],
             "total_absolute": absolute,

@@ -43,6 +43,17 @@ def test_equal_scores_have_no_correlation_and_one_bin(tmp_path: Path) -> None:
     assert row["length_correlation"] is None and row["deviation"] == 0 and sum(row["histogram"]) == 2
 
 
+@pytest.mark.parametrize("count", [1000, 1_000_003])
+def test_the_deviation_is_not_what_rounding_leaves(count: int) -> None:
+    """Of equal scores it is zero, and of those far from zero that of their distances."""
+    for spread in (0, 2):
+        scores = (123.4 + 1e-5 * np.random.default_rng(0).integers(-spread, spread + 1, count)).astype(np.float32)
+        sums = _Sums((float(scores.min()), float(scores.max())))
+        for part in np.array_split(scores, 37):
+            sums.add(part, np.full(len(part), 5, np.int32))
+        assert sums.row("s", "a")["deviation"] == pytest.approx(scores.astype(float).std() if spread else 0, abs=1e-15)
+
+
 def test_what_rounding_leaves_of_equal_lengths_is_no_spread() -> None:
     count, tokens = 247_778, 7176  # of which (Σn)²/N is not Σn² in float64
     sums = _Sums((-1.0, 1.0))
