@@ -139,10 +139,11 @@ def compare(
         table.add_row("mean", "", _number(spearman), _number(pearson), _share(overlap), style="bold")
     console.print(table)
     _print_moved(console, found, MOVED if query is None else top)
-    alone = [max(each.alone[side] for each in found) for side in (0, 1)]
-    for letter, count in zip("AB", alone, strict=True):
-        if count:
-            console.print(Text(f"{count:,} documents have scores in {letter} alone, and are left out.", style="yellow"))
+    for letter, counts in zip("AB", zip(*(each.alone for each in found), strict=True), strict=True):
+        if most := max(counts):
+            number = f"{most:,}" if min(counts) == most else f"up to {most:,}"
+            words = f"{number} documents of a query have scores in {letter} alone, and are left out."
+            console.print(Text(words, style="yellow"))
 
 
 def _side(run: str | Path, label: str | None) -> tuple[Facts, Scored]:

@@ -1,11 +1,13 @@
 """`msif compare`: correlations equal another library's, and what moved is named."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from results.finished import Finished
 from rich.console import Console
@@ -125,17 +127,39 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
             compare(*runs, Console())
 
 
+# Rows of the candidates' table of a run with two blocks, one candidate in each.
+CHOSEN = [("q0", "doc-01", "00000-0000000", 1, None), ("q1", "doc-07", "00000-0000001", 1, None)]
+
+
+def of_candidates(run_dir: Path) -> Path:
+    entry = {"stage": "pretrain", "candidates": {"path": "pairs.parquet"}}
+    return Finished(changes={"score": [entry]}, out_of=10_000).write(run_dir)
+
+
+def write_candidates(run_dir: Path, rows: Sequence[tuple[object, ...]]) -> None:
+    columns = [pa.array(each, kind.type) for each, kind in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
+    write_table(layout.candidates(str(run_dir), "pretrain"), pa.table(columns, SCHEMA))
+
+
+def test_documents_of_one_run_alone_are_counted_by_query(tmp_path: Path) -> None:
+    whole, some = Finished().write(tmp_path / "whole"), of_candidates(tmp_path / "some")
+    write_candidates(some, CHOSEN)
+    path = parts.part_path(some, "pretrain", "00000-0000000")
+    rows = pq.read_table(path)  # six of q0, then six of q1
+    have = "documents of a query have scores in A alone, and are left out."
+    for kept, said in (((1, 7), f"5 {have}"), ((1, 2, 7), f"up to 5 {have}"), (range(12), None)):
+        pq.write_table(rows.take(list(kept)), path)
+        lines = printed_by("compare", str(whole), str(some)).splitlines()
+        assert [line for line in lines if "alone" in line] == ([said] if said else [])
+
+
 def test_a_run_of_candidates_has_the_blocks_that_hold_some(tmp_path: Path) -> None:
     """Which of their documents have scores depends on the query."""
-    chosen = [("q0", "doc-01", "00000-0000000", 1, None), ("q1", "doc-07", "00000-0000001", 1, None)]
-    entry = {"stage": "pretrain", "candidates": {"path": "pairs.parquet"}}
-    run = Finished(changes={"score": [entry]}, out_of=10_000).write(tmp_path)
-    path = layout.candidates(str(run), "pretrain")
+    run = of_candidates(tmp_path)
     with pytest.raises(UserError, match=r"no candidates of pretrain there yet; finish the run with"):
         compare(run, run, Console())
-    for rows in (chosen[:1], chosen):
-        columns = [pa.array(each, kind.type) for each, kind in zip(zip(*rows, strict=True), SCHEMA, strict=True)]
-        write_table(path, pa.table(columns, SCHEMA))
+    for rows in (CHOSEN[:1], CHOSEN):
+        write_candidates(run, rows)
         compare(run, run, Console(quiet=True))
     parts.part_path(run, "pretrain", "00000-0000000").unlink()
     with pytest.raises(UserError, match=r"pretrain has scores of 1 of 2 blocks of candidates; finish the run with"):
