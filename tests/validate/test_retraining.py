@@ -175,10 +175,18 @@ def test_another_setting_is_refused(trainings: Trainings) -> None:
 
 
 def test_removed_documents_are_not_read(trainings: Trainings) -> None:
-    without = trainings.without("some", [[0, 3], [1, 2], [4, 5]])
+    without = trainings.without("some", [[[0, 3], [1, 2], [4, 5]]])
     assert [sorted(np.flatnonzero(~row)) for row in without.included] == [[0, 3], [1, 2], [4, 5]]
     with pytest.raises(UserError, match="other documents"):
-        replace(trainings).without("some", [[0, 3], [1, 3]])
+        replace(trainings).without("some", [[[0, 3], [1, 3]]])
+
+
+def test_more_groups_go_on_where_fewer_ended_however_many_models_are_trained_at_once(trainings: Trainings) -> None:
+    many = replace(trainings, at_once=4)
+    groups = [[[0, 3], [1, 2], [4, 5]], [[1, 3], [2, 5], [0, 4]]]
+    first, both = many.without("some", groups[:1]), many.without("some", groups)
+    assert [sorted(np.flatnonzero(~row)) for row in both.included] == [*groups[0], *groups[1]]
+    assert np.array_equal(both.log_likelihoods[ADAMW][:3], first.log_likelihoods[ADAMW])
 
 
 def test_the_experiment_writes_its_tables_and_trains_nothing_twice(
