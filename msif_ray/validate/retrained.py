@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
-from msif_ray.store import load_tensors, read_json, save_tensors, write_json
+from msif_ray.store import load_tensors, save_tensors
+from msif_ray.validate.kept import check_setting
 from msif_ray.validate.pipeline import Pipeline, Sizes, make_pipeline, rows
 from msif_ray.validate.problem import Scores
 from msif_ray.validate.side_by_side import Stack, log_likelihoods, settle, train
@@ -51,10 +52,7 @@ class Trainings:
 
     def check(self) -> None:
         """Raises UserError where `folder` holds trainings of another setting."""
-        path, own = self.folder / "setting.json", {"sizes": asdict(self.sizes), "seed": self.seed}
-        if path.exists() and read_json(path) != own:
-            raise UserError(f"--folder: {self.folder} holds trainings of another size or seed; give another one")
-        write_json(path, own)
+        check_setting(self.folder, {"sizes": asdict(self.sizes), "seed": self.seed})
 
     @cached_property
     def pipeline(self) -> Pipeline:
