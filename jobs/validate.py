@@ -30,7 +30,8 @@ class Tracing(StrEnum):
 
 @app.callback()
 def chosen() -> None:
-    """Each experiment writes Parquet, JSON and a figure, and goes on where it was when run again."""
+    """Each experiment writes Parquet, JSON and a figure, and goes on where it was when run again: a folder for each
+    setting."""
 
 
 @app.command()
@@ -61,6 +62,7 @@ def solvers(
     """Scores of EK-FAC and of other methods against conjugate gradients run to convergence."""
     try:
         from msif_ray.validate.experiment import Budget, Experiment
+        from msif_ray.validate.options import check_solvers
         from msif_ray.validate.report import machine, write_solvers
         from msif_ray.validate.setting import Sizes
         from msif_ray.validate.solvers import run
@@ -84,6 +86,7 @@ def solvers(
         draws=draws,
         rows=rows,
     )
+    check_solvers(sizes, budget)
     found = run(Experiment(sizes, budget, seed, folder, console.print))
     write_solvers(folder, found | {"machine": machine(threads)})
     console.print(f"results: {folder}")
@@ -112,12 +115,14 @@ def facts(
     try:
         from msif_ray.validate import fact_report, fact_settings, smollm2
         from msif_ray.validate.fact_tracing import FactTracing
+        from msif_ray.validate.options import check_facts
         from msif_ray.validate.report import machine
     except ModuleNotFoundError as error:
         raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     console = Console(stderr=True, highlight=False)
+    check_facts(damping, alpha)
     folder = folder or Path("runs/validate") / f"facts-{setting.value}"
     if setting is Tracing.FACTBOOK:
         made = fact_settings.factbook()
@@ -155,6 +160,7 @@ def retraining(
 ) -> None:
     """Scores of every method against retraining: linear datamodeling scores, and documents removed."""
     try:
+        from msif_ray.validate.options import check_retraining
         from msif_ray.validate.pipeline import Sizes
         from msif_ray.validate.removal import Removals
         from msif_ray.validate.report import machine
@@ -170,6 +176,7 @@ def retraining(
     budget = Budget(
         halves, Removals(removal_groups, group, removed), solved_queries=solved_queries, iterations=iterations
     )
+    check_retraining(sizes, budget.removals)
     trainings = Trainings(sizes, seed, folder, at_once, console.print)
     found = Retraining(trainings, budget, console.print).run()
     write_retraining(folder, found | {"machine": machine(threads)})

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from msif_ray.influence.conjugate import State, Vectors
 from msif_ray.store import load_tensors, save_tensors
 from msif_ray.validate.agreement import agreement
 from msif_ray.validate.joint import ALL, JointSystem, joint_system
-from msif_ray.validate.kept import kept
+from msif_ray.validate.kept import check_setting, kept
 from msif_ray.validate.methods import by_factors
 from msif_ray.validate.problem import Fitted, Problem, Scores, relative_damping
 from msif_ray.validate.roots import DocumentRoots, largest_roots
@@ -53,6 +53,12 @@ class Experiment:
     seed: int
     folder: Path
     say: Callable[[str], None]
+
+    def check(self) -> None:
+        """Raises UserError where `folder` holds parts of another setting; further dampings may be added to one, since
+        the parts of each have its name."""
+        budget = asdict(self.budget) | {"dampings": self.budget.dampings[:1]}
+        check_setting(self.folder, {"sizes": asdict(self.sizes), "seed": self.seed, "budget": budget})
 
     def kept(self, name: str, part: Callable[[], Any]) -> Any:
         """What `part` gave, from `<name>.json` where an earlier call left it."""
@@ -113,7 +119,7 @@ class Experiment:
         """The solution at one damping: its residual, iterations and seconds, and how iterates of the package's solver
         come to it (`iterates`, a row for each that is looked at)."""
         damping = relative_damping(self.fitted[0].ekfac, multiple)
-        of_truth = Watch(self.folder / f"state-{multiple:g}-joint.safetensors", problem, self.say, joint=True)
+        of_truth = Watch(self.folder / f"state-{multiple}-joint.safetensors", problem, self.say, joint=True)
         last = of_truth.solve(
             {ALL: replace(self.joint, multiple=multiple)}, self.budget.iterations, self.budget.tolerance
         )
@@ -133,7 +139,7 @@ class Experiment:
         """Those of the package's solver; 0 is EK-FAC's answer."""
         ekfac = self.fitted[0].ekfac
         damping = relative_damping(ekfac, multiple)
-        watch = Watch(self.folder / f"state-{multiple:g}.safetensors", problem, self.say)
+        watch = Watch(self.folder / f"state-{multiple}.safetensors", problem, self.say)
         watch.scores[0] = problem.scores(by_factors(ekfac, damping, problem.query_gradients))[0]
         systems = problem.systems(ekfac, damping)
         return _rows(watch.solve(systems, self.budget.few_iterations, self.budget.tolerance), watch, truth)

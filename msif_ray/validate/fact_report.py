@@ -21,7 +21,11 @@ TABLES = ("quality", "queries", "leanings", "spreads")
 
 
 def results(experiment: FactTracing) -> dict[str, Any]:
-    """All tables of a finished experiment."""
+    """All tables of the experiment, which is run where it was.
+
+    Raises UserError where its folder holds parts of another setting.
+    """
+    experiment.check()
     traced, setting = experiment.traced(), experiment.setting
     found = rankings(traced, experiment.others(), experiment.tokens)
     quality, by_query = quality_rows(found, setting, experiment.seed)

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from msif_ray.corpus.census import fingerprint
 from msif_ray.corpus.windows import Encoded
 from msif_ray.demo.metrics import Scores
 from msif_ray.demo.questions import Question
 from msif_ray.demo.run import bm25_scores
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import LinearMap, find_linear_maps
-from msif_ray.store import load_tensors, save_tensors
+from msif_ray.store import json_hash, load_tensors, save_tensors
 from msif_ray.validate.fact_settings import FactSetting, document_texts, encoded, question_texts
+from msif_ray.validate.kept import check_setting
 from msif_ray.validate.recording import Recording
 from msif_ray.validate.setting import Setting
 from msif_ray.validate.similarity import hidden_cosine
@@ -39,6 +41,24 @@ class FactTracing:
     alpha: float
     tokens_per_batch: int
     say: Callable[[str], None]
+
+    def check(self) -> None:
+        """Raises UserError where `folder` holds parts of another setting."""
+        setting = self.setting
+        texts = {"documents": setting.documents, "queries": setting.queries, "finetuning": setting.finetuning}
+        own: dict[str, Any] = {name: json_hash(each) for name, each in texts.items()}
+        own |= {"models": [fingerprint(model) for model in setting.models]}
+        own |= {"patterns": setting.patterns, "fitted": setting.fitted}
+        check_setting(self.folder, own | self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {
+            "dampings": list(self.dampings),
+            "alpha": self.alpha,
+            "seed": self.seed,
+            "tokens_per_batch": self.tokens_per_batch,
+        }
 
     def traced(self) -> Traced:
         """The scores of all methods that use gradients, over all maps."""
@@ -135,10 +155,9 @@ class FactTracing:
             "finetuning_questions": len(self.setting.finetuning),
             "maps": list(self.maps),
             "tracked_parameters": sum(each.parameters for each in self.maps.values()),
-            "dampings": list(self.dampings),
-            "alpha": self.alpha,
-            "seed": self.seed,
-        } | self.setting.about
+            **self._options,
+            **self.setting.about,
+        }
 
 
 def packed(traced: Traced) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The tiny two-stage pipeline that is retrained: one-sentence documents, then questions, and held-out questions."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -64,26 +65,21 @@ class Pipeline:
         return run.stating(self.texts, self.questions)
 
 
-def make_pipeline(sizes: Sizes, seed: int) -> Pipeline:
-    """Countries are drawn with `seed` from those that have all four facts, and wordings for each fact.
+def complete_countries() -> list[str]:
+    """Those that have all four facts."""
+    count = Counter(fact.country for fact in factbook.facts())
+    return [country for country in count if count[country] == len(factbook.RELATIONS)]
 
-    Raises UserError where there are not so many countries or wordings.
-    """
+
+def make_pipeline(sizes: Sizes, seed: int) -> Pipeline:
+    """Countries are drawn with `seed` from those that have all four facts, and wordings for each fact."""
     rng = random.Random(seed)
-    of_country: dict[str, int] = {}
-    for fact in factbook.facts():
-        of_country[fact.country] = of_country.get(fact.country, 0) + 1
-    complete = [country for country, count in of_country.items() if count == len(factbook.RELATIONS)]
-    if sizes.countries > len(complete):
-        raise UserError(f"--countries: there are {len(complete)} with all four facts")
-    chosen = rng.sample(complete, sizes.countries)
+    chosen = rng.sample(complete_countries(), sizes.countries)
     asked = set(chosen[: sizes.asked])
     statements: dict[tuple[str, str], list[factbook.Document]] = {}
     for document in factbook.build_corpus():
         if document["country"] in chosen and document["field"] == "statement":
             statements.setdefault((document["country"], document["states"]), []).append(document)
-    if any(sizes.wordings > len(each) for each in statements.values()):
-        raise UserError("--wordings: a fact has five")
     texts = [document for each in statements.values() for document in rng.sample(each, sizes.wordings)]
     questions = [question for question in all_questions() if question["country"] in chosen]
     read = [document["text"] for document in texts]

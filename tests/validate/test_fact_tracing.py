@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import models
 import numpy as np
@@ -11,10 +13,14 @@ import reference
 import torch
 from influence import pipeline
 
+from msif_ray.demo.factbook import Document
+from msif_ray.demo.questions import Question
+from msif_ray.errors import UserError
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
-from msif_ray.validate import tracing
-from msif_ray.validate.fact_tracing import packed, unpacked
+from msif_ray.validate import fact_report, tracing
+from msif_ray.validate.fact_settings import FactSetting
+from msif_ray.validate.fact_tracing import FactTracing, packed, unpacked
 from msif_ray.validate.recording import Recording
 from msif_ray.validate.setting import CONTEXT
 
@@ -147,6 +153,40 @@ def test_norms_are_those_of_the_dense_inverse(
         for norm, values in wanted.items():
             found = traced.squares[stage, norm, 0.0 if norm == tracing.FROBENIUS else damping]
             assert np.allclose(found.numpy(), values, rtol=5e-3), (norm, damping)
+
+
+@pytest.fixture
+def experiment(stages: list[reference.StageSpec], tmp_path: Path) -> FactTracing:
+    folders = (tmp_path / "first", tmp_path / "tuned")
+    for folder, stage in zip(folders, stages[:2], strict=True):
+        models.save(stage.model, stage.tokenizer, folder, torch.float32)
+    documents = [
+        Document(id=f"d{n}", text=row["text"], country="x", field="", states="") for n, row in enumerate(DOCUMENTS)
+    ]
+    asked = [Question(**row, country="x", relation="capital") for row in QUERIES]
+    setting = FactSetting(documents, asked, asked, folders, ["*.mlp.*"], 5, {})
+    return FactTracing(setting, tmp_path / "facts", 0, DAMPINGS, ALPHA, 40, lambda line: None)
+
+
+def test_a_folder_holds_one_setting(experiment: FactTracing) -> None:
+    experiment.check()
+    first = experiment.traced().scores
+    replace(experiment).check()
+    assert all(torch.equal(value, first[key]) for key, value in replace(experiment).traced().scores.items())
+    setting = experiment.setting
+    others = {
+        "alpha 0.5, not 2.0": replace(experiment, alpha=2.0),
+        "seed 0, not 5": replace(experiment, seed=5),
+        r"dampings \[0.1, 0.001\], not \[1.0\]": replace(experiment, dampings=(1.0,)),
+        "tokens_per_batch 40, not 2048": replace(experiment, tokens_per_batch=2048),
+        "documents": replace(experiment, setting=replace(setting, documents=setting.documents[1:])),
+        "queries": replace(experiment, setting=replace(setting, queries=setting.queries[1:])),
+        "models": replace(experiment, setting=replace(setting, models=setting.models[::-1])),
+        "fitted 5, not 4": replace(experiment, setting=replace(setting, fitted=4)),
+    }
+    for what, other in others.items():
+        with pytest.raises(UserError, match=f"--folder: .*{what}.*; give another folder"):
+            fact_report.results(other)
 
 
 def test_a_recording_is_made_once_and_refuses_long_documents(passes: tracing.Passes) -> None:

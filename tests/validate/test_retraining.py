@@ -170,15 +170,23 @@ def test_the_documents_loss_is_the_models_own(trainings: Trainings) -> None:
 def test_another_setting_is_refused(trainings: Trainings) -> None:
     trainings.check()
     replace(trainings).check()
-    with pytest.raises(UserError, match="another size or seed"):
+    with pytest.raises(UserError, match=r"--folder: .*seed 0, not 1; give another folder"):
         replace(trainings, seed=1).check()
 
 
 def test_removed_documents_are_not_read(trainings: Trainings) -> None:
-    without = trainings.without("some", [[0, 3], [1, 2], [4, 5]])
+    without = trainings.without("some", [[[0, 3], [1, 2], [4, 5]]])
     assert [sorted(np.flatnonzero(~row)) for row in without.included] == [[0, 3], [1, 2], [4, 5]]
     with pytest.raises(UserError, match="other documents"):
-        replace(trainings).without("some", [[0, 3], [1, 3]])
+        replace(trainings).without("some", [[[0, 3], [1, 3]]])
+
+
+def test_more_groups_go_on_where_fewer_ended_however_many_models_are_trained_at_once(trainings: Trainings) -> None:
+    many = replace(trainings, at_once=4)
+    groups = [[[0, 3], [1, 2], [4, 5]], [[1, 3], [2, 5], [0, 4]]]
+    first, both = many.without("some", groups[:1]), many.without("some", groups)
+    assert [sorted(np.flatnonzero(~row)) for row in both.included] == [*groups[0], *groups[1]]
+    assert np.array_equal(both.log_likelihoods[ADAMW][:3], first.log_likelihoods[ADAMW])
 
 
 def test_the_experiment_writes_its_tables_and_trains_nothing_twice(
@@ -212,4 +220,15 @@ def test_the_experiment_writes_its_tables_and_trains_nothing_twice(
     assert len(pq.read_table(tmp_path / "solved.parquet")) == 4
     assert (tmp_path / "retraining.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(Trainings, "_train", None)
-    assert Retraining(replace(trainings), budget, lambda line: None).run() == found
+
+    def again(changed: Budget) -> dict[str, Any]:
+        return Retraining(replace(trainings), changed, lambda line: None).run()
+
+    assert again(budget) == found
+    # Said before any of a hundred halves is trained.
+    with pytest.raises(UserError, match=r"removals.json .*group 2, not 1, removed 2, not 3;"):
+        again(replace(budget, halves=100, removals=Removals(1, 1, 3, 2)))
+    with pytest.raises(UserError, match=r"solved-0.1.json .*solved_queries 1, not 2, iterations 2, not 5;"):
+        again(replace(budget, solved_queries=2, iterations=5))
+    with pytest.raises(UserError, match=r"attributions-proximal.json .*strengths.alphas \[1.0\], not \[2.0\];"):
+        again(replace(budget, strengths=replace(budget.strengths, alphas=(2.0,))))

@@ -15,6 +15,7 @@ import torch
 from influence import pipeline
 
 from msif_ray.corpus.windows import Encoded
+from msif_ray.errors import UserError
 from msif_ray.influence.conjugate import State, solve
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.validate import methods, report, similarity
@@ -210,8 +211,8 @@ def test_an_experiment_writes_its_tables_and_does_nothing_twice(problem: Problem
     budget = Budget((0.5, 1.0), 1e-3, 12, 1, 4, 2, 5, 2, 6, trak=3, trak_documents=8, draws=2, rows=30)
     said: list[str] = []
 
-    def experiment() -> Experiment:
-        made = Experiment(Sizes(tokens_per_batch=pipeline.TOGETHER), budget, 0, tmp_path, said.append)
+    def experiment(budget: Budget = budget, seed: int = 0) -> Experiment:
+        made = Experiment(Sizes(tokens_per_batch=pipeline.TOGETHER), budget, seed, tmp_path, said.append)
         made.__dict__["setting"] = problem.setting
         return made
 
@@ -229,6 +230,18 @@ def test_an_experiment_writes_its_tables_and_does_nothing_twice(problem: Problem
     assert (tmp_path / "solvers.png").read_bytes().startswith(b"\x89PNG")
     said.clear()
     assert run(experiment()) | {"machine": found["machine"]} == found and not said
+    more = run(experiment(replace(budget, dampings=(0.5, 1.0, 2.0))))
+    assert more["refined"][: len(refined)] == refined and more["refined"][-1]["damping"] == 2.0
+    assert more["compared"] == found["compared"] and more["setting"]["budget"]["dampings"] == [0.5, 1.0, 2.0]
+    other = {
+        "budget.dampings": replace(budget, dampings=(1.0, 0.5)),
+        "budget.iterations": replace(budget, iterations=9),
+    }
+    for key, changed in other.items():
+        with pytest.raises(UserError, match=f"--folder: .*{key} .*; give another folder"):
+            run(experiment(changed))
+    with pytest.raises(UserError, match="seed 0, not 1;"):
+        run(experiment(seed=1))
 
 
 def test_damping_is_a_multiple_of_each_maps_mean(problem: Problem) -> None:
