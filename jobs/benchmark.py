@@ -14,7 +14,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from msif_ray.benchmark.report import Options, kept_memory, machine, measure, show, write
+from msif_ray.benchmark.report import Options, check_device, check_writable, kept_memory, machine, measure, show, write
 from msif_ray.benchmark.workload import SHAPES, Workload
 from msif_ray.errors import UserError
 from msif_ray.heap import keep_freed_memory
@@ -25,15 +25,18 @@ def main(
     documents: Annotated[int, typer.Option(min=1)] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per document; of the longest if --ragged.")] = 128,
     ragged: Annotated[bool, typer.Option(help="Lengths distributed as the World Factbook's documents.")] = False,
-    queries: Annotated[list[int], typer.Option(help="How many queries; may be given several times.")] = [8, 64],  # noqa: B006
-    rank: Annotated[int | None, typer.Option(help="Of the queries' directions; exact without.")] = None,
+    queries: Annotated[list[int], typer.Option(min=1, help="How many queries; may be given several times.")] = [8, 64],  # noqa: B006
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the queries' directions; exact without.")] = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float64"], typer.Option()] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     threads: Annotated[int, typer.Option(min=1)] = 2,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    eigh_maps: Annotated[int | None, typer.Option(help="Decompose so many maps and scale the time to all.")] = None,
+    eigh_maps: Annotated[
+        int | None, typer.Option(min=0, help="Decompose so many maps and scale the time to all.")
+    ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="GiB for what a first pass captured; as a run's rank by default; 0: none.")
+        float | None,
+        typer.Option(min=0, help="GiB for what a first pass captured; 0: none. Default: as a run's rank."),
     ] = None,
     against: Annotated[Literal["kronfluence"] | None, typer.Option(help="Run it on the same inputs, too.")] = None,
     ray: Annotated[bool, typer.Option("--ray", help="Time fit and scores through Ray, too.")] = False,
@@ -45,6 +48,9 @@ def main(
     """Time every step of a run beside a training pass of the same model over the same tokens."""
     if size not in SHAPES:
         raise UserError(f"--size: there is no {size!r}, only {', '.join(SHAPES)}")
+    check_device(device)
+    if json_file is not None:
+        check_writable(json_file)
     torch.set_num_threads(threads)
     keep_freed_memory()  # as a rank does
     workload = Workload(SHAPES[size], documents, tokens, ragged, getattr(torch, dtype), device)

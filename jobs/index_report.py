@@ -5,18 +5,18 @@ process, and prints for each the rank correlation with the exact scores, bytes, 
 scores. `--join` makes long documents of several short ones. Times are CPU time, so other processes do not count.
 """
 
-import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import torch
+import typer
 
 from msif_ray import layout, stages
 from msif_ray.cluster.fit import mean_eigenvalues
@@ -25,11 +25,13 @@ from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.rank import Outcome, Rank
 from msif_ray.cluster.score_jobs import ScoreJob, load_directions
-from msif_ray.config import load_run
+from msif_ray.config import Index, load_run
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.reader import Block, Document, block_id, read_documents
+from msif_ray.corpus.reader import Block, Document
+from msif_ray.errors import UserError
+from msif_ray.paths import exists
 from msif_ray.preflight import check
-from msif_ray.setup import model_setup
+from msif_ray.setup import corpus_blocks, factors_folder, model_setup
 
 TOP = 10
 VARIANTS = "1:int8 2:int8 4:int8 8:int8 16:int8 1:float16 2:float16 4:float16 8:float16 16:float16 8:bfloat16 8:float32"
@@ -69,27 +71,41 @@ class Case:
 
 
 def load_case(description: str, count: int, join: int) -> Case:
-    """The first score entry of the run and its first `count` documents, of `join` documents of the corpus each."""
+    """The first score entry of the run and its first `count` documents, of `join` documents of the corpus each.
+
+    Raises UserError where the run is not finished, and for documents that cannot be joined.
+    """
     resolved = check(load_run(description))
     run, entry = resolved.run, resolved.run.score[0]
     index, documents = run.stage_index(entry.stage), run.scored_documents(entry)
-    rows = (row for file in resolved.corpora["score.0"] for row in read_documents(file, documents, "score.0"))
-    joined = [join_documents(rows, join) for _ in range(count)]
-    size = run.cluster.documents_per_block
-    blocks = [Block(block_id(0, n), tuple(joined[n * size : (n + 1) * size])) for n in range(-(-count // size))]
-    factors = layout.factors(run.stages[index].factors or run.run_dir, entry.stage)
+    directions, factors = layout.directions(run.run_dir, entry.label), factors_folder(run, index)
+    if not exists(layout.directions_manifest(directions)):
+        raise UserError(f"{description}: {run.run_dir} has no queries carried back to {entry.label}; finish the run")
+    if join > 1 and (documents.text is None or documents.label is not None):
+        raise UserError("--join: only a corpus of plain texts can be joined; leave it out")
+    corpus = corpus_blocks(resolved, "score.0", documents)
+    corpus = replace(corpus, limit=count * join, size=corpus.size * join)
+    blocks = [joined(block, join) for block in corpus.left(frozenset())]
     strength = run.stages[index].damping
     damping = {
         name: stages.positive_strength(strength, mean, "damping", name)
         for name, mean in mean_eigenvalues(factors).items()
     }
     rank = Rank(model_setup(resolved, index, documents, entry.max_tokens))
-    return Case(rank, blocks, factors, layout.directions(run.run_dir, entry.label), damping)
+    return Case(rank, blocks, factors, directions, damping)
 
 
-def join_documents(rows: Iterator[Document], join: int) -> Document:
-    taken = list(islice(rows, join))
-    return Document(taken[0].id, None, "\n".join(str(document.text) for document in taken))
+def joined(block: Block, join: int) -> Block:
+    """Each `join` documents in a row as one, of the first one's id; documents as they were read where that is one."""
+    if join == 1:
+        return block
+    groups = (block.documents[start : start + join] for start in range(0, len(block.documents), join))
+    return Block(block.id, tuple(join_documents(group) for group in groups))
+
+
+def join_documents(documents: Sequence[Document]) -> Document:
+    texts = [each.text for each in documents if isinstance(each.text, str)]
+    return replace(documents[0], text="\n".join(texts) if texts else None)
 
 
 def exact_scores(case: Case, clock: Clock) -> tuple[np.ndarray, int]:
@@ -100,6 +116,8 @@ def exact_scores(case: Case, clock: Clock) -> tuple[np.ndarray, int]:
         tokens += sum(outcome.tokens.values())
         for window in windows:
             found[window.document_id] = found.get(window.document_id, torch.tensor(0.0)) + window.scores
+    if not found:
+        raise UserError("none of the documents has a score")
     return torch.stack(list(found[name] for name in sorted(found))).numpy(), tokens
 
 
@@ -146,7 +164,19 @@ def overlap(exact: np.ndarray, found: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / TOP for a, b in zip(*tops, strict=True)]))
 
 
-def report(case: Case, variants: Sequence[str]) -> None:
+def parse_variants(text: str) -> list[tuple[int, str]]:
+    """Ranks and types. Raises UserError for what is not `rank:type`, of the types that an index may have."""
+    types = get_args(Index.model_fields["dtype"].annotation)
+    found = []
+    for each in text.split():
+        number, _, dtype = each.partition(":")
+        if not number.isdecimal() or int(number) < 1 or dtype not in types:
+            raise UserError(f"--variants: {each!r} is not a rank and a type, such as 8:int8; types: {', '.join(types)}")
+        found.append((int(number), dtype))
+    return found
+
+
+def report(case: Case, variants: Sequence[tuple[int, str]]) -> None:
     scoring = Clock()
     exact, tokens = exact_scores(case, scoring)
     print(f"{exact.shape[0]} documents, {tokens} tokens, {exact.shape[1]} queries, exact {scoring.seconds:.1f} s CPU\n")
@@ -162,15 +192,14 @@ def report(case: Case, variants: Sequence[str]) -> None:
         "opening, s",
     )
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for variant in variants:
-        number, dtype = variant.split(":")
+    for number, dtype in variants:
         building, opening, asking = Clock(), Clock(), Clock()
         with tempfile.TemporaryDirectory() as folder:
-            size = build(case, Path(folder), int(number), dtype, building)
+            size = build(case, Path(folder), number, dtype, building)
             found = indexed_scores(case, Path(folder), opening, asking)
         agreement = rank_correlations(exact, found)
         cells = [
-            number,
+            str(number),
             dtype,
             f"{agreement.mean():.4f}",
             f"{agreement.min():.4f}",
@@ -183,11 +212,19 @@ def report(case: Case, variants: Sequence[str]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def main(
+    description: Annotated[str, typer.Argument(help="The description of a finished run.")],
+    documents: Annotated[int, typer.Option(min=1, help="How many documents, at most.")] = 1024,
+    join: Annotated[int, typer.Option(min=1, help="Texts of the corpus that make one document.")] = 1,
+    variants: Annotated[str, typer.Option(help="rank:type, separated by spaces.")] = VARIANTS,
+) -> None:
+    """What an index of a finished run costs, and how well it agrees with exact scores."""
+    chosen = parse_variants(variants)
+    report(load_case(description, documents, join), chosen)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("description", help="the description of a finished run")
-    parser.add_argument("--documents", type=int, default=1024, help="how many documents (default: 1024)")
-    parser.add_argument("--join", type=int, default=1, help="documents of the corpus that make one (default: 1)")
-    parser.add_argument("--variants", default=VARIANTS, help="rank:type, separated by spaces")
-    arguments = parser.parse_args()
-    report(load_case(arguments.description, arguments.documents, arguments.join), arguments.variants.split())
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"index_report: {error}")

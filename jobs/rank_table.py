@@ -1,14 +1,26 @@
 """Rank against agreement, time and memory on the demo's pair: `python jobs/rank_table.py --folder runs/ranks`."""
 
-import argparse
+import sys
+from typing import Annotated
+
+import typer
 
 from msif_ray.demo.ranks import rank_table
+from msif_ray.errors import UserError
+
+
+def main(
+    folder: Annotated[str, typer.Option(help="Where the fit and the directions are kept.")] = "runs/ranks",
+    queries: Annotated[int, typer.Option(min=1)] = 40,
+    documents: Annotated[int, typer.Option(min=2)] = 3000,
+    memory: Annotated[float, typer.Option(min=0, help="GiB for directions; the rest is read from disk.")] = 2.0,
+) -> None:
+    """Rank against agreement, time and memory on the demo's pair."""
+    rank_table(folder, queries, documents, int(memory * 2**30))
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", default="runs/ranks", help="where the fit and the directions are kept")
-    parser.add_argument("--queries", type=int, default=40)
-    parser.add_argument("--documents", type=int, default=3000)
-    parser.add_argument("--memory", type=float, default=2.0, help="GiB for directions; the rest is read from disk")
-    given = parser.parse_args()
-    rank_table(given.folder, given.queries, given.documents, int(given.memory * 2**30))
+    try:
+        typer.run(main)
+    except UserError as error:
+        sys.exit(f"rank_table: {error}")

@@ -69,7 +69,7 @@ def solvers(
     except ModuleNotFoundError as error:
         raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
     torch.set_num_threads(threads)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     sizes = Sizes(hidden, vocabulary, epochs, documents, scored, queries)
     budget = Budget(
         dampings=tuple(damping),
@@ -121,7 +121,7 @@ def facts(
         raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     check_facts(damping, alpha)
     folder = folder or Path("runs/validate") / f"facts-{setting.value}"
     if setting is Tracing.FACTBOOK:
@@ -171,7 +171,7 @@ def retraining(
         raise UserError(f'the validation needs {error.name}: pip install -e ".[demo,validate]"') from None
     torch.set_num_threads(threads)
     keep_freed_memory()
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     sizes = Sizes(countries, asked, wordings, hidden, epochs=epochs, alpha=alpha, settle_steps=settle_steps)
     budget = Budget(
         halves, Removals(removal_groups, group, removed), solved_queries=solved_queries, iterations=iterations

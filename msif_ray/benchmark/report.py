@@ -16,6 +16,7 @@ from rich.table import Table
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.timing import interleaved, peak_mebibytes, seconds
 from msif_ray.benchmark.workload import Workload
+from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import Basis
 from msif_ray.influence.kept import KEPT_SHARE
 
@@ -118,13 +119,15 @@ def _cubes(steps: Steps, names: list[str]) -> float:
 
 
 def _throughput(workload: Workload, steps: Steps, train: float, ratios: Mapping[str, float]) -> dict[str, Any]:
-    """Tokens per second of each step, and TFLOP/s of the training pass: 6 per weight of a linear map and token."""
-    tokens = sum(int(batch.attention_mask.sum()) for batch in steps.batches)
+    """Tokens per second of each step, and TFLOP/s of the training pass: 6 per weight of a linear map and token, and of
+    attention's two products in every layer 4·n²·hidden forward and twice that backward, of a document of n tokens."""
+    lengths = workload.lengths()
+    tokens = sum(lengths)
     padded = sum(batch.attention_mask.numel() for batch in steps.batches)
     head = steps.model.get_output_embeddings()
     weights = sum(described.parameters for described in steps.maps.values()) + head.weight.numel()
-    attention = 12.0 * workload.shape.layers * workload.shape.hidden * workload.tokens
-    flops = tokens * (6.0 * weights + 1.5 * attention)
+    attention = 12.0 * workload.shape.layers * workload.shape.hidden * sum(length**2 for length in lengths)
+    flops = 6.0 * weights * tokens + attention
     return {
         "tokens": tokens,
         "padding": 1 - tokens / padded,
@@ -164,6 +167,24 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("kept of the covariances' pass", f"{found['kept_mib']:,.0f} MiB", "")
     table.add_row("peak memory", f"{found['peak_rss_mib']:,.0f} MiB", "")
     console.print(table)
+
+
+def check_device(device: str) -> None:
+    """Raises UserError for a device that nothing is timed on, or that is not there."""
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device: steps are timed on cpu and on cuda, not on {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: PyTorch has no CUDA GPU here; name cpu")
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that is to be written after all is measured. Raises UserError where it cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UserError(f"--json: {path} cannot be written: {error.strerror}") from None
 
 
 def write(found: Mapping[str, Any], path: Path) -> None:

@@ -59,7 +59,8 @@ class Job:
             "cluster": {
                 "replicas": replicas,
                 "cpus_per_rank": threads,
-                "gpus_per_rank": 0,
+                "gpus_per_rank": 0 if self.workload.device == "cpu" else 1 / replicas,
+                "dtype": str(self.workload.dtype).removeprefix("torch."),
                 "tokens_per_batch": self.workload.shape.tokens_per_batch,
                 # A batch: replicas that are done with a pass wait no longer than that for another.
                 "documents_per_block": max(1, self.workload.shape.tokens_per_batch // self.workload.tokens),

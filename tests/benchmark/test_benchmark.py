@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from msif_ray.benchmark.report import Options, measure
 from msif_ray.benchmark.steps import Steps
@@ -66,12 +68,45 @@ def test_every_promised_figure_is_there(rank: int | None, eigh_maps: int | None)
     assert found["tokens"] == 60
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+def test_a_training_pass_has_the_operations_that_pytorch_counts(ragged: bool) -> None:
+    """Of documents alone and so long that attention weighs: rows of a batch are padded, which is no work of theirs."""
+    shape = Shape(layers=2, hidden=32, heads=2, vocabulary=40, tokens_per_batch=1)
+    workload = Workload(shape, documents=5, tokens=256, ragged=ragged)
+    # Attention by plain products: the fused one of CPUs is not counted.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        Steps(workload).train()
+    found = measure(workload, Options(queries=(1,), rank=1, repeats=1, eigh_maps=0))
+    assert found["train_tflops"] * 1e12 * found["train_s"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda"], "benchmark: --device: PyTorch has no CUDA GPU here; name cpu"),
+        (["--device", "foo"], "benchmark: --device: steps are timed on cpu and on cuda, not on 'foo'"),
+        (["--json", "README.md/found.json"], "benchmark: --json: README.md/found.json cannot be written"),
+        (["--size", "huge"], "benchmark: --size: there is no 'huge'"),
+        (["--queries", "0"], "--queries"),
+        (["--eigh-maps", "-1"], "--eigh-maps"),
+        (["--keep", "-1"], "--keep"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_timed(options: list[str], message: str) -> None:
+    if "cuda" in options and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "jobs/benchmark.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_job_writes_json_and_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(['ray', 'deepspeed', 'datasets'])); "
     blocked += "import runpy; runpy.run_path('jobs/benchmark.py', run_name='__main__')"
     options = ["--documents", "2", "--tokens", "16", "--repeats", "1", "--queries", "1", "--rank", "2"]
-    command = [sys.executable, "-c", blocked, *options, "--eigh-maps", "0", "--json", str(tmp_path / "found.json")]
+    written = tmp_path / "new" / "found.json"
+    command = [sys.executable, "-c", blocked, *options, "--eigh-maps", "0", "--json", str(written)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "training pass" in done.stdout
-    assert json.loads((tmp_path / "found.json").read_text())["size"] == "small"
+    assert json.loads(written.read_text())["size"] == "small"

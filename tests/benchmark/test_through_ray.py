@@ -1,8 +1,10 @@
 """The benchmark's run through Ray, on a model that is tiny."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from msif_ray.benchmark.through_ray import Job
 from msif_ray.benchmark.workload import Shape, Workload
@@ -17,6 +19,13 @@ def job(tmp_path: Path) -> Job:
 
 def test_a_block_is_a_batch(job: Job) -> None:
     assert job.description(2, 1, "run")["cluster"]["documents_per_block"] == 4
+
+
+def test_numbers_are_of_the_workload_s_type_and_on_its_device(job: Job) -> None:
+    on_gpu = replace(job, workload=replace(job.workload, dtype=torch.bfloat16, device="cuda"))
+    alone, two = (on_gpu.description(replicas, 1, "run")["cluster"] for replicas in (1, 2))
+    assert (alone["dtype"], alone["gpus_per_rank"], two["gpus_per_rank"]) == ("bfloat16", 1, 0.5)
+    assert job.description(1, 1, "run")["cluster"].items() >= {"dtype": "float32", "gpus_per_rank": 0}.items()
 
 
 def test_scores_are_there_before_the_report(no_shared_cluster: None, job: Job) -> None:

@@ -1,0 +1,93 @@
+"""jobs/index_report.py on finished runs: what it calls exact is what the run wrote, and mistakes are one line."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from cluster import runs
+
+from msif_ray.config import parse_run
+from msif_ray.errors import UserError
+from msif_ray.run import run
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+ROOT = Path(__file__).parents[2]
+JOB = ROOT / "jobs" / "index_report.py"
+
+
+@pytest.fixture(scope="module")
+def job() -> dict[str, Any]:
+    return runpy.run_path(str(JOB))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A finished run, whose descriptions are told apart by the entry that comes first."""
+    description = runs.two_stages(tmp_path_factory.mktemp("runs"), "run", "float32")
+    run(parse_run(description))
+    return description
+
+
+def written(description: dict[str, Any], first: str, folder: Path) -> str:
+    """A file with the description, in which this stage's scores are the first entry."""
+    entries = sorted(description["score"], key=lambda entry: str(entry["stage"]) != first)
+    path = folder / f"{first}.yaml"
+    path.write_text(yaml.safe_dump(description | {"score": entries}))
+    return str(path)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "tune"])
+def test_exact_scores_are_the_run_s(job: dict[str, Any], finished: dict[str, Any], stage: str, tmp_path: Path) -> None:
+    """Of a stage of texts, and of one of prompts and completions."""
+    case = job["load_case"](written(finished, stage, tmp_path), 1024, 1)
+    exact, tokens = job["exact_scores"](case, job["Clock"]())
+    found = runs.read_scores(finished["run_dir"], stage)
+    documents = sorted({document for _, document in found})
+    queries = [str(row["id"]) for row in runs.QUERIES]
+    wanted = np.array([[found[query, document][0] for query in queries] for document in documents])
+    assert np.abs(exact - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert tokens == sum(found[queries[0], document][2] for document in documents)
+
+
+def test_texts_are_joined_and_nothing_else_is(job: dict[str, Any], finished: dict[str, Any], tmp_path: Path) -> None:
+    alone, joined = (job["load_case"](written(finished, "pretrain", tmp_path), 3, join) for join in (1, 2))
+    texts = [[each.text for block in case.blocks for each in block.documents] for case in (alone, joined)]
+    assert len(texts[0]) == len(texts[1]) == 3 and texts[1][0] == "\n".join(texts[0][:2])
+    with pytest.raises(UserError, match=r"^--join: only a corpus of plain texts"):
+        job["load_case"](written(finished, "tune", tmp_path), 3, 2)
+
+
+def test_it_prints_a_table_of_a_small_corpus(finished: dict[str, Any], tmp_path: Path) -> None:
+    done = call(written(finished, "tune", tmp_path), "--variants", "8:float32")
+    assert done.returncode == 0, done.stderr
+    cells = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[:2] == ["8", "float32"] and float(cells[2]) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "4:nope"], "index_report: --variants: '4:nope' is not a rank and a type"),
+        (["--variants", "0:int8"], "index_report: --variants: '0:int8' is not a rank and a type"),
+        (["--documents", "0"], "--documents"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(options: list[str], message: str, tmp_path: Path) -> None:
+    done = call(str(tmp_path / "none.yaml"), *options)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_not_finished_is_named(job: dict[str, Any], finished: dict[str, Any], tmp_path: Path) -> None:
+    other = finished | {"run_dir": str(tmp_path / "new")}
+    with pytest.raises(UserError, match=r"has no queries carried back to pretrain; finish the run$"):
+        job["load_case"](written(other, "pretrain", tmp_path), 4, 1)
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(JOB), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
