@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.adapters import find_base, merge_into
 from msif_ray.config import Stage
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.modules import find_linear_maps
@@ -133,7 +133,7 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises no other class, and transformers many
-        raise UserError(f"{key}: no tokenizer loads from {folder}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{key}: no tokenizer loads from {folder}: {one_line(error)}") from None
     # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
     vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((Path(folder) / file).exists() for file in vocabularies):
@@ -157,8 +157,7 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # a wrong value fails where a model first uses it, as whatever that raises
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {reason}") from None
+        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {one_line(error)}") from None
 
 
 def _context(config: Any, model: nn.Module) -> int | None:

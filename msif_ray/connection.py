@@ -18,6 +18,7 @@ ANSWER_SECONDS = 10.0
 # How long a process may wait for its next task, a map's in a later step. Beside a longer pass over a corpus it does not
 # matter what it takes to start.
 IDLE_SECONDS = 60
+LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
 
 
 @contextmanager
@@ -33,8 +34,7 @@ def connected() -> Iterator[None]:
     if address is not None:
         _join(address)
     else:
-        # The core's own log lines are for Ray's developers; what fails here is raised.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        _quieten_core()
         # Ray ends processes that have been idle for a second; each new one imports torch for some.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
         ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
@@ -42,6 +42,15 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _quieten_core() -> None:
+    """The core's own log lines are for Ray's developers; what fails here is raised."""
+    if LOG_LEVEL not in os.environ:
+        os.environ[LOG_LEVEL] = "fatal"
+        # The core begins with a line on the terminal that says so, in this process alone: the processes that Ray starts
+        # have copies of `os.environ`, which this leaves as it is.
+        os.unsetenv(LOG_LEVEL)
 
 
 def _join(address: str) -> None:

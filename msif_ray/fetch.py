@@ -151,7 +151,9 @@ def _hub_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Pat
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise UserError(f"{name} is no local folder, and the hub does not give it: {reason(error)}") from None
+        parent = os.path.dirname(name)
+        where = f": no such folder in {parent}/" if os.path.isdir(parent) else " is no local folder"
+        raise UserError(f"{name}{where}, and the hub does not give it: {reason(error)}") from None
 
 
 def fetched(url: str, patterns: Sequence[str] = ("*",)) -> Path:

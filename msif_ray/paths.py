@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 from msif_ray.unicode import is_unicode
 
 PROTOCOLS = ("s3", "gs")
@@ -21,7 +21,6 @@ Location = TypeVar("Location", str, list[str])
 # What the clients of object storage raise is often no OSError; these are the packages that it is defined in.
 _CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs", "urllib3"})
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
-_LONGEST_REASON = 200
 
 
 def is_remote(path: str | Path) -> bool:
@@ -95,12 +94,12 @@ def is_storage_fault(error: Exception) -> bool:
 def reason(error: Exception) -> str:
     """What an exception says, in one line and without a credential."""
     strerror = getattr(error, "strerror", None)
-    text = " ".join(str(strerror or error).split()) or type(error).__name__
+    text = one_line(_without_secrets(str(strerror or error))) or type(error).__name__
     if isinstance(error, FileNotFoundError) and not strerror and " " not in text:
         text = "no such file or bucket"
     if isinstance(error, PermissionError) and not strerror:
         text += "; check the credentials in the environment"
-    return _without_secrets(text)[:_LONGEST_REASON]
+    return text
 
 
 def _without_secrets(text: str) -> str:

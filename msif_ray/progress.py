@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from msif_ray.columns import print_table
+
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_BETWEEN_WAITS = 20.0
 
@@ -175,13 +177,13 @@ class Reporter:
             self.finished.append(step.close())
 
     def summarise(self) -> None:
-        """Prints the time of every step, with what this run did in it, and the time between them."""
+        """Prints the time of every step and its share, with what this run did in it, and the time between them."""
         if not self.finished:
             return
         total = monotonic() - self.started
         table = Table(box=None, padding=(0, 1), header_style="dim")
         table.add_column("step", overflow="fold")
-        for name in ("documents", "skipped", "tokens", "tokens/s", "seconds", "of the time"):
+        for name in ("documents", "skipped", "tokens", "tokens/s", "seconds", "share"):
             table.add_column(name, justify="right", no_wrap=True)
         for step in self.finished:
             counts = [f"{count:,}" for count in (step.done - step.resumed, step.skipped, step.tokens)]
@@ -189,7 +191,7 @@ class Reporter:
         rest = total - sum(step.seconds for step in self.finished)
         table.add_row("between the steps", "", "", "", "", *_of(rest, total), style="dim")
         table.add_row("all", "", "", "", "", *_of(total, total), style="bold")
-        self.console.print(table, highlight=False)
+        print_table(table, self.console)
 
 
 def _print_line(console: Console, line: str) -> None:

@@ -84,7 +84,7 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("stages.0.documents.text", ..., "stages.0.documents: give one of `text`, `completion`"),
         ("stages.0.documents.prompt", "p", "stages.0.documents: `prompt` goes with `completion`"),
         ("stages.0.response", {"kind": "proximal"}, "stages.0.response: 'pre' is the first stage"),
-        ("stages.1.response", {"kind": "proxmal"}, "stages.1.response: "),
+        ("stages.1.response", {"kind": "proxmal"}, "stages.1.response.kind: give one of proximal, "),
         ("stages.1.response", {"kind": "proximal", "alfa": 1}, "stages.1.response.alfa: unknown key"),
         ("stages.1.response", {"kind": "unrolled", "rate": 0.1}, "stages.1.response.steps: is missing"),
         ("stages.1.response", {"kind": "unrolled", "rate": -1, "steps": 3}, "stages.1.response.rate: "),
@@ -120,13 +120,86 @@ def test_a_fault_is_one_line_with_its_key(key: str, value: Any, message: str) ->
     assert line.startswith(f"run.yaml: {message}") and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("stages.0.damping", 0.01, "stages.0.damping: give {absolute: 0.01} or {relative: 0.01}, not 0.01"),
+        ("stages.0.damping", "high", "stages.0.damping: give a mapping of absolute, relative, not 'high'"),
+        ("stages.0.damping", None, "stages.0.damping: is empty; give a mapping of absolute, relative"),
+        ("stages.1.response", "proximal", "stages.1.response: give {kind: proximal}, not 'proximal'"),
+        ("stages.1.response", "unrolled", "stages.1.response: give {kind: unrolled, …}, not 'unrolled'"),
+        (
+            "stages.1.response",
+            1,
+            "stages.1.response: give a mapping with a kind: proximal, unrolled or identity, not 1",
+        ),
+        (
+            "stages.1.response",
+            {"alpha": 1},
+            "stages.1.response.kind: is missing; give one of proximal, unrolled, identity",
+        ),
+        (
+            "stages.1.response",
+            {"kind": "x"},
+            "stages.1.response.kind: give one of proximal, unrolled, identity, not 'x'",
+        ),
+        (
+            "stages.1.response",
+            {"kind": "proximal", "alpha": 2},
+            "stages.1.response.alpha: give {absolute: 2} or {relative: 2}, not 2",
+        ),
+        (
+            "score.0.responses",
+            {"dpo": {"kind": "proximal", "alpha": 2}},
+            "score.0.responses.dpo.alpha: give {absolute: 2} or {relative: 2}, not 2",
+        ),
+        ("stages.0.objective", "dpoo", "stages.0.objective.kind: give one of classification, dpo, not 'dpoo'"),
+        ("stages.0.fit", 9, "stages.0.fit: give {documents: 9} or {max_tokens: 9}, not 9"),
+        ("stages.0.documents", "a.jsonl", "stages.0.documents: give {path: a.jsonl, …}, not 'a.jsonl'"),
+        ("stages", "pre", "stages: give [{name: pre, …}], not 'pre'"),
+        ("stages", {"name": "pre"}, "stages: give a list, if only of one, not {'name': 'pre'}"),
+        ("score", ["pre"], "score.0: give {stage: pre, …}, not 'pre'"),
+        ("score.0.candidates", "bm25", "score.0.candidates: give {method: bm25} or {path: bm25}, not 'bm25'"),
+        ("score.0.responses", "x", "score.0.responses: give a mapping, not 'x'"),
+        ("modules", "*.mlp.*", "modules: give ['*.mlp.*'], not '*.mlp.*'"),
+        ("detail", True, "detail: give {tokens: true} or {modules: true} or {curvature_norm: true} or {normalised:"),
+        ("cluster", 4, "cluster: give a mapping of replicas, ranks_per_replica, gpus_per_rank, "),
+        ("cluster.replicas", "many", "cluster.replicas: give a number, or a mapping of min and max, not 'many'"),
+        ("seed", "x" * 300, "seed: input should be a valid integer, unable to parse string as an integer, not 'xxx"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_what_to_give(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_run(changed(key, value), "run.yaml")
+    line = str(error.value)
+    assert line.startswith(f"run.yaml: {message}") and "\n" not in line and len(line) < 250
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queries": ..., "query": {"path": "q"}}, "query: unknown key; is `queries` meant?"),
+        ({"stages.0.model": ..., "stages.0.modell": "a"}, "stages.0.modell: unknown key; is `model` meant?"),
+        (
+            {"stages.1.response": {"kind": "proximal", "alfa": 1}},
+            "stages.1.response.alfa: unknown key; is `alpha` meant?",
+        ),
+        ({"seed": "x", "colour": "blue"}, "colour: unknown key"),
+    ],
+)
+def test_an_unknown_key_comes_first_with_what_it_is_near(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse_run(changed_all(changes))
+    assert str(error.value) == f"run description: {message}"
+
+
 CG = {"kind": "cg", "iterations": 5}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages.1.solver": {"kind": "lissa"}}, "stages.1.solver: "),
+        ({"stages.1.solver": {"kind": "lissa"}}, "stages.1.solver.kind: give one of ekfac, cg, not 'lissa'"),
         ({"stages.1.solver": {"kind": "ekfac", "iterations": 3}}, "stages.1.solver.iterations: unknown key"),
         ({"stages.1.solver": CG | {"iterations": 0}}, "stages.1.solver.iterations: "),
         ({"stages.1.solver": CG | {"tolerance": 1}}, "stages.1.solver.tolerance: "),

@@ -109,3 +109,17 @@ def test_a_node_fetches_the_commit_that_the_driver_found(monkeypatch: pytest.Mon
     assert fetch.local_model(source) == fetch.local_tokenizer(source) == "/cache/snapshots/abc"
     assert asked[1:] == [("org/model", "abc", True), ("org/model", "abc", False)]
     assert fetch.local_model("/some/folder") == "/some/folder"
+
+
+def test_a_mistyped_folder_beside_others_is_told_before_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^models/base: no such folder in models/, and the hub does not give it: .*\w"):
+        fetch.obtain("models/base", None)
+    with pytest.raises(UserError, match=r"^org/base is no local folder, and the hub does not give it: "):
+        fetch.obtain("org/base", None)
+    for name in ("models/a/base", "./base", "/models/base"):
+        with pytest.raises(UserError, match=f"^{name}: no such folder$"):
+            fetch.obtain(name, None)

@@ -112,7 +112,7 @@ DESCRIPTIONS: dict[str, tuple[str, Any, str]] = {
     "an unknown objective": (
         "stages.1.objective",
         "regression",
-        r"stages\.1\.objective: Input tag 'regression' .* 'classification', 'dpo'",
+        r"stages\.1\.objective\.kind: give one of classification, dpo, not 'regression'",
     ),
     "an unknown key": (
         "stages.1.objective",

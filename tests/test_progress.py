@@ -88,6 +88,18 @@ def test_the_summary_has_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[2].split()[1:4] == ["8", "1", "70"] and lines[-1].split()[-1] == "100%"
 
 
+def test_words_of_the_summary_stay_whole_at_80_columns(clock: Clock) -> None:
+    clock.now, written = 200_000.0, io.StringIO()
+    reporter = Reporter(Console(file=written, width=80), started=0.0)
+    names = ["pretraining-on-it-all: covariance", "finetune: top documents"]
+    reporter.finished.extend(Snapshot(name, None, 7_318_000, 1_234_567_890, 12_345, 0, 98_765.0) for name in names)
+    reporter.summarise()
+    words = written.getvalue().split()
+    assert max(map(len, written.getvalue().splitlines())) <= 80
+    assert {"documents", "skipped", "tokens/s", "pretraining-on-it-all:", "covariance"} <= set(words)
+    assert words.count("7,330,345") == words.count("1,234,567,890") == 2 and "12,500" in words
+
+
 def test_brackets_and_colons_are_text(clock: Clock) -> None:
     reporter, written, _ = log()
     step = step_of(reporter, clock)

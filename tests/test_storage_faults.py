@@ -69,6 +69,12 @@ def test_what_a_client_says_is_told_without_credentials(monkeypatch: pytest.Monk
     assert said == "http://…@host/x refused the key …"
 
 
+def test_a_long_reason_is_cut_at_a_word_and_says_so() -> None:
+    said = paths.reason(OSError("nine words of a client that has much to say " * 9))
+    assert 150 < len(said) <= 200 and said.endswith((" nine …", " words …", " of …", " say …", " much …", " client …"))
+    assert paths.reason(OSError("x" * 300)) == "x" * 199 + "…"
+
+
 @pytest.mark.parametrize("key", ["run_dir", "model", "documents", "queries", "factors", "tokenizer"])
 def test_credentials_in_a_path_are_refused_and_not_repeated(tmp_path: Path, key: str) -> None:
     description, url = describe(tmp_path), "s3://AKIA:hush@bucket/x"

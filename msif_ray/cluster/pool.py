@@ -18,7 +18,7 @@ from msif_ray.cluster.room import RankResources, free_ranks, free_ranks_of
 from msif_ray.config import Cluster
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 
 # Deaths per possible replica, with no block done between them, after which the job is at fault and not a machine.
 MOST_DEATHS = 4
@@ -286,11 +286,10 @@ class ReplicaPool:
         self._deaths += 1
         if self._deaths > MOST_DEATHS * self._cluster.replicas.max:
             during = f" (the last one while it did block {block.id})" if block is not None else ""
-            reason = " ".join(str(death).split())[:500]
             raise UserError(
                 f"cluster: replicas died {self._deaths} times without a block done in between{during}; if they ran "
                 "out of memory, lower cluster.tokens_per_batch, cluster.factor_memory or cluster.directions_memory. "
-                f"The last death: {reason}"
+                f"The last death: {one_line(death, 500)}"
             )
         self._drop(worker)
         replacement = self._spawn()

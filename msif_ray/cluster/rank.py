@@ -20,7 +20,7 @@ from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch, within
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 from msif_ray.fetch import local_model, local_tokenizer, named
 from msif_ray.heap import keep_freed_memory
 from msif_ray.influence.batch import Batch, WindowKey
@@ -208,7 +208,7 @@ class Rank:
             raise UserError(
                 f"cluster.tokens_per_batch: {named(self.setup.model)} cannot be {what}: the GPU's memory is full; "
                 "lower cluster.tokens_per_batch or cluster.factor_memory, or raise cluster.ranks_per_replica "
-                f"({' '.join(str(error).split())[:200]})"
+                f"({one_line(error)})"
             ) from None
 
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> dict[WindowKey, bool]:

@@ -20,7 +20,12 @@ SCHEMA = pa.schema(
         ("relative_residual", pa.float64()),
         ("seconds", pa.float64()),
         ("refined", pa.bool_()),
-    ]
+    ],
+    metadata={
+        "relative_residual": "norm of the residual over that of the right-hand side; of iteration 0, EK-FAC's answer",
+        "seconds": "until then, of all queries that were solved together",
+        "refined": "whether the last iteration is the query's answer; else EK-FAC's is",
+    },
 )
 
 

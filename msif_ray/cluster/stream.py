@@ -20,7 +20,7 @@ from msif_ray.cluster.pool import WAIT_SECONDS, Progress, ReplicaPool
 from msif_ray.cluster.room import RankResources, free_ranks
 from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 
 # Streams begun in a row without a block done, after which the machines are not to blame.
 FRUITLESS_TRIES = 4
@@ -86,15 +86,11 @@ def _attempt(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress:
             return UserError(str(error.cause).partition("\n")[0])
         if not isinstance(error.cause, (NoRoomError, *DEATHS)):
             raise
-        return _short(error)
+        return one_line(error, 500)
     except DEATHS as error:
-        return _short(error)
+        return one_line(error, 500)
     finally:
         free_ranks(living=pool.ids)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _documents_done(task: BlockTask, done: set[str]) -> tuple[int, int]:

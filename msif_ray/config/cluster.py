@@ -14,6 +14,8 @@ class Replicas(Strict):
     @model_validator(mode="before")
     @classmethod
     def _fixed(cls, value: Any) -> Any:
+        if isinstance(value, str | float | list):
+            raise ValueError(f"give a number, or a mapping of min and max, not {value!r}")
         return {"min": value, "max": value} if isinstance(value, int) else value
 
     @model_validator(mode="after")

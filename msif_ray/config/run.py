@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from msif_ray.config.base import Location, Strict
 from msif_ray.config.cluster import Cluster
 from msif_ray.config.entries import Detail, Index, Queries, Score
+from msif_ray.config.faults import first_fault
 from msif_ray.config.loader import load_yaml
 from msif_ray.config.objective import DOCUMENTS, Classification, Preference
 from msif_ray.config.stage import (
@@ -203,7 +204,7 @@ def parse_run(description: Mapping[str, Any], source: str = "run description") -
     try:
         return Run.model_validate(description)
     except ValidationError as error:
-        raise UserError(f"{source}: {_first_fault(error)}") from None
+        raise UserError(f"{source}: {first_fault(error, Run)}") from None
 
 
 def load_run(path: str | Path) -> Run:
@@ -221,19 +222,3 @@ def load_run(path: str | Path) -> Run:
     if not isinstance(description, dict):
         raise UserError(f"{path}: not a run description: a mapping with run_dir, stages, queries and score is needed")
     return parse_run(description, str(path))
-
-
-def _first_fault(error: ValidationError) -> str:
-    fault = error.errors()[0]
-    # A discriminated union repeats its tag, and a union its member, in the path of an error.
-    members = ("proximal", "unrolled", "identity", "ekfac", "cg", "classification", "dpo", "str", "list[str]")
-    parts = [str(part) for part in fault["loc"] if part not in members]
-    key = ".".join(parts)
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = "unknown key"
-    elif fault["type"] == "missing":
-        message = "is missing"
-    elif fault["type"] not in ("value_error", "union_tag_invalid"):
-        message = f"{message[0].lower()}{message[1:]}, not {fault['input']!r}"
-    return f"{key}: {message}" if key else message

@@ -32,7 +32,8 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
     for pattern in patterns:
         found = _found(pattern, key)
         if not found:
-            raise UserError(f"{key}.path: no file matches {pattern}")
+            where = "" if is_remote(pattern) or os.path.isabs(pattern) else f" in {os.getcwd()}"
+            raise UserError(f"{key}.path: no file matches {pattern}{where}")
         bad = next((path for path in found if not is_unicode(path)), None)
         if bad is not None:  # run.json and the ids of its documents could not hold it
             shown = os.fsencode(bad).decode(errors="backslashreplace")

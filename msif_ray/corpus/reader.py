@@ -20,7 +20,7 @@ from msif_ray.config import Documents
 from msif_ray.corpus.arrow import python_rows
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.packed import NoParts, Part, part_names, row_parts
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 from msif_ray.fetch import fetched
 from msif_ray.paths import is_remote, path_of, storage
 from msif_ray.unicode import is_unicode
@@ -75,7 +75,7 @@ def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Ro
             else:
                 yield from _read_saved_dataset(file, columns, key)
         except (pa.ArrowException, UnicodeDecodeError) as error:  # bytes of a name, of a type or of the whole
-            raise UserError(f"{key}.path: {file.path} cannot be read: {_one_line(error)}") from None
+            raise UserError(f"{key}.path: {file.path} cannot be read: {one_line(error)}") from None
 
 
 def _lines(path: str) -> BinaryIO:
@@ -106,7 +106,7 @@ def _read_json_lines(file: CorpusFile, columns: Sequence[str], key: str) -> Iter
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                fault = f"line {number}: not JSON ({_one_line(error)})"
+                fault = f"line {number}: not JSON ({one_line(error)})"
                 raise UserError(f"{key}.path: {file.path} {fault}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{key}.path: {file.path} line {number}: not a JSON object")
@@ -146,7 +146,7 @@ def _load_saved(file: CorpusFile, key: str) -> Any:
             return None
         dataset = load_from_disk(str(folder))
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # what it raises of files it does not know
-        reason = f"{type(error).__name__}: {_one_line(error)[:200]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
             f"{key}.path: {file.path} cannot be read as a saved `datasets` folder ({reason}); save it again, or write "
             "Parquet"
@@ -175,10 +175,6 @@ def _check_columns(file: CorpusFile, columns: Sequence[str], present: Sequence[s
 def _no_column(file: CorpusFile, column: str, key: str, present: Sequence[str]) -> str:
     has = f"; it has {', '.join(present)}" if present else ""
     return f"{key}: {file.path} has no column {column!r}{has}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def document_columns(documents: Documents) -> list[str]:

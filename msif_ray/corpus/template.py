@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from msif_ray.errors import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -64,10 +66,6 @@ def _refusals() -> Iterator[None]:
     try:
         yield
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {_line(error)}") from None
+        raise ValueError(f"the chat template refuses it: {one_line(error)}") from None
     except FAULTS as error:
-        raise ValueError(f"the chat template fails on it: {type(error).__name__}: {_line(error)}") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise ValueError(f"the chat template fails on it: {type(error).__name__}: {one_line(error)}") from None

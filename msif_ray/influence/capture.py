@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from msif_ray.errors import UserError
+from msif_ray.errors import UserError, one_line
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.experts import run_one_by_one
 from msif_ray.influence.heads import Pooling
@@ -189,7 +189,7 @@ class Capture:
                     raise
                 raise UserError(
                     "solver: the model has an operation without a forward-mode derivative, which cg needs "
-                    f"({' '.join(str(error).split())[:200]}); use kind: ekfac"
+                    f"({one_line(error)}); use kind: ekfac"
                 ) from None
             finally:
                 self._direction = None

@@ -1,9 +1,10 @@
-"""A plan as tables of at most 100 columns, with the unit in every heading."""
+"""A plan as tables, of at most 100 columns where numbers are of usual size, with the unit in every heading."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from msif_ray.columns import print_table
 from msif_ray.plan.make import Plan
 
 GIB, TERA = 2**30, 1e12
@@ -12,7 +13,7 @@ GIB, TERA = 2**30, 1e12
 def print_plan(plan: Plan, console: Console) -> None:
     """The tables, then what was measured and what estimated."""
     for table in (_corpora(plan), _steps(plan), _memory(plan), _storage(plan)):
-        console.print(table)
+        print_table(table, console)
     for line in _explanations(plan):
         console.print(f"• {line}", highlight=False, markup=False)
 

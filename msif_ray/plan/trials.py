@@ -7,6 +7,7 @@ import torch
 
 from msif_ray import stages
 from msif_ray.corpus.reader import Document, read_documents
+from msif_ray.errors import one_line
 from msif_ray.plan.bench import Trial
 from msif_ray.plan.estimate import Estimate, indexing_job, scoring_job
 from msif_ray.plan.measure import Calibration, Request, calibrate
@@ -35,7 +36,7 @@ def calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]
         except MemoryError as error:
             notes.append(
                 f"{run.stages[index].name}: its model has no room here, so nothing of it is measured "
-                f"({' '.join(str(error).split())[:120]})."
+                f"({one_line(error, 120)})."
             )
     return found
 

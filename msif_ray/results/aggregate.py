@@ -1,5 +1,6 @@
 """Influence by a column of the corpus (domain, date, licence): sums over the documents that share its value."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from msif_ray.config import Run, Score
+from msif_ray.config import Documents, Score
 from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.reader import block_id, id_columns, row_ids
 from msif_ray.corpus.reader import read_rows as read_corpus
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, read_manifest
-from msif_ray.paths import exists
+from msif_ray.paths import exists, is_remote
 from msif_ray.results.complete import check_complete
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, read_facts
@@ -81,7 +82,7 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
     entry = next(each for each in facts.run.score if each.label == scored.label)
     check_complete(facts, scored)
     sums = _Sums()
-    for block, values in _blocks(facts.run, entry, column):
+    for block, values in _blocks(facts, entry, column):
         path = part_path(facts.run_dir, scored.label, block)
         if not exists(path):
             if entry.candidates is not None:
@@ -96,10 +97,18 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
     return _table(facts, sums)
 
 
-def _blocks(run: Run, entry: Score, column: str) -> Iterator[tuple[str, dict[str, str | None]]]:
+def _corpus(facts: Facts, entry: Score) -> Documents:
+    """The entry's corpus where the run read it, whatever directory that was run in; as described where it is gone."""
+    documents = facts.run.scored_documents(entry)
+    files = facts.corpora.get(f"score.{facts.run.score.index(entry)}", [])
+    there = files and all(not is_remote(file) and os.path.exists(file) for file in files)
+    return documents.model_copy(update={"path": files}) if there else documents
+
+
+def _blocks(facts: Facts, entry: Score, column: str) -> Iterator[tuple[str, dict[str, str | None]]]:
     """The id of every block, and the column's value of each of its documents by id."""
-    documents, key = run.scored_documents(entry), f"score.{run.score.index(entry)}.documents"
-    size = run.cluster.documents_per_block
+    documents, key = _corpus(facts, entry), f"score.{facts.run.score.index(entry)}.documents"
+    size = facts.run.cluster.documents_per_block
     if entry.index is not None:
         size = read_manifest(index_folder(entry))["documents_per_block"]
     columns = list(dict.fromkeys([*id_columns(documents), column]))

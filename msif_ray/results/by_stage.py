@@ -36,6 +36,7 @@ import pyarrow as pa
 
 from msif_ray.paths import path_of
 from msif_ray.results.facts import Facts, Scored
+from msif_ray.results.parts import UNITS
 from msif_ray.tables import write_table
 
 STAGES = "stages.parquet"
@@ -58,6 +59,7 @@ SCHEMA = pa.schema(
         "documents": "those with a score of the query; out_of: those of the corpus that could have one, N",
         "unit": "supports, opposes, net: nats of the completion's log-likelihood, sums of max(score, 0) / N, "
         "min(score, 0) / N and score / N over the documents",
+        "sign": UNITS["sign"],
         "share": "of the supports of all stages scored with the same responses; null where no other stage is, for a "
         "second entry of one stage, and where no document supports. opposing_share: likewise of the opposes",
     },

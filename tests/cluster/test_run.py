@@ -68,6 +68,17 @@ def test_top_documents_have_token_scores_that_sum_to_the_score(one_process: str)
     assert by_side == {"highest": max(of_query), "lowest": min(of_query)}
 
 
+def test_every_table_with_scores_says_their_unit_and_sign(one_process: str) -> None:
+    of_scores = {"score", "mean", "net"}
+    found = set()
+    for path in Path(one_process).rglob("*.parquet"):
+        schema = pq.read_schema(path)
+        if of_scores & set(schema.names):
+            assert {b"unit", b"sign"} <= schema.metadata.keys(), path
+            found.add(path.stem.partition("-")[0])
+    assert found == {"part", "top", "statistics", "stages"}
+
+
 def test_the_report_is_there_and_holds_the_top_documents(one_process: str) -> None:
     page = (Path(one_process) / "report.html").read_text(encoding="utf-8")
     data = page_data(page)

@@ -1,6 +1,8 @@
 """The plan of a small run: what it says, what the run then writes, and that it leaves nothing behind."""
 
+import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from cluster import runs
+from rich.console import Console
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -18,6 +21,7 @@ from msif_ray.errors import UserError
 from msif_ray.plan import trials
 from msif_ray.plan.make import Plan, make_plan
 from msif_ray.plan.measure import Request
+from msif_ray.plan.report import print_plan
 from msif_ray.run import run
 
 Description = dict[str, Any]
@@ -53,6 +57,19 @@ def entries_bytes(folder: Path) -> int:
 
 def stored(plan: Plan, name: str) -> float:
     return next(each.bytes for each in plan.stored if each.name == name)
+
+
+def printed(plan: Plan, width: int) -> list[str]:
+    written = io.StringIO()
+    print_plan(plan, Console(file=written, width=width))
+    return written.getvalue().splitlines()
+
+
+def test_words_stay_whole_at_80_columns(plan: Plan) -> None:
+    wide, narrow = printed(plan, 200), printed(plan, 80)
+    assert max(map(len, narrow)) <= 80
+    missing = Counter(" ".join(wide).split()) - Counter(" ".join(narrow).split())
+    assert {word for word in missing if set(word) != {"─"}} <= {"device-hours", "core-hours", plan.run_dir}
 
 
 def test_documents_and_steps(plan: Plan) -> None:

@@ -11,10 +11,12 @@ import pytest
 from results.finished import Finished
 from typer.testing import CliRunner
 
+from msif_ray import layout
 from msif_ray.cli import app
 from msif_ray.errors import UserError
 from msif_ray.results import parts
 from msif_ray.results.aggregate import aggregate
+from msif_ray.store import read_json, write_json
 
 DOMAINS = ["web", "books", None]
 
@@ -77,6 +79,25 @@ def test_another_column_and_another_corpus_are_refused(run_dir: Path, tmp_path: 
     corpus.write_text(corpus.read_text().replace("other", "doc-03"))
     with pytest.raises(UserError, match="the corpus has documents that the run has not: it has changed since"):
         aggregate(run_dir, "domain")
+
+
+def test_the_corpus_is_read_where_the_run_read_it(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's description is relative to the working directory of the run, not to that of who reads it."""
+    found, path = aggregate(run_dir, "domain"), layout.run_record(str(run_dir))
+    record = read_json(path)
+    record["identity"]["run"]["stages"][0]["documents"]["path"] = "*.jsonl"
+    record["identity"]["corpora"] = {"score.0": {str(tmp_path / "corpus.jsonl"): "of then"}}
+    write_json(path, record)
+    monkeypatch.chdir(run_dir)
+    assert aggregate(run_dir, "domain") == found
+    (tmp_path / "corpus.jsonl").rename(tmp_path / "moved.jsonl")
+    with pytest.raises(UserError) as refused:
+        aggregate(run_dir, "domain")
+    assert str(refused.value) == f"score.0.documents.path: no file matches *.jsonl in {run_dir}"
+    monkeypatch.chdir(tmp_path)
+    assert aggregate(run_dir, "domain") == found
 
 
 def test_an_unfinished_run_is_refused(run_dir: Path) -> None:

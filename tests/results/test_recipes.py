@@ -1,4 +1,5 @@
-"""Every block of docs/recipes.md runs on a run directory, in the tools that it names, and finds what is there."""
+"""Every block of docs/recipes.md runs on a run directory, in the tools that it names, and finds what is there; so do
+the two queries that stand elsewhere."""
 
 import re
 from pathlib import Path
@@ -52,9 +53,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     by_map = np.random.default_rng(0).standard_normal((3, 2, len(MAPS)))
     scores = by_map.sum(2)
     by_token = [np.stack([[score - 9, 9] for score in row]) for row in scores]
-    path = parts.part_path(folder / "detailed", "pretrain", "00000-0000000")
-    details = parts.Details(tuple(MAPS), by_map, by_token, curvature_norms=NORMS)
-    parts.write_part(path, ["q0", "q1"], ids[:3], scores, np.ones(3), [2] * 3, [], {}, details)
+    for label, shares in (("pretrain", by_map), ("single-stage", 2 * by_map)):
+        path = parts.part_path(folder / "detailed", label, "00000-0000000")
+        details = parts.Details(tuple(MAPS), shares, by_token, curvature_norms=NORMS)
+        parts.write_part(path, ["q0", "q1"], ids[:3], shares.sum(2), np.ones(3), [2] * 3, [], {}, details)
     return folder
 
 
@@ -117,6 +119,8 @@ def test_by_length(result: Any) -> None:
     row = result["by_length"].filter((result["pl"].col("query_id") == "q1") & (result["pl"].col("length") == 4))
     own = np.abs(SCORES[(lengths >= 16) & (lengths < 32), 1])
     assert row["documents"].item() == 16 and row["mean_size"].item() == pytest.approx(own.mean(), rel=1e-5)
+    per_token = own / lengths[(lengths >= 16) & (lengths < 32)]
+    assert row["mean_size_per_token"].item() == pytest.approx(per_token.mean(), rel=1e-5)
     best = (SCORES[:, 0] / (np.arange(40) % 5 + 1.0)).argmax()
     assert result["top_per_norm"]["doc_id"][0] == f"doc-{best:02d}"
 
@@ -156,10 +160,14 @@ def test_by_stage(result: Any) -> None:
 
 
 @having("Tokens and maps")
-def test_shares(result: Any) -> None:
+def test_shares(result: Any, folder: Path) -> None:
     assert result["tokens"]["score"].sum() == pytest.approx(SCORES[:, 0].max(), rel=1e-5)
-    own = np.sort(SCORES[:, 0])[-RUN.top :].sum() + np.sort(RUN.scores("single-stage")[:, 0])[-RUN.top :].sum()
-    assert result["maps"]["q0", "highest"].sum() == pytest.approx(own, rel=1e-5)
+    top = [row for row in pq.read_table(folder / "run" / "top.parquet").to_pylist() if row["side"] == "highest"]
+    for label in RUN.labels:
+        own = sum(np.array(row["module_scores"]) for row in top if (row["stage"], row["query_id"]) == (label, "q0"))
+        assert result["maps"][label, "q0", "highest"].to_dict() == pytest.approx(dict(zip(MAPS, own, strict=True)))
+        highest = np.sort(RUN.scores(label)[:, 0])[-RUN.top :].sum()
+        assert result["maps"][label, "q0", "highest"].sum() == pytest.approx(highest, rel=1e-5)
 
 
 @having("As a dataset")
@@ -174,3 +182,23 @@ def test_details(result: Any) -> None:
     for _, score, of_tokens, of_modules, strongest in result:
         assert of_tokens == pytest.approx(score, abs=1e-5) and of_modules == pytest.approx(score, abs=1e-5)
         assert strongest == 2
+
+
+def elsewhere(path: str, pattern: str, folder: Path) -> list[tuple[Any, ...]]:
+    """The rows of a query in another document, on the run."""
+    found = re.search(pattern, (RECIPES.parents[1] / path).read_text(encoding="utf-8"), re.S)
+    assert found
+    return duckdb.sql(found[1].replace("runs/example", str(folder / "run")).replace("zambia/capital", "q0")).fetchall()
+
+
+def test_the_readme_shows_the_top_of_one_query(folder: Path) -> None:
+    rows = elsewhere("README.md", r'duckdb\.sql\(\\"(select .+?)\\"', folder)
+    assert [document for document, _ in rows] == [f"doc-{number:02d}" for number in np.argsort(-SCORES[:, 0])[:5]]
+
+
+def test_a_score_over_those_of_the_other_queries_is_of_one_entry(folder: Path) -> None:
+    rows = elsewhere("docs/validation.md", r"\n\n {6}(select .+?standing desc)\n", folder)
+    standing = np.stack([SCORES[:, 0] / np.abs(SCORES[:, 1]), SCORES[:, 1] / np.abs(SCORES[:, 0])], 1)
+    found = {(query, document): value for query, document, value in rows}
+    expected = {(f"q{q}", f"doc-{n:02d}"): standing[n, q] for q in (0, 1) for n in range(40)}
+    assert found == pytest.approx(expected, rel=1e-3)  # a difference of squares of float32

@@ -230,6 +230,25 @@ def test_all_scripts_are_characters(chromium: Any, strange: Path) -> None:
     assert "⟨202E⟩evil↵line␀" in shown
 
 
+def test_what_is_left_out_of_hebrew_is_told_from_left_to_right(chromium: Any, tmp_path: Path) -> None:
+    path = write_report(Finished(tokens_of=lambda number: [" מילה"] * 1000).write(tmp_path))[0]
+    page = browser.Watched(chromium, path).page
+    left = """(node, place) => {
+        const range = new Range();
+        range.setStart(node.firstChild, place);
+        range.setEnd(node.firstChild, place + 1);
+        return range.getBoundingClientRect().left;
+    }"""
+    gaps = page.locator(".text .gap").all()
+    assert gaps
+    for gap in gaps:
+        last = len(gap.inner_text()) - 1
+        assert gap.evaluate(left, 0) < gap.evaluate(left, last)
+    assert {text.evaluate("node => getComputedStyle(node).direction") for text in page.locator(".text").all()} == {
+        "rtl"
+    }
+
+
 def test_it_shows_which_stage_an_answer_comes_from(chromium: Any, tmp_path: Path) -> None:
     from axe_playwright_python.sync_playwright import Axe
 

@@ -170,7 +170,7 @@
   at("heat-side").addEventListener("change", showHeat);
 
   // Documents -------------------------------------------------------------
-  const gap = (count) => make("span", { class: "gap" }, `${count.toLocaleString("en")} tokens`);
+  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, `${count.toLocaleString("en")} tokens`);
   const card = (each, side) => {
     const text = make("p", { class: "text", dir: "auto" });
     const tokens = [];
