@@ -51,6 +51,9 @@ _KNOWN = re.compile(
 # Ways to begin that leave the base's weights as they are. Others (PiSSA, OLoRA, LoftQ …) take something out of them.
 _BEGUN = (True, False, "gaussian", "eva", "orthogonal")
 _LOW_RANK = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
+# Of a module that the adapter holds whole, `bias: all` and embeddings of added tokens make peft save two more states
+# beside its own: the same once more, and the base's.
+_AGAIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.(.+)")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -129,6 +132,7 @@ def merge(adapter: Path, base: Path, tokenizer: Path, target: Path) -> None:
 
 def _read(path: Path) -> _Changes:
     changes = _Changes()
+    again: dict[re.Match[str], Tensor] = {}
     for key, tensor in finite_tensors(path):
         name = key.removeprefix(PREFIX)
         if found := _LOW_RANK.fullmatch(name):
@@ -138,6 +142,8 @@ def _read(path: Path) -> _Changes:
             changes.magnitudes[name.removesuffix(MAGNITUDE)] = tensor
         elif not key.startswith(PREFIX) or ".lora_" in name:
             raise UserError(f"{path}: the tensor {key} is not one of plain LoRA; {_MERGE}")
+        elif found := _AGAIN.fullmatch(name):
+            again[found] = tensor
         else:
             changes.whole[name.replace(".base_layer.", ".")] = tensor
     for name, pair in changes.low_rank.items():
@@ -145,7 +151,21 @@ def _read(path: Path) -> _Changes:
             raise UserError(f"{path}: {name} has not both of lora_A and lora_B as matrices")
         if pair["A"].shape[0] != pair["B"].shape[1]:
             raise UserError(f"{path}: {name} has a lora_A and a lora_B of different ranks")
+    for found, tensor in again.items():
+        _check_again(found, tensor, changes.whole, path)
     return changes
+
+
+def _check_again(found: re.Match[str], tensor: Tensor, whole: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError unless the tensor, found by `_AGAIN`, is of a module held whole, and as that itself has it."""
+    module, kind, name = found.groups()
+    # Of a module inside the one held whole, peft leaves the adapter's name in: modules_to_save.default.dense.bias.
+    keys = (f"{module}.{name}", f"{module}.{name.partition('.')[2]}")
+    own = next((whole[key] for key in keys if key in whole), None)
+    if own is None:
+        raise UserError(f"{path}: {found[0]} is of no module that the adapter holds whole; {_MERGE}")
+    if kind == "modules_to_save" and (own.dtype != tensor.dtype or not torch.equal(own, tensor)):
+        raise UserError(f"{path}: {found[0]} is not as {module} itself has it; save the adapter again")
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

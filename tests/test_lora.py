@@ -50,6 +50,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def merged_as_by_peft(model: PeftModel, base: Path, adapter: Path, target: Path) -> int:
+    """How many tensors of the base the merged model has changed. It equals peft's own, which this makes of `model`."""
+    target.mkdir()
+    merge(adapter, base, base, target)
+    found, before = (models.load(folder)[0].state_dict() for folder in (target, base))
+    expected = model.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+    return sum(not torch.equal(tensor, before[name]) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
     kind, options = CASES[case]
@@ -57,16 +69,24 @@ def test_the_merged_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
     folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
     model = adapted(base, str(folder), **{"target_modules": MAPS[kind]} | options)
     model.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "merged").mkdir()
-    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
-    found, tokenizer = models.load(tmp_path / "merged")
-    expected = model.merge_and_unload().state_dict()
-    assert found.state_dict().keys() == expected.keys() and len(tokenizer) == len(models.VOCABULARY)
-    changed = 0
-    for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
-        changed += not torch.equal(tensor, base.state_dict()[name])
-    assert changed >= 3
+    assert merged_as_by_peft(model, folder, tmp_path / "adapter", tmp_path / "merged") >= 3
+    assert len(models.load(tmp_path / "merged")[1]) == len(models.VOCABULARY)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("saved", [["final_layer_norm"], ["mlp"], ["dense_4h_to_h", "embed_out"]])
+def test_biases_of_modules_that_an_adapter_holds_whole(tmp_path: Path, bias: str, saved: list[str]) -> None:
+    """peft saves them twice, and the base's: of a module inside another one even with the adapter's name."""
+    base = models.build_model("gpt_neox", 1)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    model = adapted(base, str(folder), target_modules=["dense"], bias=bias, modules_to_save=saved)
+    model.save_pretrained(tmp_path)
+    named = PeftModel.from_pretrained(base, tmp_path, adapter_name="named")
+    named.save_pretrained(tmp_path)
+    for adapter, own in ((tmp_path, model), (tmp_path / "named", named)):
+        twice = [name for name in load_file(adapter / WEIGHTS) if ".modules_to_save." in name]
+        assert bool(twice) == (bias == "all")
+        assert merged_as_by_peft(own, folder, adapter, adapter / "merged") >= 3
 
 
 def test_a_base_of_several_files_in_bfloat16_keeps_small_changes(tmp_path: Path) -> None:
@@ -82,22 +102,25 @@ def test_a_base_of_several_files_in_bfloat16_keeps_small_changes(tmp_path: Path)
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-6, atol=1e-9)
 
 
-def test_embeddings_of_added_tokens_make_a_larger_vocabulary(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "saved"), [(False, ["embed_tokens", "lm_head"]), (True, ["embed_tokens", "lm_head"]), (True, None)]
+)
+def test_embeddings_of_added_tokens_make_a_larger_vocabulary(
+    tmp_path: Path, named: bool, saved: list[str] | None
+) -> None:
+    """Where it finds the base, peft sees that it has grown, and saves embedding and head with all that is in them."""
     base = models.build_model("llama", 1)
     folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
     grown, size = copy.deepcopy(base), len(models.VOCABULARY) + 2
     grown.resize_token_embeddings(size, mean_resizing=False)
-    model = adapted(grown, "", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = adapted(grown, str(folder) if named else "", target_modules=["q_proj"], modules_to_save=saved)
     model.save_pretrained(tmp_path / "adapter")
     tokenizer = models.build_tokenizer()
     tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
     tokenizer.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "merged").mkdir()
-    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
+    merged_as_by_peft(model, folder, tmp_path / "adapter", tmp_path / "merged")
     found, own = models.load(tmp_path / "merged")
     assert found.config.vocab_size == size == len(own)
-    for name, tensor in model.merge_and_unload().state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
 
 
 def with_adapter(folder: Path, adapter: Path, **stage: Any) -> dict[str, Any]:
@@ -235,6 +258,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no such map": (
         lambda a: retensor(a, **{"gpt_neox.y.weight": torch.ones(3)}),
         r"gpt_neox\.y\.weight is not among the base's tensors" + MERGE,
+    ),
+    "two states of a module": (
+        lambda a: retensor(a, **{f"gpt_neox.z.{of}bias": torch.ones(3 + len(of)) for of in ("", "modules_to_save.")}),
+        r"gpt_neox\.z\.modules_to_save\.bias is not as gpt_neox\.z itself has it; save the adapter again",
+    ),
+    "a module that another adapter holds whole": (
+        lambda a: retensor(a, **{"gpt_neox.z.original_module.bias": torch.ones(3)}),
+        r"gpt_neox\.z\.original_module\.bias is of no module that the adapter holds whole" + MERGE,
     ),
     "not a number": (
         lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.full((3, 24), torch.nan)}),
