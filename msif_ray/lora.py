@@ -36,6 +36,7 @@ from torch import Tensor
 
 from msif_ray.errors import UserError
 from msif_ray.fetch import TOKENIZER_IDENTITY
+from msif_ray.loading import auto_class
 from msif_ray.weights import finite_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -179,12 +180,13 @@ class _Base:
     """The base's checkpoint: the names of its tensors, and what its configuration makes of them."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM  # here: tasks import this module, and need no models
+        from transformers import AutoConfig  # here: tasks import this module, and need no models
         from transformers.pytorch_utils import Conv1D
 
         self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        classifies = any("SequenceClassification" in name for name in self.config.architectures or ())
         with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            self.model: Any = auto_class(classifies).from_config(self.config, trust_remote_code=False)
         modules = dict(self.model.named_modules())
         ends = {id(self.model.get_input_embeddings()), id(self.model.get_output_embeddings())}
         self.transposed = {name for name, module in modules.items() if isinstance(module, Conv1D)}
@@ -203,8 +205,9 @@ class _Base:
 
     def refuse_tied(self, changed: set[str], adapter: Path) -> None:
         tied = sorted(changed & self.ends)
-        if tied and self.config.get_text_config().tie_word_embeddings:
-            said = f"{tied[0]} is shared by embedding and head in the base, and of one of them in the adapter"
+        head = self.model.get_output_embeddings() is not None  # a classifier has none
+        if tied and head and self.config.get_text_config().tie_word_embeddings:
+            said = f"{tied[0]} is changed by the adapter and shared by embedding and head in the base"
             raise UserError(f"{adapter / WEIGHTS}: {said}; {_MERGE}")
 
 
@@ -244,7 +247,7 @@ def _resize(target: Path, base: _Base, changes: _Changes, adapter: Path) -> None
     rows = {name: changes.whole[name].shape[0] if name in changes.whole else before for name in base.ends}
     if len(set(rows.values())) > 1:
         said = " and ".join(f"{name} {count}" for name, count in sorted(rows.items()))
-        raise UserError(f"{adapter / WEIGHTS}: embedding and head have different numbers of tokens: {said}")
+        raise UserError(f"{adapter / WEIGHTS}: embedding and head have different numbers of tokens: {said}; {_MERGE}")
     if set(rows.values()) == {before}:
         return
     path = target / "config.json"

@@ -14,7 +14,7 @@ from adapters import MAPS, adapted, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_preflight import describe, folder, pair
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from msif_ray import fetch, layout
 from msif_ray.config import parse_run
@@ -284,14 +284,49 @@ def test_what_is_not_merged_exactly_is_refused_by_name(folder: Path, cache: Path
     assert "\n" not in str(error.value) and not list(cache.glob("*.tmp"))
 
 
-def test_a_shared_embedding_is_not_changed_for_one_of_both(tmp_path: Path) -> None:
+BOTH_ENDS = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens"]}, BOTH_ENDS])
+def test_an_embedding_that_the_head_shares_is_not_changed(tmp_path: Path, options: dict[str, Any]) -> None:
+    """peft makes two tensors of one."""
     base = models.build_model("llama", 1, tied=True)
     folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
-    adapted(base, "", target_modules=["embed_tokens"]).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        UserError, match=r"embed_tokens\.weight is shared by embedding and head in the base" + ".*" + MERGE
-    ):
+    adapted(base, "", **options).save_pretrained(tmp_path / "adapter")
+    said = r"(embed_tokens|lm_head)\.weight is changed by the adapter and shared by embedding and head in the base"
+    with pytest.raises(UserError, match=said + MERGE):
         merge(tmp_path / "adapter", folder, folder, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "embedding"), [("llama", "embed_tokens"), ("gpt2", "wte")])
+def test_a_classifier_with_added_tokens(tmp_path: Path, kind: str, embedding: str) -> None:
+    """Its embedding is shared with no head, and none has to grow with it."""
+    base = models.classifier(models.build_model(kind, 1), 2)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    grown, size = copy.deepcopy(base), len(models.VOCABULARY) + 2
+    grown.resize_token_embeddings(size, mean_resizing=False)
+    options = {"target_modules": MAPS[kind], "modules_to_save": [embedding], "task_type": "SEQ_CLS"}
+    model = adapted(grown, str(folder), **options)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    assert found.config.vocab_size == size
+    expected = model.merge_and_unload().state_dict()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_that_has_not_grown_with_its_embedding(tmp_path: Path) -> None:
+    """peft does not save it where the embedding is changed by low rank."""
+    base = models.build_model("llama", 1)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    base.resize_token_embeddings(len(models.VOCABULARY) + 2, mean_resizing=False)
+    adapted(base, str(folder), target_modules=["embed_tokens"]).save_pretrained(tmp_path / "adapter")
+    said = r"different numbers of tokens: lm_head\.weight \d+ and model\.embed_tokens\.weight \d+"
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match=said + MERGE):
+        merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
