@@ -112,7 +112,7 @@ def merge(adapter: Path, base: Path, tokenizer: Path, target: Path) -> None:
     scales = {name: _scale(config, name, pair["A"].shape[0]) for name, pair in changes.low_rank.items()}
     left = set(changes.whole) | {f"{name}.weight" for name in changes.low_rank}
     model.refuse_tied(left, adapter)
-    names = {model.key(name, adapter): name for name in left}
+    names = {model.key(name, adapter): name for name in sorted(left)}
     for file in sorted(base.glob("*.safetensors")):
         tensors = {}
         with safe_open(file, framework="pt") as opened:
@@ -184,7 +184,7 @@ class _Base:
         from transformers.pytorch_utils import Conv1D
 
         self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        classifies = any("SequenceClassification" in name for name in self.config.architectures or ())
+        classifies = any(name.endswith("ForSequenceClassification") for name in self.config.architectures or ())
         with torch.device("meta"):
             self.model: Any = auto_class(classifies).from_config(self.config, trust_remote_code=False)
         modules = dict(self.model.named_modules())

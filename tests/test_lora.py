@@ -274,6 +274,26 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_weights_and_an_adapter_in_one_folder(folder: Path) -> None:
+    """transformers loads the one with the other where peft is installed, and without it where it is not."""
+    both = save_adapter(folder, folder / "stage0")
+    shutil.copyfile(folder / "stage1" / "model.safetensors", both / "model.safetensors")
+    shutil.copyfile(folder / "stage1" / "config.json", both / "config.json")
+    said = r"stages\.1\.model: .*adapter holds adapter_config\.json beside a model's weights; put what is meant into"
+    with pytest.raises(UserError, match=f"^{said} a folder of its own$"):
+        resolve(with_adapter(folder, both))
+
+
+def test_an_adapter_with_a_name_is_in_a_folder_of_this_name(folder: Path) -> None:
+    save_adapter(folder, folder / "stage0")
+    named = PeftModel.from_pretrained(models.load(folder / "stage0")[0], folder / "adapter", adapter_name="mine")
+    named.save_pretrained(folder / "named")
+    said = r"stages\.1\.model: .*named has no config\.json; name the adapter in its folder mine"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        resolve(with_adapter(folder, folder / "named"))
+    assert resolve(with_adapter(folder, folder / "named" / "mine")).stages[1].adapter is not None
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_not_merged_exactly_is_refused_by_name(folder: Path, cache: Path, case: str) -> None:
     spoil, message = REFUSED[case]
