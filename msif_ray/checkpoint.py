@@ -67,11 +67,17 @@ def check_checkpoint(
     revision, adapter = stage.revision or folder_revision(folder), None
     if is_adapter(folder):
         folder, source, adapter = _merge(stage, folder, source, earlier, key)
+    elif (folder / CONFIG).is_file():  # where peft is installed, and only there, transformers adds it to the weights
+        raise UserError(
+            f"{key}.model: {folder} holds {CONFIG} beside a model's weights; put what is meant into a folder of its own"
+        )
     elif stage.base is not None:
         raise UserError(f"{key}.base: {folder} is a model with its own weights and no adapter; leave `base` out")
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").exists():
-        raise UserError(f"{key}.model: {folder} has no config.json; name a folder saved by save_pretrained")
+        inside = sorted(folder.glob(f"*/{CONFIG}"))  # where peft saves an adapter that has a name
+        meant = f"the adapter in its folder {inside[0].parent.name}" if inside else "a folder saved by save_pretrained"
+        raise UserError(f"{key}.model: {folder} has no config.json; name {meant}")
     if not files:
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
     config, model = _outline(folder, key, _classifies(stage))

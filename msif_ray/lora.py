@@ -36,6 +36,7 @@ from torch import Tensor
 
 from msif_ray.errors import UserError
 from msif_ray.fetch import TOKENIZER_IDENTITY
+from msif_ray.loading import auto_class
 from msif_ray.weights import finite_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -51,6 +52,9 @@ _KNOWN = re.compile(
 # Ways to begin that leave the base's weights as they are. Others (PiSSA, OLoRA, LoftQ …) take something out of them.
 _BEGUN = (True, False, "gaussian", "eva", "orthogonal")
 _LOW_RANK = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
+# Of a module that the adapter holds whole, `bias: all` and embeddings of added tokens make peft save two more states
+# beside its own: the same once more, and the base's.
+_AGAIN = re.compile(r"(.+)\.(modules_to_save|original_module)\.(.+)")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -108,7 +112,7 @@ def merge(adapter: Path, base: Path, tokenizer: Path, target: Path) -> None:
     scales = {name: _scale(config, name, pair["A"].shape[0]) for name, pair in changes.low_rank.items()}
     left = set(changes.whole) | {f"{name}.weight" for name in changes.low_rank}
     model.refuse_tied(left, adapter)
-    names = {model.key(name, adapter): name for name in left}
+    names = {model.key(name, adapter): name for name in sorted(left)}
     for file in sorted(base.glob("*.safetensors")):
         tensors = {}
         with safe_open(file, framework="pt") as opened:
@@ -129,6 +133,7 @@ def merge(adapter: Path, base: Path, tokenizer: Path, target: Path) -> None:
 
 def _read(path: Path) -> _Changes:
     changes = _Changes()
+    again: dict[re.Match[str], Tensor] = {}
     for key, tensor in finite_tensors(path):
         name = key.removeprefix(PREFIX)
         if found := _LOW_RANK.fullmatch(name):
@@ -138,6 +143,8 @@ def _read(path: Path) -> _Changes:
             changes.magnitudes[name.removesuffix(MAGNITUDE)] = tensor
         elif not key.startswith(PREFIX) or ".lora_" in name:
             raise UserError(f"{path}: the tensor {key} is not one of plain LoRA; {_MERGE}")
+        elif found := _AGAIN.fullmatch(name):
+            again[found] = tensor
         else:
             changes.whole[name.replace(".base_layer.", ".")] = tensor
     for name, pair in changes.low_rank.items():
@@ -145,7 +152,21 @@ def _read(path: Path) -> _Changes:
             raise UserError(f"{path}: {name} has not both of lora_A and lora_B as matrices")
         if pair["A"].shape[0] != pair["B"].shape[1]:
             raise UserError(f"{path}: {name} has a lora_A and a lora_B of different ranks")
+    for found, tensor in again.items():
+        _check_again(found, tensor, changes.whole, path)
     return changes
+
+
+def _check_again(found: re.Match[str], tensor: Tensor, whole: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError unless the tensor, found by `_AGAIN`, is of a module held whole, and as that itself has it."""
+    module, kind, name = found.groups()
+    # Of a module inside the one held whole, peft leaves the adapter's name in: modules_to_save.default.dense.bias.
+    keys = (f"{module}.{name}", f"{module}.{name.partition('.')[2]}")
+    own = next((whole[key] for key in keys if key in whole), None)
+    if own is None:
+        raise UserError(f"{path}: {found[0]} is of no module that the adapter holds whole; {_MERGE}")
+    if kind == "modules_to_save" and (own.dtype != tensor.dtype or not torch.equal(own, tensor)):
+        raise UserError(f"{path}: {found[0]} is not as {module} itself has it; save the adapter again")
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -159,12 +180,13 @@ class _Base:
     """The base's checkpoint: the names of its tensors, and what its configuration makes of them."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM  # here: tasks import this module, and need no models
+        from transformers import AutoConfig  # here: tasks import this module, and need no models
         from transformers.pytorch_utils import Conv1D
 
         self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        classifies = any(name.endswith("ForSequenceClassification") for name in self.config.architectures or ())
         with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            self.model: Any = auto_class(classifies).from_config(self.config, trust_remote_code=False)
         modules = dict(self.model.named_modules())
         ends = {id(self.model.get_input_embeddings()), id(self.model.get_output_embeddings())}
         self.transposed = {name for name, module in modules.items() if isinstance(module, Conv1D)}
@@ -183,8 +205,9 @@ class _Base:
 
     def refuse_tied(self, changed: set[str], adapter: Path) -> None:
         tied = sorted(changed & self.ends)
-        if tied and self.config.get_text_config().tie_word_embeddings:
-            said = f"{tied[0]} is shared by embedding and head in the base, and of one of them in the adapter"
+        head = self.model.get_output_embeddings() is not None  # a classifier has none
+        if tied and head and self.config.get_text_config().tie_word_embeddings:
+            said = f"{tied[0]} is changed by the adapter and shared by embedding and head in the base"
             raise UserError(f"{adapter / WEIGHTS}: {said}; {_MERGE}")
 
 
@@ -224,7 +247,7 @@ def _resize(target: Path, base: _Base, changes: _Changes, adapter: Path) -> None
     rows = {name: changes.whole[name].shape[0] if name in changes.whole else before for name in base.ends}
     if len(set(rows.values())) > 1:
         said = " and ".join(f"{name} {count}" for name, count in sorted(rows.items()))
-        raise UserError(f"{adapter / WEIGHTS}: embedding and head have different numbers of tokens: {said}")
+        raise UserError(f"{adapter / WEIGHTS}: embedding and head have different numbers of tokens: {said}; {_MERGE}")
     if set(rows.values()) == {before}:
         return
     path = target / "config.json"

@@ -14,7 +14,7 @@ from adapters import MAPS, adapted, save_adapter
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_preflight import describe, folder, pair
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from msif_ray import fetch, layout
 from msif_ray.config import parse_run
@@ -50,6 +50,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def merged_as_by_peft(model: PeftModel, base: Path, adapter: Path, target: Path) -> int:
+    """How many tensors of the base the merged model has changed. It equals peft's own, which this makes of `model`."""
+    target.mkdir()
+    merge(adapter, base, base, target)
+    found, before = (models.load(folder)[0].state_dict() for folder in (target, base))
+    expected = model.merge_and_unload().state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+    return sum(not torch.equal(tensor, before[name]) for name, tensor in found.items())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_merged_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
     kind, options = CASES[case]
@@ -57,16 +69,24 @@ def test_the_merged_model_is_that_of_peft(tmp_path: Path, case: str) -> None:
     folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
     model = adapted(base, str(folder), **{"target_modules": MAPS[kind]} | options)
     model.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "merged").mkdir()
-    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
-    found, tokenizer = models.load(tmp_path / "merged")
-    expected = model.merge_and_unload().state_dict()
-    assert found.state_dict().keys() == expected.keys() and len(tokenizer) == len(models.VOCABULARY)
-    changed = 0
-    for name, tensor in found.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
-        changed += not torch.equal(tensor, base.state_dict()[name])
-    assert changed >= 3
+    assert merged_as_by_peft(model, folder, tmp_path / "adapter", tmp_path / "merged") >= 3
+    assert len(models.load(tmp_path / "merged")[1]) == len(models.VOCABULARY)
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("saved", [["final_layer_norm"], ["mlp"], ["dense_4h_to_h", "embed_out"]])
+def test_biases_of_modules_that_an_adapter_holds_whole(tmp_path: Path, bias: str, saved: list[str]) -> None:
+    """peft saves them twice, and the base's: of a module inside another one even with the adapter's name."""
+    base = models.build_model("gpt_neox", 1)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    model = adapted(base, str(folder), target_modules=["dense"], bias=bias, modules_to_save=saved)
+    model.save_pretrained(tmp_path)
+    named = PeftModel.from_pretrained(base, tmp_path, adapter_name="named")
+    named.save_pretrained(tmp_path)
+    for adapter, own in ((tmp_path, model), (tmp_path / "named", named)):
+        twice = [name for name in load_file(adapter / WEIGHTS) if ".modules_to_save." in name]
+        assert bool(twice) == (bias == "all")
+        assert merged_as_by_peft(own, folder, adapter, adapter / "merged") >= 3
 
 
 def test_a_base_of_several_files_in_bfloat16_keeps_small_changes(tmp_path: Path) -> None:
@@ -82,22 +102,25 @@ def test_a_base_of_several_files_in_bfloat16_keeps_small_changes(tmp_path: Path)
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-6, atol=1e-9)
 
 
-def test_embeddings_of_added_tokens_make_a_larger_vocabulary(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "saved"), [(False, ["embed_tokens", "lm_head"]), (True, ["embed_tokens", "lm_head"]), (True, None)]
+)
+def test_embeddings_of_added_tokens_make_a_larger_vocabulary(
+    tmp_path: Path, named: bool, saved: list[str] | None
+) -> None:
+    """Where it finds the base, peft sees that it has grown, and saves embedding and head with all that is in them."""
     base = models.build_model("llama", 1)
     folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
     grown, size = copy.deepcopy(base), len(models.VOCABULARY) + 2
     grown.resize_token_embeddings(size, mean_resizing=False)
-    model = adapted(grown, "", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    model = adapted(grown, str(folder) if named else "", target_modules=["q_proj"], modules_to_save=saved)
     model.save_pretrained(tmp_path / "adapter")
     tokenizer = models.build_tokenizer()
     tokenizer.add_tokens(["<|user|>", "<|assistant|>"])
     tokenizer.save_pretrained(tmp_path / "adapter")
-    (tmp_path / "merged").mkdir()
-    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
+    merged_as_by_peft(model, folder, tmp_path / "adapter", tmp_path / "merged")
     found, own = models.load(tmp_path / "merged")
     assert found.config.vocab_size == size == len(own)
-    for name, tensor in model.merge_and_unload().state_dict().items():
-        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
 
 
 def with_adapter(folder: Path, adapter: Path, **stage: Any) -> dict[str, Any]:
@@ -236,11 +259,39 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda a: retensor(a, **{"gpt_neox.y.weight": torch.ones(3)}),
         r"gpt_neox\.y\.weight is not among the base's tensors" + MERGE,
     ),
+    "two states of a module": (
+        lambda a: retensor(a, **{f"gpt_neox.z.{of}bias": torch.ones(3 + len(of)) for of in ("", "modules_to_save.")}),
+        r"gpt_neox\.z\.modules_to_save\.bias is not as gpt_neox\.z itself has it; save the adapter again",
+    ),
+    "a module that another adapter holds whole": (
+        lambda a: retensor(a, **{"gpt_neox.z.original_module.bias": torch.ones(3)}),
+        r"gpt_neox\.z\.original_module\.bias is of no module that the adapter holds whole" + MERGE,
+    ),
     "not a number": (
         lambda a: retensor(a, **{"layers.0.mlp.dense_4h_to_h.lora_A.weight": torch.full((3, 24), torch.nan)}),
         r"the tensor .*dense_4h_to_h\.lora_A\.weight holds a number that is not finite",
     ),
 }
+
+
+def test_weights_and_an_adapter_in_one_folder(folder: Path) -> None:
+    """transformers loads the one with the other where peft is installed, and without it where it is not."""
+    both = save_adapter(folder, folder / "stage0")
+    shutil.copyfile(folder / "stage1" / "model.safetensors", both / "model.safetensors")
+    shutil.copyfile(folder / "stage1" / "config.json", both / "config.json")
+    said = r"stages\.1\.model: .*adapter holds adapter_config\.json beside a model's weights; put what is meant into"
+    with pytest.raises(UserError, match=f"^{said} a folder of its own$"):
+        resolve(with_adapter(folder, both))
+
+
+def test_an_adapter_with_a_name_is_in_a_folder_of_this_name(folder: Path) -> None:
+    save_adapter(folder, folder / "stage0")
+    named = PeftModel.from_pretrained(models.load(folder / "stage0")[0], folder / "adapter", adapter_name="mine")
+    named.save_pretrained(folder / "named")
+    said = r"stages\.1\.model: .*named has no config\.json; name the adapter in its folder mine"
+    with pytest.raises(UserError, match=f"^{said}$"):
+        resolve(with_adapter(folder, folder / "named"))
+    assert resolve(with_adapter(folder, folder / "named" / "mine")).stages[1].adapter is not None
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -253,14 +304,49 @@ def test_what_is_not_merged_exactly_is_refused_by_name(folder: Path, cache: Path
     assert "\n" not in str(error.value) and not list(cache.glob("*.tmp"))
 
 
-def test_a_shared_embedding_is_not_changed_for_one_of_both(tmp_path: Path) -> None:
+BOTH_ENDS = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["embed_tokens"]}, BOTH_ENDS])
+def test_an_embedding_that_the_head_shares_is_not_changed(tmp_path: Path, options: dict[str, Any]) -> None:
+    """peft makes two tensors of one."""
     base = models.build_model("llama", 1, tied=True)
     folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
-    adapted(base, "", target_modules=["embed_tokens"]).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        UserError, match=r"embed_tokens\.weight is shared by embedding and head in the base" + ".*" + MERGE
-    ):
+    adapted(base, "", **options).save_pretrained(tmp_path / "adapter")
+    said = r"(embed_tokens|lm_head)\.weight is changed by the adapter and shared by embedding and head in the base"
+    with pytest.raises(UserError, match=said + MERGE):
         merge(tmp_path / "adapter", folder, folder, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "embedding"), [("llama", "embed_tokens"), ("gpt2", "wte")])
+def test_a_classifier_with_added_tokens(tmp_path: Path, kind: str, embedding: str) -> None:
+    """Its embedding is shared with no head, and none has to grow with it."""
+    base = models.classifier(models.build_model(kind, 1), 2)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    grown, size = copy.deepcopy(base), len(models.VOCABULARY) + 2
+    grown.resize_token_embeddings(size, mean_resizing=False)
+    options = {"target_modules": MAPS[kind], "modules_to_save": [embedding], "task_type": "SEQ_CLS"}
+    model = adapted(grown, str(folder), **options)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float64)
+    assert found.config.vocab_size == size
+    expected = model.merge_and_unload().state_dict()
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_that_has_not_grown_with_its_embedding(tmp_path: Path) -> None:
+    """peft does not save it where the embedding is changed by low rank."""
+    base = models.build_model("llama", 1)
+    folder = models.save(base, models.build_tokenizer(), tmp_path / "base")
+    base.resize_token_embeddings(len(models.VOCABULARY) + 2, mean_resizing=False)
+    adapted(base, str(folder), target_modules=["embed_tokens"]).save_pretrained(tmp_path / "adapter")
+    said = r"different numbers of tokens: lm_head\.weight \d+ and model\.embed_tokens\.weight \d+"
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match=said + MERGE):
+        merge(tmp_path / "adapter", folder, folder, tmp_path / "merged")
 
 
 @pytest.mark.parametrize(
