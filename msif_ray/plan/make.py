@@ -163,7 +163,7 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         device=next((calibration.device for calibration in calibrations.values()), None),
         replicas=run.cluster.replicas.max,
         ranks_per_replica=run.cluster.ranks_per_replica,
-        pairs=_pairs(estimate),
+        pairs=sum(len(entries) * estimate.pairs(entries) for entries in stages.passes(run)),
         corpora=_corpora(run, inputs.tallies),
         steps=steps(estimate),
         groups=groups,
@@ -173,13 +173,6 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         hand_memory=HAND_MEMORY,
         notes=notes + _notes(estimate),
     )
-
-
-def _pairs(estimate: Estimate) -> float:
-    passes = stages.passes(estimate.run)
-    scored = [estimate.inputs.tallies[f"score.{estimate.run.score.index(entries[0])}"] for entries in passes]
-    each = zip(passes, scored, strict=True)
-    return len(estimate.inputs.resolved.queries) * sum(len(e) * (t.documents - t.skipped) for e, t in each)
 
 
 def _corpora(run: Run, tallies: Mapping[str, Tally]) -> list[Corpus]:

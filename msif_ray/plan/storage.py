@@ -51,9 +51,7 @@ def stored(estimate: Estimate) -> list[Stored]:
         kept = solving.stored_bytes(estimate.shapes, len(resolved.queries), memory, estimate.itemsize, ranks)
         found.append(Stored("conjugate gradients, at most", kept))
     for entries in stages.passes(estimate.run):
-        seen = estimate.scored(entries)
-        pairs = len(resolved.queries) * (seen.documents - seen.skipped)
-        pairs = min(pairs, estimate.candidates_at_most(entries[0]) or pairs)
+        seen, pairs = estimate.scored(entries), estimate.pairs(entries)
         rows = resolved.rows[f"score.{estimate.run.score.index(entries[0])}"]
         parts = sum(-(-each // cluster.documents_per_block) for each in rows)
         scores = parts * estimate.inputs.part.footer + pairs * estimate.inputs.part.pair

@@ -170,8 +170,11 @@ def test_norms_in_the_inverse_curvature_are_planned(description: Description, pl
 
 
 def test_candidates_are_planned(description: Description, plan: Plan) -> None:
-    chosen = description | {"score": [{"stage": "pretrain", "candidates": {"method": "bm25", "top": 2}}]}
-    steps = {step.name: step for step in make_plan(parse_run(chosen), measured=False).steps}
+    candidates = {"method": "bm25", "top": 2}
+    chosen = description | {"score": [{"stage": "pretrain", "candidates": candidates}, {"stage": "tune"}]}
+    found = make_plan(parse_run(chosen), measured=False)
+    assert found.pairs == len(runs.QUERIES) * (2 + len(runs.TUNING))
+    steps = {step.name: step for step in found.steps}
     exact = next(step for step in plan.steps if step.name == "pretrain: scores")
     assert steps["pretrain: scores"].documents == 2 * len(runs.QUERIES)
     assert 0 < steps["pretrain: scores"].flops < 0.6 * exact.flops
