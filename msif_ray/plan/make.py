@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from msif_ray import stages
-from msif_ray.checkpoint import load_tokenizer
 from msif_ray.config import Cluster, Index, Run, Score
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.machines import with_gpus
@@ -20,10 +19,10 @@ from msif_ray.plan.estimate import Estimate, Inputs, Step
 from msif_ray.plan.memory import HAND_MEMORY, resident_peak
 from msif_ray.plan.steps import steps
 from msif_ray.plan.storage import Stored, part_bytes, stored
-from msif_ray.plan.tokens import Tally, corpus_tally, tally
+from msif_ray.plan.tokens import Tally, corpus_tally, encoder, tally
 from msif_ray.plan.trials import calibrations, first_block
 from msif_ray.preflight import Resolved, check
-from msif_ray.setup import query_setup
+from msif_ray.setup import model_setup, query_setup
 
 GIBI = 2**30
 
@@ -135,12 +134,12 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
             continue
         if entry is None:
             count = min(count, stage.fit.documents or count)
-        tokenizer = load_tokenizer(resolved.stages[index].tokenizer_path, f"stages.{index}.tokenizer")
-        files, where = resolved.corpora[key], f"{key}.documents"
-        objective = stages.objective_of(run, index, documents, resolved.stages[index].classes)
-        tallies[key] = corpus_tally(files, documents, count, where, tokenizer, max_tokens, objective)
-    last, asked = load_tokenizer(resolved.stages[-1].tokenizer_path, "tokenizer"), query_setup(resolved)
-    tallies["queries"] = tally(resolved.queries, last, asked.append_eos, asked.max_tokens, asked.objective)
+        setup = model_setup(resolved, index, documents, max_tokens)
+        encode, files = encoder(resolved, index, setup), resolved.corpora[key]
+        tallies[key] = corpus_tally(files, documents, count, f"{key}.documents", encode, max_tokens)
+    asked = query_setup(resolved)
+    encode = encoder(resolved, len(run.stages) - 1, asked)
+    tallies["queries"] = tally(map(encode, resolved.queries), asked.max_tokens)
     return tallies
 
 

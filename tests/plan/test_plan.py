@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import models
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -103,6 +104,21 @@ def test_what_is_kept_of_the_covariances_spares_the_corrections_their_passes(des
     assert none < half < passes
     assert with_half - bare == 40_000 < kept
     assert (passes - half) / (passes - none) == pytest.approx(40_000 / kept)
+
+
+def test_documents_with_a_token_that_the_model_has_not_are_not_usable(tmp_path: Path) -> None:
+    vocabulary = len(models.VOCABULARY) - 1
+    models.save_pair(tmp_path, "gpt_neox", seed=5, tokenizer=models.build_tokenizer(pad=True), vocab=vocabulary)
+    description = runs.two_stages(tmp_path, "run")
+    word = models.VOCABULARY[-1].replace("Ġ", " ")
+    unknown = {"id": "unknown", "text": f"the{word}"}
+    known = [row for row in runs.BASE if word not in (row["text"] or "")]
+    description["stages"][0]["documents"]["path"] = runs.write_lines(tmp_path / "known.jsonl", [*known, unknown])
+    queries = [{"id": "q", "prompt": "the", "completion": "the"}]
+    description["queries"]["path"] = runs.write_lines(tmp_path / "the.jsonl", queries)
+    plan = make_plan(parse_run(description), measured=False)
+    scored = next(corpus for corpus in plan.corpora if corpus.name == "pretrain, scored")
+    assert (scored.documents, scored.skipped) == (len(known) + 1, 3)
 
 
 def test_entries_that_share_a_pass_are_planned_as_one(description: Description) -> None:
@@ -247,3 +263,28 @@ def test_a_model_that_has_no_room_here_is_planned_without_hours(
     plan = make_plan(parse_run(description))
     assert plan.device is None and all(step.hours is None and step.flops > 0 for step in plan.steps)
     assert sum("has no room here" in note for note in plan.notes) == 2
+
+
+def test_a_stage_is_calibrated_on_documents_that_the_run_does_not_skip(
+    description: Description, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unusable ones are passed over, as many as are looked through; where those are all, there are no hours."""
+    tried: list[Request] = []
+
+    def calibrate(request: Request) -> None:
+        tried.append(request)
+        raise MemoryError("none was loaded")
+
+    monkeypatch.setattr(trials, "calibrate", calibrate)
+    one_stage = json.loads(json.dumps(description | {"stages": description["stages"][:1]}))
+    one_stage["score"] = [{"stage": "pretrain"}]
+    nulls = [{"id": f"null-{n}", "text": None} for n in range(6)]
+    one_stage["stages"][0]["documents"]["path"] = runs.write_lines(tmp_path / "base.jsonl", [*nulls, *runs.BASE])
+    make_plan(parse_run(one_stage))
+    asked = {trial.name: [document.id for document in trial.documents] for trial in tried[0].trials}
+    first = [row["id"] for row in runs.BASE[:4]]
+    assert asked["covariance"] == asked["scoring.0"] == first
+    monkeypatch.setattr(trials, "LOOKED_THROUGH", 6)
+    plan = make_plan(parse_run(one_stage))
+    assert len(tried) == 1 and all(step.hours is None and step.flops > 0 for step in plan.steps)
+    assert any("pretrain: of the documents for its covariance none of the first 6 is usable" in n for n in plan.notes)
