@@ -198,6 +198,12 @@ def _notes(estimate: Estimate) -> list[str]:
                 "One group of maps is assumed: how many there are depends on the memory that is free once the "
                 "model is loaded, or on cluster.factor_memory."
             )
+    recurrent = [run.stages[i].name for i, size in estimate.inputs.sizes.items() if not size.attention]
+    if recurrent:
+        notes.append(
+            f"{', '.join(recurrent)}: the model has no attention heads; the FLOPs of what mixes its positions instead "
+            "are not counted."
+        )
     if run.queries.energy is not None:
         notes.append(
             "Queries are counted as dense: the rank that queries.energy asks for is known once they are carried."

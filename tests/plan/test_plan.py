@@ -11,6 +11,7 @@ import pytest
 import yaml
 from cluster import runs
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from msif_ray.cli import app
@@ -119,6 +120,15 @@ def test_documents_with_a_token_that_the_model_has_not_are_not_usable(tmp_path: 
     plan = make_plan(parse_run(description), measured=False)
     scored = next(corpus for corpus in plan.corpora if corpus.name == "pretrain, scored")
     assert (scored.documents, scored.skipped) == (len(known) + 1, 3)
+
+
+def test_a_model_without_attention_heads_is_planned_with_a_note(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("rwkv", hidden_size=8, num_hidden_layers=2, vocab_size=len(models.VOCABULARY))
+    for stage in ("stage0", "stage1"):
+        models.save(AutoModelForCausalLM.from_config(config), models.build_tokenizer(), tmp_path / stage)
+    plan = make_plan(parse_run(runs.two_stages(tmp_path, "run")), measured=False)
+    assert all(step.flops > 0 for step in plan.steps)
+    assert any("pretrain, tune: the model has no attention heads" in note for note in plan.notes)
 
 
 def test_entries_that_share_a_pass_are_planned_as_one(description: Description) -> None:
