@@ -161,13 +161,16 @@ def compress_flops(shapes: Shapes, tally: Tally, rank: int) -> float:
     return total
 
 
-def index_bytes(shapes: Shapes, documents: float, rank: int, dtype: str) -> float:
-    """An index on storage, at most: pseudo-tokens with their scales (float32), and the bases once."""
-    itemsize = getattr(torch, dtype).itemsize
-    return sum(
-        documents * rank * ((out + columns) * itemsize + 4) + 4 * (out * out + columns * columns + out + columns)
+def index_bytes(shapes: Shapes, documents: float, rank: int, dtype: str, itemsize: int, groups: int) -> float:
+    """An index on storage, at most: pseudo-tokens in `dtype` with their scales, the bases once, and in each of the
+    `groups` of maps a norm and a number of tokens (12 bytes) per document."""
+    packed = getattr(torch, dtype).itemsize
+    of_maps = sum(
+        documents * rank * ((out + columns) * packed + itemsize)
+        + itemsize * (out * out + columns * columns + out + columns)
         for out, columns in shapes.values()
     )
+    return of_maps + 12 * groups * documents
 
 
 def token_score_flops(scorer: Scorer, positions: float) -> float:

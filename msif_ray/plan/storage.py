@@ -40,7 +40,9 @@ def stored(estimate: Estimate) -> list[Stored]:
         found.append(Stored("partial sums, at most", 2 * ranks * max(sums)))
     for position, entry in enumerate(estimate.run.index):
         tally = estimate.inputs.tallies[f"index.{position}"]
-        size = counts.index_bytes(estimate.shapes, tally.documents - tally.skipped, entry.rank, entry.dtype)
+        groups = len(estimate.groups(estimate.run.stage_index(entry.stage)))
+        documents = tally.documents - tally.skipped
+        size = counts.index_bytes(estimate.shapes, documents, entry.rank, entry.dtype, estimate.itemsize, groups)
         found.append(Stored(f"index of {entry.stage}, at most", size))
     gradients = counts.gradient_bytes(estimate.shapes, estimate.inputs.tallies["queries"].positions, estimate.itemsize)
     found.append(Stored("query gradients", gradients))
