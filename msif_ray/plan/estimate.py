@@ -44,10 +44,11 @@ class Step:
 
 @dataclass(frozen=True)
 class PartBytes:
-    """What a Parquet part takes: a `footer`, and so much per `pair`."""
+    """What a Parquet part takes: a `footer`, so much per `pair`, and per `value` of the lists that a pair has."""
 
     footer: float
     pair: float
+    value: float
 
 
 @dataclass(frozen=True)

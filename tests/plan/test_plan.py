@@ -167,14 +167,10 @@ def test_an_index_is_planned_and_scores_from_it_take_no_pass(description: Descri
     assert stored(found, "index of pretrain, at most") > 0
 
 
-def test_details_are_planned(description: Description, plan: Plan) -> None:
+def test_scores_by_token_take_no_pass_more(description: Description, plan: Plan) -> None:
     found = make_plan(parse_run(description | {"detail": {"tokens": True, "modules": True}}), measured=False)
-    step, maps = next(step for step in plan.steps if step.name == "pretrain: scores"), 8  # four in each of two layers
-    queries, skipped = len(runs.QUERIES), 2
-    lists = 4 * queries * (step.tokens + (step.documents - skipped) * maps)
-    name = "scores of pretrain (Parquet)"
-    assert stored(found, name) - stored(plan, name) == pytest.approx(lists)
-    assert next(each for each in found.steps if each.name == step.name).flops > 0
+    assert [step.name for step in found.steps] == [step.name for step in plan.steps]
+    assert next(step for step in found.steps if step.name == "pretrain: scores").flops > 0
 
 
 def test_norms_in_the_inverse_curvature_are_planned(description: Description, plan: Plan) -> None:
@@ -188,9 +184,6 @@ def test_norms_in_the_inverse_curvature_are_planned(description: Description, pl
     more = [(steps[f"{s}: scores"].memory or 0) - (before[f"{s}: scores"].memory or 0) for s in ("pretrain", "tune")]
     assert more == [40_000, 40_000]  # cluster.factor_memory
     assert sum("detail.curvature_norm" in note and "the rest is read from" in note for note in found.notes) == 2
-    name, step = "scores of pretrain (Parquet)", before["pretrain: scores"]
-    columns = 4 * 4 * len(runs.QUERIES) * (step.documents - 2)
-    assert stored(found, name) - stored(plan, name) == pytest.approx(columns)
     roomy = wanted | {"cluster": description["cluster"] | {"factor_memory": 2**30}}
     assert not any("detail.curvature_norm" in note for note in make_plan(parse_run(roomy), measured=False).notes)
 
