@@ -17,6 +17,7 @@ from msif_ray.plan import counts, curvature
 from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Inputs, Step
 from msif_ray.plan.memory import HAND_MEMORY, resident_peak
+from msif_ray.plan.refusals import refusals
 from msif_ray.plan.steps import steps
 from msif_ray.plan.storage import Stored, part_bytes, stored
 from msif_ray.plan.tokens import Tally, corpus_tally, encoder, tally
@@ -74,7 +75,8 @@ class Plan:
 def make_plan(run: Run, measured: bool = True) -> Plan:
     """The plan of a run; `measured`: after a calibration of each stage's model in a process of its own.
 
-    Leaves nothing behind. Raises UserError as the run itself would for what is wrong with it.
+    Leaves nothing behind. Raises UserError as the run itself would for what is wrong with it; that its `run_dir` holds
+    another run, or that its replicas have no room on this machine, is a note.
     """
     import ray.data  # noqa: F401  # the driver's memory is this process's, with what the run imports
 
@@ -87,7 +89,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     tallies = _tallies(resolved)
     sizes = {i: ModelSize.of(each.model_path, bool(each.classes)) for i, each in enumerate(resolved.stages)}
     inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, first_block(resolved, "score.0")))
-    notes: list[str] = []
+    notes = refusals(resolved)
     if measured:
         inputs = Inputs(resolved, tallies, sizes, calibrations(Estimate(inputs), notes), inputs.part)
     return _put_together(Estimate(inputs), driver_memory, notes)
