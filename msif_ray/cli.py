@@ -127,13 +127,14 @@ def aggregate_command(
     out: Annotated[str | None, typer.Option(help="A Parquet file for the groups of every query.")] = None,
 ) -> None:
     """Sum influence by a column of the corpus, such as a domain, a date or a licence."""
-    from msif_ray.results.aggregate import aggregate, print_aggregate
+    from msif_ray.results.aggregate import aggregate, of_query, print_aggregate
     from msif_ray.tables import write_table
 
     table = aggregate(run_dir, by, scores)
+    shown = table if query is None else of_query(table, query)
     if out is not None:
         write_table(out, table)
-    print_aggregate(table, by, Console(highlight=False), query)
+    print_aggregate(shown, by, Console(highlight=False))
 
 
 @app.command("demo")

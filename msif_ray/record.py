@@ -74,22 +74,40 @@ def meaning(run: Run) -> dict[str, str]:
 def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
     """Writes run.json, or checks it against the one that is there; other versions of libraries are said.
 
+    Raises UserError as `check_record`.
+    """
+    path, record = layout.run_record(resolved.run.run_dir), check_record(resolved)
+    if record is None:
+        tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
+        means = meaning(resolved.run) | ({"adapter": ADAPTER} if any(s.adapter for s in resolved.stages) else {})
+        means |= CURVATURE_NORM if resolved.run.detail.curvature_norm else {}
+        about = {"meaning": means, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
+        identity, device = _identity(resolved), _device(resolved)
+        write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
+        return
+    now = versions()
+    other = {name: was for name, was in record["versions"].items() if was != now.get(name)}
+    if other:
+        changed = ", ".join(f"{name} {was} (now {now.get(name)})" for name, was in other.items())
+        say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
+    if record.get("out_of", {}) != _out_of(resolved).get("out_of", {}):
+        record.pop("out_of", None)
+        write_json(path, record | _out_of(resolved))
+
+
+def check_record(resolved: Resolved) -> dict[str, Any] | None:
+    """The run.json that is there, None where there is none yet.
+
     Raises UserError, naming the first key that differs, when the run directory holds another run, and for results
     without a run.json that says whose they are.
     """
     run_dir = resolved.run.run_dir
     path = layout.run_record(run_dir)
-    identity, device = _identity(resolved), _device(resolved)
     if not exists(path):
         _refuse_unrecorded(run_dir)
-        tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
-        means = meaning(resolved.run) | ({"adapter": ADAPTER} if any(s.adapter for s in resolved.stages) else {})
-        means |= CURVATURE_NORM if resolved.run.detail.curvature_norm else {}
-        about = {"meaning": means, "versions": versions(), "strengths": {}, "completion_tokens": tokens}
-        write_json(path, {"identity": identity, "device": device} | about | _out_of(resolved))
-        return
-    record = read_record(path)
-    difference = _first_difference(record["identity"], _comparable(identity, record["identity"]))
+        return None
+    record, device = read_record(path), _device(resolved)
+    difference = _first_difference(record["identity"], _comparable(_identity(resolved), record["identity"]))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -100,14 +118,7 @@ def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
             f"cluster.gpus_per_rank: the run in {run_dir} was begun on {record['device']} and would go on on {device}; "
             "set it as it was, or name a new run_dir"
         )
-    now = versions()
-    other = {name: was for name, was in record["versions"].items() if was != now.get(name)}
-    if other:
-        changed = ", ".join(f"{name} {was} (now {now.get(name)})" for name, was in other.items())
-        say(f"warning: this run was begun with {changed}: what is left may be rounded otherwise")
-    if record.get("out_of", {}) != _out_of(resolved).get("out_of", {}):
-        record.pop("out_of", None)
-        write_json(path, record | _out_of(resolved))
+    return record
 
 
 def _out_of(resolved: Resolved) -> dict[str, dict[str, int]]:

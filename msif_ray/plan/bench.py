@@ -14,8 +14,7 @@ from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.score_jobs import left_beside
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Window, pack
-from msif_ray.errors import UserError
+from msif_ray.corpus.windows import Encoded, Skipped, Window, pack
 from msif_ray.influence import onednn
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, compress
@@ -35,9 +34,9 @@ Kind = Literal["covariance", "correction", "indexing", "products", "queries", "s
 
 @dataclass(frozen=True)
 class Trial:
-    """A job to be tried: how its documents are read, some of them; for scoring how many queries of which `rank`, the
-    bytes that they may take (None: a share of what is free), and whether with norms in the inverse curvature; for
-    indexing the index's `rank`."""
+    """A job to be tried: how its documents are read, and some that are usable; for scoring how many queries of which
+    `rank`, the bytes that they may take (None: a share of what is free), and whether with norms in the inverse
+    curvature; for indexing the index's `rank`."""
 
     name: str
     kind: Kind
@@ -134,8 +133,7 @@ class Bench:
         self.rank.maps = {name: every_map[name] for name in self.shapes}
         try:
             documents = self._choose()
-            setup = trial.setup
-            seen = tally(documents, self.rank.tokenizer, setup.append_eos, setup.max_tokens, setup.objective)
+            seen = tally(map(self._encode, documents), trial.setup.max_tokens)
             gc.collect()
             self.gauge.reset()
             work, held, flops = self._work(seen)
@@ -150,10 +148,6 @@ class Bench:
     def _choose(self) -> tuple[Document, ...]:
         """The documents of batches at even distances in the block, the one of the longest windows among them."""
         batches = self._batches(self.trial.documents)
-        if not batches:
-            raise UserError(
-                f"{self.trial.setup.stage}: none of its first {len(self.trial.documents)} documents has text"
-            )
         longest = self._of(batches[:1])
         self._time(longest, _Passing())  # loads kernels and libraries
         seconds = self._time(longest, _Passing())
@@ -163,11 +157,13 @@ class Bench:
     def _batches(self, documents: Sequence[Document]) -> list[list[Window]]:
         setup = self.trial.setup
         windows: list[Window] = []
-        for document in documents:
-            encoded = setup.encode(self.rank.tokenizer, document)
+        for encoded in map(self._encode, documents):
             if isinstance(encoded, Encoded):
                 windows += encoded.windows(setup.max_tokens or len(encoded.ids))
         return pack(windows, setup.tokens_per_batch)
+
+    def _encode(self, document: Document) -> Encoded | Skipped:
+        return self.trial.setup.encode(self.rank.tokenizer, document)
 
     def _of(self, batches: Sequence[Sequence[Window]]) -> tuple[Document, ...]:
         names = {window.key.document_id for batch in batches for window in batch}

@@ -34,7 +34,7 @@ from msif_ray.plan.tokens import Tally
 class ModelSize:
     """`parameters` of a model in all; `gathered`: of them at once on a rank that holds a shard; `multiplied`: the
     weights of its linear maps, without those of its `head`, and of its experts the share of them that a token is sent
-    to; `attention`: layers times the width of all heads."""
+    to; `attention`: layers times the width of all heads, 0 of a model without any."""
 
     parameters: int
     gathered: int
@@ -56,13 +56,20 @@ class ModelSize:
         linear = {m: m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
         last = output_head(model)
         head = linear.pop(last, 0) if last is not None else 0
-        heads = config.num_attention_heads
-        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         experts = sum(
             weight.numel() for module in model.modules() if is_fused(module) for weight in module.parameters()
         )
         multiplied = sum(linear.values()) + round(experts * _chosen_share(config))
-        return cls(sum(weights), gathered(weights)[0], multiplied, head, config.num_hidden_layers * width)
+        return cls(sum(weights), gathered(weights)[0], multiplied, head, _attention(config))
+
+
+def _attention(config: Any) -> int:
+    # By this name whatever the family's own (n_head, n_heads): configurations map one to the other.
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0  # a recurrent model's
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return int(config.num_hidden_layers * width)
 
 
 def _chosen_share(config: Any) -> float:
@@ -154,13 +161,16 @@ def compress_flops(shapes: Shapes, tally: Tally, rank: int) -> float:
     return total
 
 
-def index_bytes(shapes: Shapes, documents: float, rank: int, dtype: str) -> float:
-    """An index on storage, at most: pseudo-tokens with their scales (float32), and the bases once."""
-    itemsize = getattr(torch, dtype).itemsize
-    return sum(
-        documents * rank * ((out + columns) * itemsize + 4) + 4 * (out * out + columns * columns + out + columns)
+def index_bytes(shapes: Shapes, documents: float, rank: int, dtype: str, itemsize: int, groups: int) -> float:
+    """An index on storage, at most: pseudo-tokens in `dtype` with their scales, the bases once, and in each of the
+    `groups` of maps a norm and a number of tokens (12 bytes) per document."""
+    packed = getattr(torch, dtype).itemsize
+    of_maps = sum(
+        documents * rank * ((out + columns) * packed + itemsize)
+        + itemsize * (out * out + columns * columns + out + columns)
         for out, columns in shapes.values()
     )
+    return of_maps + 12 * groups * documents
 
 
 def token_score_flops(scorer: Scorer, positions: float) -> float:

@@ -44,10 +44,11 @@ class Step:
 
 @dataclass(frozen=True)
 class PartBytes:
-    """What a Parquet part takes: a `footer`, and so much per `pair`."""
+    """What a Parquet part takes: a `footer`, so much per `pair`, and per `value` of the lists that a pair has."""
 
     footer: float
     pair: float
+    value: float
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,17 @@ class Estimate:
 
     def scored(self, entries: Sequence[Score]) -> Tally:
         """The documents of a pass; of candidates as many as there can be, each of one query alone."""
-        tally, most = (
-            self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"],
-            self.candidates_at_most(entries[0]),
-        )
+        tally, most = self._in_corpus(entries), self.candidates_at_most(entries[0])
         return tally if most is None or most >= tally.documents else tally.scaled(most)
+
+    def pairs(self, entries: Sequence[Score]) -> float:
+        """The pairs of a query and a document that each entry of a pass scores, at most."""
+        tally, most = self._in_corpus(entries), self.candidates_at_most(entries[0])
+        every = len(self.inputs.resolved.queries) * (tally.documents - tally.skipped)
+        return every if most is None else min(every, most)
+
+    def _in_corpus(self, entries: Sequence[Score]) -> Tally:
+        return self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"]
 
     def candidates_at_most(self, entry: Score) -> int | None:
         """The pairs that an entry scores at most, where it does not score all."""

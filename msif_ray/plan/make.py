@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from msif_ray import stages
-from msif_ray.checkpoint import load_tokenizer
 from msif_ray.config import Cluster, Index, Run, Score
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.machines import with_gpus
@@ -18,12 +17,13 @@ from msif_ray.plan import counts, curvature
 from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Inputs, Step
 from msif_ray.plan.memory import HAND_MEMORY, resident_peak
+from msif_ray.plan.refusals import refusals
 from msif_ray.plan.steps import steps
 from msif_ray.plan.storage import Stored, part_bytes, stored
-from msif_ray.plan.tokens import Tally, corpus_tally, tally
+from msif_ray.plan.tokens import Tally, corpus_tally, encoder, tally
 from msif_ray.plan.trials import calibrations, first_block
 from msif_ray.preflight import Resolved, check
-from msif_ray.setup import query_setup
+from msif_ray.setup import model_setup, query_setup
 
 GIBI = 2**30
 
@@ -75,7 +75,8 @@ class Plan:
 def make_plan(run: Run, measured: bool = True) -> Plan:
     """The plan of a run; `measured`: after a calibration of each stage's model in a process of its own.
 
-    Leaves nothing behind. Raises UserError as the run itself would for what is wrong with it.
+    Leaves nothing behind. Raises UserError as the run itself would for what is wrong with it; that its `run_dir` holds
+    another run, or that its replicas have no room on this machine, is a note.
     """
     import ray.data  # noqa: F401  # the driver's memory is this process's, with what the run imports
 
@@ -88,7 +89,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     tallies = _tallies(resolved)
     sizes = {i: ModelSize.of(each.model_path, bool(each.classes)) for i, each in enumerate(resolved.stages)}
     inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, first_block(resolved, "score.0")))
-    notes: list[str] = []
+    notes = refusals(resolved)
     if measured:
         inputs = Inputs(resolved, tallies, sizes, calibrations(Estimate(inputs), notes), inputs.part)
     return _put_together(Estimate(inputs), driver_memory, notes)
@@ -135,12 +136,12 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
             continue
         if entry is None:
             count = min(count, stage.fit.documents or count)
-        tokenizer = load_tokenizer(resolved.stages[index].tokenizer_path, f"stages.{index}.tokenizer")
-        files, where = resolved.corpora[key], f"{key}.documents"
-        objective = stages.objective_of(run, index, documents, resolved.stages[index].classes)
-        tallies[key] = corpus_tally(files, documents, count, where, tokenizer, max_tokens, objective)
-    last, asked = load_tokenizer(resolved.stages[-1].tokenizer_path, "tokenizer"), query_setup(resolved)
-    tallies["queries"] = tally(resolved.queries, last, asked.append_eos, asked.max_tokens, asked.objective)
+        setup = model_setup(resolved, index, documents, max_tokens)
+        encode, files = encoder(resolved, index, setup), resolved.corpora[key]
+        tallies[key] = corpus_tally(files, documents, count, f"{key}.documents", encode, max_tokens)
+    asked = query_setup(resolved)
+    encode = encoder(resolved, len(run.stages) - 1, asked)
+    tallies["queries"] = tally(map(encode, resolved.queries), asked.max_tokens)
     return tallies
 
 
@@ -163,7 +164,7 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         device=next((calibration.device for calibration in calibrations.values()), None),
         replicas=run.cluster.replicas.max,
         ranks_per_replica=run.cluster.ranks_per_replica,
-        pairs=_pairs(estimate),
+        pairs=sum(len(entries) * estimate.pairs(entries) for entries in stages.passes(run)),
         corpora=_corpora(run, inputs.tallies),
         steps=steps(estimate),
         groups=groups,
@@ -173,13 +174,6 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         hand_memory=HAND_MEMORY,
         notes=notes + _notes(estimate),
     )
-
-
-def _pairs(estimate: Estimate) -> float:
-    passes = stages.passes(estimate.run)
-    scored = [estimate.inputs.tallies[f"score.{estimate.run.score.index(entries[0])}"] for entries in passes]
-    each = zip(passes, scored, strict=True)
-    return len(estimate.inputs.resolved.queries) * sum(len(e) * (t.documents - t.skipped) for e, t in each)
 
 
 def _corpora(run: Run, tallies: Mapping[str, Tally]) -> list[Corpus]:
@@ -206,6 +200,12 @@ def _notes(estimate: Estimate) -> list[str]:
                 "One group of maps is assumed: how many there are depends on the memory that is free once the "
                 "model is loaded, or on cluster.factor_memory."
             )
+    recurrent = [run.stages[i].name for i, size in estimate.inputs.sizes.items() if not size.attention]
+    if recurrent:
+        notes.append(
+            f"{', '.join(recurrent)}: the model has no attention heads; the FLOPs of what mixes its positions instead "
+            "are not counted."
+        )
     if run.queries.energy is not None:
         notes.append(
             "Queries are counted as dense: the rank that queries.energy asks for is known once they are carried."

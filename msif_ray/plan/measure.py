@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import platform
 import signal
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 from time import perf_counter
 from typing import Any
 
@@ -62,20 +65,40 @@ def calibrate(request: Request) -> Calibration:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(request, sender))
-    with nullcontext() if request.trials[0].setup.cuda or request.sharded else heap.environment():
-        process.start()  # with what a replica of one rank is started with
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
+    with _started(process, alone=not request.trials[0].setup.cuda and not request.sharded):
+        sender.close()
+        try:
+            result = receiver.recv()
+        except EOFError:
+            process.join()
+            if process.exitcode == -signal.SIGKILL:  # as the system does to a process that takes too much
+                raise MemoryError("the process that loaded the model was killed") from None
+            raise RuntimeError(f"the calibration ended with status {process.exitcode}; what it said is above") from None
         process.join()
-        if process.exitcode == -signal.SIGKILL:  # as the system does to a process that takes too much
-            raise MemoryError("the process that loaded the model was killed") from None
-        raise RuntimeError(f"the calibration ended with status {process.exitcode}; what it said is above") from None
-    process.join()
     if isinstance(result, Exception):
         raise result
     return result
+
+
+@contextmanager
+def _started(process: BaseProcess, alone: bool) -> Iterator[None]:
+    """Starts a process, with what a replica of one rank is started with where it is `alone`, and ends it.
+
+    It does not see Ctrl-C, which a terminal sends to all processes: this one is interrupted, and ends it.
+    """
+    resource_tracker.ensure_running()  # here: it lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        try:
+            with heap.environment() if alone else nullcontext():
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield
+    finally:
+        if process.pid is not None:
+            process.kill()
+            process.join()
 
 
 def _answer(request: Request, sender: Any) -> None:

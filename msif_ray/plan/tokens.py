@@ -1,18 +1,18 @@
 """How many tokens a corpus has: counted where it is small, else estimated from a sample spread over it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from transformers import PreTrainedTokenizerBase
-
+from msif_ray.checkpoint import load_tokenizer
+from msif_ray.cluster.rank import ModelSetup
 from msif_ray.config import Documents
 from msif_ray.corpus.files import CorpusFile
-from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.reader import Document, read_documents
-from msif_ray.corpus.windows import Skipped
+from msif_ray.corpus.windows import Encoded, Skipped, within
 from msif_ray.paths import path_of, size_of
+from msif_ray.preflight import Resolved
 
 # Documents that are counted one by one; of a larger corpus as many are sampled.
 COUNTED = 2000
@@ -51,19 +51,22 @@ class Tally:
         return Tally(documents, self.skipped * by, self.tokens * by, self.targets * by, lengths, int(self.documents))
 
 
-def tally(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    append_eos: bool,
-    max_tokens: int | None,
-    objective: Objective = None,
-) -> Tally:
+Encode = Callable[[Document], Encoded | Skipped]
+
+
+def encoder(resolved: Resolved, index: int, setup: ModelSetup) -> Encode:
+    """What stage `index`'s model is given of a document, or why the run skips it."""
+    checkpoint = resolved.stages[index]
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, f"stages.{index}.tokenizer")
+    return lambda document: within(setup.encode(tokenizer, document), checkpoint.vocabulary)
+
+
+def tally(found: Iterable[Encoded | Skipped], max_tokens: int | None) -> Tally:
     """Counts documents, cut into windows of `max_tokens` (None: one each)."""
     count = skipped = tokens = targets = 0
     lengths: Counter[int] = Counter()
-    for document in documents:
+    for encoded in found:
         count += 1
-        encoded = encode_for(objective, tokenizer, document, append_eos, max_tokens)
         if isinstance(encoded, Skipped):
             skipped += 1
             continue
@@ -80,13 +83,12 @@ def corpus_tally(
     documents: Documents,
     count: int,
     key: str,
-    tokenizer: PreTrainedTokenizerBase,
+    encode: Encode,
     max_tokens: int | None,
-    objective: Objective = None,
 ) -> Tally:
     """Counts the first `count` documents of a corpus, or estimates them from a sample."""
     sample = spread_documents(files, documents, count, key)
-    counted = tally(sample, tokenizer, documents.ends_with_eos, max_tokens, objective)
+    counted = tally(map(encode, sample), max_tokens)
     return counted if counted.documents == count else counted.scaled(count)
 
 

@@ -157,14 +157,18 @@ def _table(facts: Facts, sums: _Sums) -> pa.Table:
     return pa.Table.from_pylist(rows, SCHEMA)
 
 
-def print_aggregate(table: pa.Table, column: str, console: Console, query: str | None = None) -> None:
-    """Prints one query's groups, or the means of their shares over all queries: shares have no unit, and queries'
-    scores differ in size. Where queries have scores of different documents (candidates), the equal share is a mean,
-    too, and the number of documents the largest. Raises UserError for a query that is not there."""
-    if query is not None:
-        table = table.filter(pc.equal(table["query_id"], query))
-        if not len(table):
-            raise UserError(f"--query: there are no scores of {query!r}")
+def of_query(table: pa.Table, query: str) -> pa.Table:
+    """One query's groups. Raises UserError for a query that is not there."""
+    found = table.filter(pc.equal(table["query_id"], query))
+    if not len(found):
+        raise UserError(f"--query: there are no scores of {query!r}")
+    return found
+
+
+def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
+    """Prints a query's groups, or the means of their shares over several: shares have no unit, and queries' scores
+    differ in size. Where queries have scores of different documents (candidates), the equal share is a mean, too, and
+    the number of documents the largest."""
     queries = len(pc.unique(table["query_id"]))
     sums = [(name, "sum") for name in ("documents", "share", "net_share", "share_of_documents")]
     found = table.group_by("value").aggregate([("documents", "max"), *sums])
@@ -183,7 +187,7 @@ def print_aggregate(table: pa.Table, column: str, console: Console, query: str |
     console.print(shown)
     if len(groups) > SHOWN:
         console.print(Text(f"and {len(groups) - SHOWN:,} more values", style="dim"))
-    over = "" if query is not None else f" (mean over {queries} queries)"
+    over = f" (mean over {queries} queries)" if queries > 1 else ""
     differ = any(row["documents_sum"] != queries * row["documents_max"] for row in groups)
     words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
     words += "; documents: of a query at most" if differ else ""

@@ -10,6 +10,7 @@ import torch
 from cluster import runs
 
 from msif_ray.config import parse_run
+from msif_ray.plan.make import make_plan
 from msif_ray.run import run
 from msif_ray.store import load_tensors, read_json
 
@@ -71,6 +72,18 @@ def test_an_index_takes_no_more_than_it_needs(built: Path) -> None:
     groups = read_json(built / "index" / "stage=pretrain" / "manifest.json")["groups"]
     assert len(groups) > 1 and [name for group in groups for name in group] == list(means)
     assert len(blocks(built)) == 4 * len(groups)
+
+
+def test_it_takes_the_bytes_that_are_planned(folder: Path, built: Path) -> None:
+    """Every document has one token at least, so at rank 1 what it takes at most is what it takes."""
+    description = runs.two_stages(folder, "small", factor_memory=90_000)
+    description["stages"][0]["factors"] = str(built)
+    description["index"] = [{"stage": "pretrain", "rank": 1, "dtype": "int8"}]
+    plan = make_plan(parse_run(description), measured=False)
+    run(parse_run(description), until="index")
+    files = Path(description["run_dir"], "index").rglob("*.safetensors")
+    found = sum(tensor.nbytes for path in files for tensor in load_tensors(path).values())
+    assert found == next(each.bytes for each in plan.stored if each.name == "index of pretrain, at most")
 
 
 def test_only_what_is_missing_is_built_again(folder: Path, built: Path) -> None:

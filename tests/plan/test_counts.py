@@ -7,6 +7,7 @@ import models
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture, Captured
@@ -176,3 +177,15 @@ def test_a_token_meets_the_experts_that_it_is_sent_to() -> None:
     model = families.build("mixtral", 0)  # 2 of 4 experts, each 24 x 8 and 8 x 12; attention 8 x (8 + 4 + 4 + 8)
     size = counts.ModelSize.of_model(model, model.config)
     assert size.multiplied == 2 * (2 * (24 * 8 + 8 * 12) + 8 * 24)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("gpt2", 16), ("bloom", 16), ("gemma3", 16), ("rwkv", 0)])
+def test_heads_are_found_by_any_name_and_there_may_be_none(family: str, attention: int) -> None:
+    """Two layers of two heads of 4."""
+    if family == "rwkv":
+        config = AutoConfig.for_model(family, hidden_size=8, num_hidden_layers=2, vocab_size=16)
+    else:
+        config = families.build(family, 0).config
+    model = AutoModelForCausalLM.from_config(config)
+    size = counts.ModelSize.of_model(model, config.get_text_config())
+    assert size.attention == attention and size.multiplied > 0

@@ -8,6 +8,7 @@ from cluster.runs import write_lines
 
 from msif_ray.config import Documents
 from msif_ray.corpus.files import corpus_files
+from msif_ray.corpus.windows import encode
 from msif_ray.plan import tokens
 from msif_ray.plan.tokens import Tally, corpus_tally
 
@@ -19,7 +20,8 @@ def count(folder: Path, documents: int, max_tokens: int = 16, files: int = 3) ->
         write_lines(folder / f"{number}.jsonl", ROWS[number::files])
     corpus = Documents(path=str(folder / "*.jsonl"), text="text")
     found = corpus_files(corpus, "corpus")
-    return corpus_tally(found, corpus, documents, "corpus", models.build_tokenizer(), max_tokens)
+    tokenizer = models.build_tokenizer()
+    return corpus_tally(found, corpus, documents, "corpus", lambda each: encode(tokenizer, each, False), max_tokens)
 
 
 def test_a_small_corpus_is_counted(tmp_path: Path) -> None:

@@ -61,6 +61,14 @@ def test_the_command_prints_and_writes(run_dir: Path, tmp_path: Path) -> None:
     assert pq.read_table(out).num_rows == 24  # of all queries
 
 
+def test_a_query_that_is_not_there_writes_nothing(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by.parquet"
+    arguments = ["aggregate", str(run_dir), "--by", "year", "--query", "nosuch", "--out", str(out)]
+    with pytest.raises(UserError, match="--query: there are no scores of 'nosuch'"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not out.exists()
+
+
 def test_a_value_that_is_not_unicode_is_shown_escaped(run_dir: Path, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(corpus.read_text().replace('"books"', r'"book\udcff"'))
