@@ -79,7 +79,7 @@ def part_bytes(resolved: Resolved, block: Sequence[Document]) -> PartBytes:
     queries = [query.id for query in resolved.queries][: max(1, ROWS_WRITTEN // len(documents))]
     random = np.random.default_rng(0)
     scores, norms = random.standard_normal((len(documents), len(queries))), random.random(len(documents))
-    tokens = random.integers(2, run.score[0].max_tokens or 512, len(documents)).tolist()
+    tokens = random.integers(2, run.score[0].max_tokens or 512, len(documents), endpoint=True).tolist()
     sizes = []
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "part.parquet"
