@@ -12,7 +12,6 @@ from msif_ray.cluster.carry import carry_bytes
 from msif_ray.cluster.directions import kept_entries, shards
 from msif_ray.cluster.queries import largest_block
 from msif_ray.config import Score
-from msif_ray.corpus.candidates import listed_pairs
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
@@ -225,11 +224,13 @@ class Estimate:
         return tally if most is None or most >= tally.documents else tally.scaled(most)
 
     def candidates_at_most(self, entry: Score) -> int | None:
-        """The pairs that an entry scores at most, where it does not score all."""
-        chosen, queries = entry.candidates, len(self.inputs.resolved.queries)
+        """The pairs that the first entry of a pass scores at most, where it does not score all."""
+        chosen, resolved = entry.candidates, self.inputs.resolved
         if chosen is None:
             return None
-        return chosen.top * queries if chosen.path is None else listed_pairs(chosen.path, queries)
+        if chosen.path is None:
+            return chosen.top * len(resolved.queries)
+        return len(resolved.listed[f"score.{self.run.score.index(entry)}"])
 
     def scores(self, entries: Sequence[Score]) -> Step:
         tally, index = self.scored(entries), self.run.stage_index(entries[0].stage)
