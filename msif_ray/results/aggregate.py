@@ -21,7 +21,7 @@ from msif_ray.indexes import index_folder, read_manifest
 from msif_ray.paths import exists
 from msif_ray.results.complete import check_complete
 from msif_ray.results.excerpt import visible
-from msif_ray.results.facts import Facts, read_facts
+from msif_ray.results.facts import NO_SCORE, Facts, read_facts
 from msif_ray.results.parts import UNITS, part_path, read_rows
 
 # Values of the column that are printed.
@@ -156,6 +156,9 @@ def print_aggregate(table: pa.Table, column: str, console: Console, query: str |
         if not len(table):
             raise UserError(f"--query: there are no scores of {query!r}")
     queries = len(pc.unique(table["query_id"]))
+    if not queries:
+        console.print(Text(NO_SCORE))
+        return
     means = [("documents", "max"), ("share", "sum"), ("net_share", "sum"), ("share_of_documents", "max")]
     groups = table.group_by("value").aggregate(means).sort_by([("share_sum", "descending")]).to_pylist()
     shown = Table(box=None, padding=(0, 1), header_style="dim")
