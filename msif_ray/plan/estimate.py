@@ -147,14 +147,17 @@ class Estimate:
         calibration = self.inputs.calibrations.get(index)
         if calibration is None:
             return self.rank_memory(index) + held
-        working = calibration.jobs[job].working
+        working = calibration.jobs[job].working if job in calibration.jobs else 0
         # A sharded model is read weight by weight, a whole one at once.
         loading = calibration.loading if self.run.cluster.ranks_per_replica == 1 else 0
         return max(loading, self.rank_memory(index) + working + held)
 
     def hours(self, index: int, job: str, flops: float) -> float | None:
+        """None where nothing was measured; no time for no work, which is not tried."""
         calibration = self.inputs.calibrations.get(index)
-        return None if calibration is None else flops / calibration.jobs[job].rate / SECONDS
+        if calibration is None or not flops:
+            return None if flops else 0.0
+        return flops / calibration.jobs[job].rate / SECONDS
 
     def largest(self, index: int, size: Callable[[Shapes], int]) -> int:
         """The bytes of a stage's largest group."""
@@ -217,10 +220,8 @@ class Estimate:
 
     def scored(self, entries: Sequence[Score]) -> Tally:
         """The documents of a pass; of candidates as many as there can be, each of one query alone."""
-        tally, most = (
-            self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"],
-            self.candidates_at_most(entries[0]),
-        )
+        tally = self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"]
+        most = self.candidates_at_most(entries[0])
         return tally if most is None or most >= tally.documents else tally.scaled(most)
 
     def candidates_at_most(self, entry: Score) -> int | None:

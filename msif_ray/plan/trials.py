@@ -41,12 +41,16 @@ def calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]
 
 
 def _trials(estimate: Estimate, index: int) -> list[Trial]:
-    """What is tried with a stage's model: the jobs that the run has for it."""
+    """What is tried with a stage's model: the jobs that the run has for it, but those over nothing usable."""
     run, resolved, trials = estimate.run, estimate.inputs.resolved, []
+
+    def first(key: str) -> tuple[Document, ...]:
+        return tuple(first_block(resolved, key)) if estimate.inputs.tallies[key].tokens else ()
+
     stage = run.stages[index]
     if index in estimate.fitted and stage.documents is not None:
         setup = model_setup(resolved, index, stage.documents, stage.fit.max_tokens)
-        documents = tuple(first_block(resolved, f"stages.{index}"))[: stage.fit.documents]
+        documents = first(f"stages.{index}")[: stage.fit.documents]
         sampled = stage.fit.labels == "sampled"
         trials += [
             Trial("covariance", "covariance", setup, documents, sampled),
@@ -54,12 +58,12 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
         ]
     if any(each.index == index for each in estimate.solves) and stage.documents is not None:
         setup = model_setup(resolved, index, stage.documents, stage.fit.max_tokens)
-        documents = tuple(first_block(resolved, f"stages.{index}"))[: stages.solver_of(run, index).documents]
+        documents = first(f"stages.{index}")[: stages.solver_of(run, index).documents]
         trials.append(Trial(products_job(index), "products", setup, documents))
     for position, indexed in enumerate(run.index):
         if run.stage_index(indexed.stage) == index:
             setup = model_setup(resolved, index, run.scored_documents(indexed), indexed.max_tokens)
-            documents = tuple(first_block(resolved, f"index.{position}"))
+            documents = first(f"index.{position}")
             trials.append(Trial(indexing_job(position), "indexing", setup, documents, rank=indexed.rank))
     if index == len(run.stages) - 1:
         trials.append(Trial("queries", "queries", query_setup(resolved), tuple(resolved.queries[:QUERIES_TRIED])))
@@ -68,13 +72,13 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
         if run.stage_index(entry.stage) == index:
             position = run.score.index(entry)
             setup = model_setup(resolved, index, run.scored_documents(entry), entry.max_tokens)
-            documents = tuple(first_block(resolved, f"score.{position}"))
+            documents = first(f"score.{position}")
             queries = len(entries) * len(resolved.queries)
             name = scoring_job(position)
             memory = run.cluster.directions_memory
             norms = run.detail.curvature_norm
             trials.append(Trial(name, "scoring", setup, documents, False, queries, run.queries.rank, memory, norms))
-    return trials
+    return [trial for trial in trials if trial.documents]
 
 
 def first_block(resolved: Resolved, key: str) -> list[Document]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from msif_ray.corpus.unusable import most_often
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Fitted, Query, Scored
 from msif_ray.results.maps import short_name
@@ -95,13 +96,12 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
     for scored in facts.scored:
         # Without a score there is no row.
         done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
-        reasons = facts.skipped.get(scored.label)
-        most = f", most often because: {reasons.most_common(1)[0][0]}" if reasons else ""
+        reasons: Mapping[str, int] = facts.skipped.get(scored.label, {})
+        most = most_often(reasons)
         if not done:
-            skipped = sum(reasons.values()) if reasons else 0
             yield Signal(
                 f"No document of {scored.label} has a score",
-                f"{skipped:,} were skipped{most}. skipped.parquet names each one.",
+                f"{sum(reasons.values()):,} were skipped{most}. skipped.parquet names each one.",
             )
         elif scored.candidates is None and 1 - done / scored.documents > SKIPPED_SHARE:
             yield Signal(
