@@ -4,11 +4,16 @@ import os
 import uuid
 from dataclasses import dataclass
 
-from msif_ray import stages
+import pyarrow as pa
+
+from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Index, Run, Score
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.candidates import SCHEMA
 from msif_ray.corpus.census import Census, take_census
 from msif_ray.corpus.files import CorpusFile
+from msif_ray.corpus.listed import by_list
 from msif_ray.corpus.objectives import Objective, encode_for
 from msif_ray.corpus.queries import Query, read_queries
 from msif_ray.corpus.reader import Document
@@ -16,9 +21,10 @@ from msif_ray.corpus.windows import Skipped, last_token, within
 from msif_ray.errors import UserError
 from msif_ray.indexes import check_index, index_location
 from msif_ray.objectives import check_references
-from msif_ray.paths import is_remote, path_of
+from msif_ray.paths import exists, is_remote, path_of
 from msif_ray.reused import check_reused_factors
 from msif_ray.store import delete, write_atomic
+from msif_ray.tables import read_table
 
 # Windows are this long unless the run says otherwise, or the model's context is shorter.
 DEFAULT_MAX_TOKENS = 512
@@ -32,7 +38,8 @@ class Resolved:
     `contents` (what changes with each file's content) have a key `stages.<i>` for each stage to be fitted or solved,
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
     queries, `completion_tokens` how many of those are targets (a class counts as one). `reused` has the hash of the
-    manifest of each stage's `factors`, `references` the reference model of each stage of preferences.
+    manifest of each stage's `factors`, `references` the reference model of each stage of preferences, and `listed` the
+    pairs of each pass that scores those of a list (`candidates.SCHEMA`), by `score.<i>` of its first entry.
     """
 
     run: Run
@@ -46,6 +53,7 @@ class Resolved:
     maps: dict[str, tuple[int, int]]
     reused: dict[str, str]
     references: dict[int, Checkpoint]
+    listed: dict[str, pa.Table]
 
     def census(self, key: str) -> Census:
         """The files of one corpus, their documents' numbers and their contents."""
@@ -97,6 +105,7 @@ def check(run: Run) -> Resolved:
         maps=checkpoints[0].maps,
         reused=reused,
         references=references,
+        listed=_read_lists(run, corpora, queries),
     )
 
 
@@ -216,6 +225,23 @@ def _check_out_of(run: Run, corpora: dict[str, Census]) -> None:
         there = sum(corpora[f"score.{index}"].rows)
         if entry.out_of is not None and entry.out_of < there:
             raise UserError(f"score.{index}.out_of: {entry.out_of:,} is less than the {there:,} documents there are")
+
+
+def _read_lists(run: Run, corpora: dict[str, Census], queries: list[Document]) -> dict[str, pa.Table]:
+    """The candidates of each pass that has a list of them: as the run has chosen them, where it has begun."""
+    found = {}
+    for entry, *_ in stages.passes(run):
+        if entry.candidates is None or entry.candidates.path is None:
+            continue
+        key, chosen = f"score.{run.score.index(entry)}", layout.candidates(run.run_dir, entry.label)
+        if exists(chosen):
+            found[key] = read_table(chosen, SCHEMA.names)
+            continue
+        census, size = corpora[key], run.cluster.documents_per_block
+        documents = run.scored_documents(entry)
+        blocks = CorpusBlocks(tuple(census.files), census.rows, documents, size, f"{key}.documents")
+        found[key] = by_list(blocks, queries, entry.candidates.path, f"{key}.candidates")
+    return found
 
 
 def _check_tokenizers(run: Run, checkpoints: list[Checkpoint], wanted: dict[str, Documents]) -> None:

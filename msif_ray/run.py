@@ -22,7 +22,7 @@ from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Documents, Run, Score
 from msif_ray.connection import connected, decide_gpus
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25, by_list
+from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.objectives import objective_identity
@@ -192,7 +192,7 @@ class _Driver:
         return stage_curvature(self.config, index, factors_folder(self.config, index), self.resolved.maps)
 
     def _choose_candidates(self) -> None:
-        """At once, so that what is wrong with a list is told before any replica is started."""
+        """At once, so that queries which share no word with the corpus are told before any replica is started."""
         for first, *_ in self._passes():
             if first.candidates is not None:
                 documents = self.config.scored_documents(first)
@@ -206,11 +206,10 @@ class _Driver:
             wanted, queries = entry.candidates, self.resolved.queries
             if wanted is None:
                 raise ValueError(f"{entry.label} has no candidates")
-            key = f"score.{self.config.score.index(entry)}.candidates"
-            blocks = replace(blocks, references=None)  # which come later
             if wanted.path is not None:
-                table = by_list(blocks, queries, wanted.path, key)
+                table = self.resolved.listed[f"score.{self.config.score.index(first)}"]
             else:
+                blocks = replace(blocks, references=None)  # which come later
                 checkpoint = self.resolved.stages[self.config.stage_index(entry.stage)]
                 tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
                 table = by_bm25(blocks, queries, wanted.top, lambda ids: str(tokenizer.decode(list(ids))))

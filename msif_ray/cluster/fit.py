@@ -5,6 +5,7 @@ Maps are fitted in groups whose factors fit in a rank's memory together, one gro
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import Progress, ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.tasks import for_each_map
-from msif_ray.corpus.blocks import Blocks
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.unusable import none_usable
 from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import eigenbasis
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes, module_groups
@@ -43,7 +45,7 @@ class FitTask:
 
     setup: ModelSetup
     labels: str
-    blocks: Blocks
+    blocks: CorpusBlocks
     corpus: int
     folder: Path
     maps: dict[str, tuple[int, int]]
@@ -143,6 +145,9 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, group: _Group, of
                 progress,
                 inputs=group.checksum,
             )
+        if not covariance.documents:
+            reasons = Counter(reason for _, reason in covariance.skipped)
+            raise none_usable(task.blocks.documents, task.blocks.key, task.setup.stage, reasons)
         _forget(folder, index, maps)
         memory = _eigen_memory(task.maps)
         for_each_map(write_basis, missing, folder, covariance, memory=memory, replicas=pool.idle())
@@ -198,8 +203,6 @@ def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
     if exists(layout.basis_file(folder, map_name)):
         return
     total = covariance.total(map_name)
-    if not total:
-        raise UserError(f"{map_name}: no document had a target and a finite loss, so there is nothing to fit")
     tensors: dict[str, torch.Tensor] = {}
     for side, key in (("activation", "A"), ("gradient", "S")):
         summed = total.pop(key)

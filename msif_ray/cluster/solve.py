@@ -6,6 +6,7 @@ The driver holds numbers by query and no vectors.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from msif_ray.cluster.solve_tasks import (
 from msif_ray.cluster.tasks import for_each_map
 from msif_ray.config import CgSolver
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.unusable import none_usable
 from msif_ray.errors import UserError
 from msif_ray.influence.conjugate import Numbers, Step, sum_left, sum_met, sum_over_maps
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes
@@ -198,7 +200,8 @@ class Solver:
         with self.steps(f"queries: {name}", stage.blocks.count) as progress:
             found = self.pool.accumulate(stage.setup, job, stage.blocks, _partials(job.solve, number), progress)
         if not found.documents:
-            raise UserError(f"{stage.setup.stage}: no document had a target and a finite loss, so there is no operator")
+            reasons = Counter(reason for _, reason in found.skipped)
+            raise none_usable(stage.blocks.documents, stage.blocks.key, stage.setup.stage, reasons)
         return found
 
     def _factors(self, stage: SolvedStage) -> Path:

@@ -1,4 +1,4 @@
-"""Candidates first: which documents of a corpus are scored for each query, chosen by BM25 or given as a list.
+"""Candidates first: which documents of a corpus are scored for each query, chosen by BM25 or given (`listed.py`).
 
 With models of billions of parameters a pass over a whole corpus costs as much as training on it; Bao et al. 2025 score
 the documents that BM25 finds for a query. What is not a candidate has no score, and is not among those skipped.
@@ -14,7 +14,6 @@ from typing import Any
 import bm25s
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
@@ -24,7 +23,7 @@ from msif_ray.corpus.packed import Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
-from msif_ray.paths import path_of, storage
+from msif_ray.paths import path_of
 from msif_ray.tables import read_table
 
 SCHEMA = pa.schema(
@@ -178,55 +177,3 @@ def _told(part: Any) -> str:
     if isinstance(part, str):
         return part
     return "" if turns_fault(part) is not None else turns_text(part)
-
-
-def by_list(blocks: CorpusBlocks, queries: Sequence[Document], path: str, key: str) -> pa.Table:
-    """The pairs that a Parquet file names in `doc_id` and, unless all queries are meant, `query_id`.
-
-    Raises UserError, naming `key`, for a file without those columns and for an id that is not there.
-    """
-    with storage(f"{key}.path: {path}", "read"), path_of(path).open("rb") as file:
-        try:
-            listed = pq.read_table(file)
-        except pa.ArrowException as error:
-            raise UserError(f"{key}.path: {path} cannot be read: {' '.join(str(error).split())}") from None
-    if "doc_id" not in listed.column_names:
-        raise UserError(f"{key}.path: {path} has no column 'doc_id'; it has {', '.join(listed.column_names)}")
-    ids = [query.id for query in queries]
-    wanted = [str(document) for document in listed["doc_id"].to_pylist()]
-    if "query_id" in listed.column_names:
-        pairs = dict.fromkeys(zip(map(str, listed["query_id"].to_pylist()), wanted, strict=True))
-    else:
-        pairs = dict.fromkeys((query, document) for query in ids for document in dict.fromkeys(wanted))
-    of_document = _blocks_of(blocks, {document for _, document in pairs})
-    for query, document in pairs:
-        if query not in ids:
-            raise UserError(f"{key}.path: {path}: there is no query {query!r}")
-        if document not in of_document:
-            raise UserError(f"{key}.path: {path}: the corpus has no document {document!r}")
-    if not pairs:
-        raise UserError(f"{key}.path: {path}: names no document")
-    ranks: dict[str, int] = {}
-    rows = []
-    for query, document in pairs:
-        ranks[query] = ranks.get(query, 0) + 1
-        rows.append((query, document, of_document[document], ranks[query], None))
-    columns = zip(*rows, strict=True)
-    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
-
-
-def listed_pairs(path: str, queries: int) -> int:
-    """The rows of such a file, for each of so many queries where it names none."""
-    with storage(path, "read"), path_of(path).open("rb") as file:
-        table = pq.ParquetFile(file)
-        return int(table.metadata.num_rows) * (1 if "query_id" in table.schema_arrow.names else queries)
-
-
-def _blocks_of(blocks: CorpusBlocks, wanted: AbstractSet[str]) -> dict[str, str]:
-    """The block of each document that is wanted."""
-    return {
-        document.id: block.id
-        for block in blocks.left(frozenset())
-        for document in block.documents
-        if document.id in wanted
-    }

@@ -68,6 +68,10 @@ def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
     if is_folder:
         if exists(folder / "state.json"):
             return "datasets"
+        with storage(f"{key}.path: {path}", "listed"):
+            splits = sorted(str(state.parent) for state in folder.glob("*/state.json"))
+        if splits:  # as `datasets` saves a DatasetDict
+            raise UserError(f"{key}.path: {path} holds several splits; name those that are meant: {', '.join(splits)}")
         raise UserError(f"{key}.path: {path} is a folder but no saved `datasets` split; name its files with a glob")
     suffix = Path(path).suffix.lower()
     if suffix == ".parquet":

@@ -66,14 +66,26 @@ def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Ro
     Raises UserError, naming the file and the row or the `key`, for a column that the file does
     not have and for what cannot be read.
     """
+    with _reading(file, key):
+        if file.kind == "jsonl":
+            yield from _read_json_lines(file, columns, key)
+        elif file.kind == "parquet":
+            yield from _read_parquet(file, columns, key)
+        else:
+            yield from _read_saved_dataset(file, columns, key)
+
+
+def parquet_columns(file: CorpusFile, key: str) -> list[str]:
+    """The names of a Parquet file's columns. Raises UserError, naming the file, for what cannot be read."""
+    with _reading(file, key), _ranges(file.path) as source, pq.ParquetFile(source, memory_map=True) as table:
+        return list(table.schema_arrow.names)
+
+
+@contextmanager
+def _reading(file: CorpusFile, key: str) -> Iterator[None]:
     with storage(f"{key}.path: {file.path}", "read"):
         try:
-            if file.kind == "jsonl":
-                yield from _read_json_lines(file, columns, key)
-            elif file.kind == "parquet":
-                yield from _read_parquet(file, columns, key)
-            else:
-                yield from _read_saved_dataset(file, columns, key)
+            yield
         except (pa.ArrowException, UnicodeDecodeError) as error:  # bytes of a name, of a type or of the whole
             raise UserError(f"{key}.path: {file.path} cannot be read: {one_line(error)}") from None
 
@@ -194,12 +206,18 @@ def row_id(file: CorpusFile, number: int, row: Row, documents: Documents, key: s
     of the ids of the documents packed in it."""
     if documents.id is None or (documents.packed is not None and isinstance(row[documents.id], list)):
         return f"{file.name}:{number}"
-    value = row[documents.id]
+    return id_text(row, documents.id, f"{key}.id: {file.path} row {number}")
+
+
+def id_text(row: Row, column: str, where: str) -> str:
+    """What a row has in a column of ids, as text. Raises UserError, naming `where`, for none and for one that is not
+    valid Unicode."""
+    value = row[column]
     if value is None or value == "":
-        raise UserError(f"{key}.id: {file.path} row {number} has no {documents.id!r}")
+        raise UserError(f"{where} has no {column!r}")
     name = str(value)
     if not is_unicode(name):
-        raise UserError(f"{key}.id: {file.path} row {number}: {documents.id!r} is not valid Unicode")
+        raise UserError(f"{where}: {column!r} is not valid Unicode")
     return name
 
 

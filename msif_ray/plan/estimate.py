@@ -12,7 +12,6 @@ from msif_ray.cluster.carry import carry_bytes
 from msif_ray.cluster.directions import kept_entries, shards
 from msif_ray.cluster.queries import largest_block
 from msif_ray.config import Score
-from msif_ray.corpus.candidates import listed_pairs
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
 from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
@@ -149,14 +148,17 @@ class Estimate:
         calibration = self.inputs.calibrations.get(index)
         if calibration is None:
             return self.rank_memory(index) + held
-        working = calibration.jobs[job].working
+        working = calibration.jobs[job].working if job in calibration.jobs else 0
         # A sharded model is read weight by weight, a whole one at once.
         loading = calibration.loading if self.run.cluster.ranks_per_replica == 1 else 0
         return max(loading, self.rank_memory(index) + working + held)
 
     def hours(self, index: int, job: str, flops: float) -> float | None:
+        """None where nothing was measured; no time for no work, which is not tried."""
         calibration = self.inputs.calibrations.get(index)
-        return None if calibration is None else flops / calibration.jobs[job].rate / SECONDS
+        if calibration is None or not flops:
+            return None if flops else 0.0
+        return flops / calibration.jobs[job].rate / SECONDS
 
     def largest(self, index: int, size: Callable[[Shapes], int]) -> int:
         """The bytes of a stage's largest group."""
@@ -232,11 +234,13 @@ class Estimate:
         return self.inputs.tallies[f"score.{self.run.score.index(entries[0])}"]
 
     def candidates_at_most(self, entry: Score) -> int | None:
-        """The pairs that an entry scores at most, where it does not score all."""
-        chosen, queries = entry.candidates, len(self.inputs.resolved.queries)
+        """The pairs that the first entry of a pass scores at most, where it does not score all."""
+        chosen, resolved = entry.candidates, self.inputs.resolved
         if chosen is None:
             return None
-        return chosen.top * queries if chosen.path is None else listed_pairs(chosen.path, queries)
+        if chosen.path is None:
+            return chosen.top * len(resolved.queries)
+        return len(resolved.listed[f"score.{self.run.score.index(entry)}"])
 
     def scores(self, entries: Sequence[Score]) -> Step:
         tally, index = self.scored(entries), self.run.stage_index(entries[0].stage)

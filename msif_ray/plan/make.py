@@ -10,6 +10,7 @@ import torch
 
 from msif_ray import stages
 from msif_ray.config import Cluster, Index, Run, Score
+from msif_ray.corpus.unusable import most_often, none_usable
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.machines import with_gpus
 from msif_ray.paths import is_remote
@@ -87,6 +88,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     # The run's driver has done as much by now, and later holds no tensor larger than this check's.
     driver_memory = resident_peak()
     tallies = _tallies(resolved)
+    _check_fitted(resolved, tallies)
     sizes = {i: ModelSize.of(each.model_path, bool(each.classes)) for i, each in enumerate(resolved.stages)}
     inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, first_block(resolved, "score.0")))
     notes = refusals(resolved)
@@ -145,6 +147,14 @@ def _tallies(resolved: Resolved) -> dict[str, Tally]:
     return tallies
 
 
+def _check_fitted(resolved: Resolved, tallies: Mapping[str, Tally]) -> None:
+    """Raises UserError for a stage to be fitted or solved of whose documents, all of them counted, none is usable."""
+    for index, stage in enumerate(resolved.run.stages):
+        seen = tallies.get(key := f"stages.{index}")
+        if seen is not None and stage.documents is not None and not seen.tokens and seen.sampled is None:
+            raise none_usable(stage.documents, f"{key}.documents", stage.name, seen.reasons)
+
+
 def _needed(resolved: Resolved) -> list[str]:
     """The corpora to be read: of stages to be fitted, of indexes, and of each scoring pass."""
     first = {f"score.{resolved.run.score.index(entries[0])}" for entries in stages.passes(resolved.run)}
@@ -179,20 +189,26 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
 def _corpora(run: Run, tallies: Mapping[str, Tally]) -> list[Corpus]:
     corpora = []
     for key, seen in tallies.items():
-        kind, _, number = key.partition(".")
-        name = "queries"
-        if kind == "stages":
-            name = f"{run.stages[int(number)].name}, fitted"
-        elif kind == "score":
-            name = f"{run.score[int(number)].label}, scored"
-        elif kind == "index":
-            name = f"{run.index[int(number)].stage}, indexed"
-        corpora.append(Corpus(name, seen.documents, seen.tokens, seen.skipped, seen.sampled))
+        corpora.append(Corpus(_corpus_name(run, key), seen.documents, seen.tokens, seen.skipped, seen.sampled))
     return corpora
+
+
+def _corpus_name(run: Run, key: str) -> str:
+    kind, _, number = key.partition(".")
+    if kind == "stages":
+        return f"{run.stages[int(number)].name}, fitted"
+    if kind == "score":
+        return f"{run.score[int(number)].label}, scored"
+    return f"{run.index[int(number)].stage}, indexed" if kind == "index" else "queries"
 
 
 def _notes(estimate: Estimate) -> list[str]:
     run, calibrations, notes = estimate.run, estimate.inputs.calibrations, []
+    for key, seen in estimate.inputs.tallies.items():
+        if not seen.tokens:
+            looked_at = f"{seen.sampled:,} sampled" if seen.sampled is not None else f"{seen.documents:,}"
+            why = most_often(seen.reasons)
+            notes.append(f"{_corpus_name(run, key)}: none of its {looked_at} documents can be used{why}.")
     if not calibrations:
         notes.append("Memory is the model and what a step holds, without the process itself and activations.")
         if run.cluster.factor_memory is None and estimate.fitted:

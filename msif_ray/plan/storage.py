@@ -75,7 +75,7 @@ def part_bytes(resolved: Resolved, block: Sequence[Document]) -> PartBytes:
     run = resolved.run
     documents = [document.id for document in block]
     random = np.random.default_rng(0)
-    tokens = random.integers(2, run.score[0].max_tokens or 512, len(documents)).tolist()
+    tokens = random.integers(2, run.score[0].max_tokens or 512, len(documents), endpoint=True).tolist()
     values = run.detail.tokens * sum(tokens) + run.detail.modules * len(documents) * len(resolved.maps)
     most = ROWS_WRITTEN // max(len(documents), values)  # queries
     queries = [query.id for query in resolved.queries][: max(1, most)]

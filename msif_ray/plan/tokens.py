@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 from msif_ray.checkpoint import load_tokenizer
@@ -24,7 +24,8 @@ FILES, ROWS = 32, 5000
 @dataclass(frozen=True)
 class Tally:
     """Documents as the models see them: `lengths` counts windows, or the sequences of pairs, by their positions,
-    `targets` the positions that predict one. `sampled` documents stand for the rest; None: all were counted.
+    `targets` the positions that predict one. `sampled` documents stand for the rest; None: all were counted. `reasons`
+    counts why those that were looked at are skipped.
 
     Windows share a token, so positions are more than tokens; skipped documents have neither.
     """
@@ -35,6 +36,7 @@ class Tally:
     targets: float
     lengths: Mapping[int, float]
     sampled: int | None = None
+    reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def positions(self) -> float:
@@ -48,7 +50,8 @@ class Tally:
         """The same for a corpus of so many documents of which these are a sample."""
         by = documents / self.documents
         lengths = {n: windows * by for n, windows in self.lengths.items()}
-        return Tally(documents, self.skipped * by, self.tokens * by, self.targets * by, lengths, int(self.documents))
+        counted = (self.skipped * by, self.tokens * by, self.targets * by)
+        return Tally(documents, *counted, lengths, int(self.documents), self.reasons)
 
 
 Encode = Callable[[Document], Encoded | Skipped]
@@ -63,19 +66,20 @@ def encoder(resolved: Resolved, index: int, setup: ModelSetup) -> Encode:
 
 def tally(found: Iterable[Encoded | Skipped], max_tokens: int | None) -> Tally:
     """Counts documents, cut into windows of `max_tokens` (None: one each)."""
-    count = skipped = tokens = targets = 0
+    count = tokens = targets = 0
     lengths: Counter[int] = Counter()
+    reasons: Counter[str] = Counter()
     for encoded in found:
         count += 1
         if isinstance(encoded, Skipped):
-            skipped += 1
+            reasons[encoded.reason] += 1
             continue
         tokens += len(encoded.ids)
         for window in encoded.windows(max_tokens or len(encoded.ids)):
             for start, stop in window.spans:
                 lengths[stop - start] += 1
             targets += sum(window.targets)
-    return Tally(count, skipped, tokens, targets, dict(lengths))
+    return Tally(count, reasons.total(), tokens, targets, dict(lengths), reasons=reasons)
 
 
 def corpus_tally(

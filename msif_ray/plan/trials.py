@@ -54,12 +54,16 @@ def calibrations(estimate: Estimate, notes: list[str]) -> dict[int, Calibration]
 
 
 def _trials(estimate: Estimate, index: int) -> list[Trial]:
-    """What is tried with a stage's model: the jobs that the run has for it."""
+    """What is tried with a stage's model: the jobs that the run has for it, but those over nothing usable."""
     run, resolved, trials = estimate.run, estimate.inputs.resolved, []
+
+    def counted(key: str) -> bool:
+        return estimate.inputs.tallies[key].tokens > 0
+
     stage = run.stages[index]
-    if stage.documents is not None:
+    key = f"stages.{index}"
+    if stage.documents is not None and key in estimate.inputs.tallies and counted(key):
         setup = model_setup(resolved, index, stage.documents, stage.fit.max_tokens)
-        key = f"stages.{index}"
         if index in estimate.fitted:
             documents = _usable(resolved, key, index, setup, stage.fit.documents)
             sampled = stage.fit.labels == "sampled"
@@ -71,16 +75,15 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             documents = _usable(resolved, key, index, setup, stages.solver_of(run, index).documents)
             trials.append(Trial(products_job(index), "products", setup, documents))
     for position, indexed in enumerate(run.index):
-        if run.stage_index(indexed.stage) == index:
+        if run.stage_index(indexed.stage) == index and counted(f"index.{position}"):
             setup = model_setup(resolved, index, run.scored_documents(indexed), indexed.max_tokens)
             documents = _usable(resolved, f"index.{position}", index, setup)
             trials.append(Trial(indexing_job(position), "indexing", setup, documents, rank=indexed.rank))
     if index == len(run.stages) - 1:
         trials.append(Trial("queries", "queries", query_setup(resolved), tuple(resolved.queries[:QUERIES_TRIED])))
     for entries in stages.passes(run):
-        entry = entries[0]
-        if run.stage_index(entry.stage) == index:
-            position = run.score.index(entry)
+        entry, position = entries[0], run.score.index(entries[0])
+        if run.stage_index(entry.stage) == index and counted(f"score.{position}"):
             setup = model_setup(resolved, index, run.scored_documents(entry), entry.max_tokens)
             documents = _usable(resolved, f"score.{position}", index, setup)
             queries = len(entries) * len(resolved.queries)

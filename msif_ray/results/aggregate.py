@@ -22,7 +22,7 @@ from msif_ray.indexes import index_folder, read_manifest
 from msif_ray.paths import exists, is_remote
 from msif_ray.results.complete import check_complete
 from msif_ray.results.excerpt import visible
-from msif_ray.results.facts import Facts, read_facts
+from msif_ray.results.facts import NO_SCORE, Facts, read_facts
 from msif_ray.results.parts import UNITS, part_path, read_rows
 
 # Values of the column that are printed.
@@ -170,6 +170,9 @@ def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
     differ in size. Where queries have scores of different documents (candidates), the equal share is a mean, too, and
     the number of documents the largest."""
     queries = len(pc.unique(table["query_id"]))
+    if not queries:
+        console.print(Text(NO_SCORE))
+        return
     sums = [(name, "sum") for name in ("documents", "share", "net_share", "share_of_documents")]
     found = table.group_by("value").aggregate([("documents", "max"), *sums])
     groups = found.sort_by([("share_sum", "descending")]).to_pylist()

@@ -18,6 +18,9 @@ from msif_ray.record import read_record
 from msif_ray.store import read_json
 from msif_ray.tables import read_table
 
+# What is said in place of the scores of a corpus whose documents were all skipped.
+NO_SCORE = "no document has a score; skipped.parquet says why"
+
 
 @dataclass(frozen=True)
 class Query:

@@ -12,7 +12,7 @@ from rich.text import Text
 from msif_ray.errors import UserError
 from msif_ray.results.by_stage import Row, by_stage, stages_beside
 from msif_ray.results.excerpt import excerpt, visible
-from msif_ray.results.facts import Query, explained, read_facts
+from msif_ray.results.facts import NO_SCORE, Query, explained, read_facts
 from msif_ray.results.statistics import read_statistics
 from msif_ray.results.top import read_top
 
@@ -76,8 +76,9 @@ def _print(
         if query.tokens and not margin:
             likelihood += f" ({exp(query.log_likelihood / query.tokens):.0%} per token)"
         about.append(likelihood)
-    if statistics:
-        about.append(f"{statistics['documents']:,} documents, deviation {statistics['deviation']:.3g}")
+    about.append(
+        f"{statistics['documents']:,} documents, deviation {statistics['deviation']:.3g}" if statistics else NO_SCORE
+    )
     console.print(Text(", ".join(about), style="dim"))
     if parts := [f"{row.stage} {row.share:.0%}" for row in shares if row.share is not None]:
         console.print(Text(f"support by stage: {', '.join(parts)}", style="dim"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from msif_ray.corpus.unusable import most_often
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Fitted, Query, Scored
 from msif_ray.results.maps import short_name
@@ -93,16 +94,20 @@ def _factors(facts: Facts) -> Iterator[Signal]:
 
 def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[Signal]:
     for scored in facts.scored:
-        done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=None)
-        if scored.candidates is not None:
-            continue
-        if done is not None and scored.documents and 1 - done / scored.documents > SKIPPED_SHARE:
-            skipped = scored.documents - done
-            reasons = facts.skipped.get(scored.label)
-            most = f", most because: {reasons.most_common(1)[0][0]}" if reasons else ""
+        # Without a score there is no row.
+        done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
+        reasons: Mapping[str, int] = facts.skipped.get(scored.label, {})
+        most = most_often(reasons)
+        if not done:
+            yield Signal(
+                f"No document of {scored.label} has a score",
+                f"{sum(reasons.values()):,} were skipped{most}. skipped.parquet names each one.",
+            )
+        elif scored.candidates is None and 1 - done / scored.documents > SKIPPED_SHARE:
             yield Signal(
                 f"Many documents of {scored.label} were skipped",
-                f"{skipped:,} of {scored.documents:,} have no score{most}. skipped.parquet names each one.",
+                f"{scored.documents - done:,} of {scored.documents:,} have no score{most}. skipped.parquet names each "
+                "one.",
             )
 
 

@@ -1,7 +1,7 @@
 """Groups of maps, of a fit or an index, that are decided anew, since what said how they were is lost: without Ray."""
 
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,10 @@ from msif_ray.cluster import fit as fitting
 from msif_ray.cluster import index as indexing
 from msif_ray.cluster.fit import FitTask, fit, is_fitted
 from msif_ray.cluster.index import IndexPlan, build
-from msif_ray.cluster.partials import Coverage
+from msif_ray.cluster.partials import Coverage, Partial
+from msif_ray.config import Documents
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.errors import UserError
 from msif_ray.store import read_json, save_tensors, write_json
 
 MAPS = {"a": (2, 3), "b": (2, 3), "c": (2, 3)}
@@ -22,11 +25,18 @@ SUMMED: list[tuple[str, str]] = []
 """The covariances that were asked for: group and inputs."""
 
 
+@dataclass
 class Pool:
+    """Sums over one block of so many `documents`, and others that were skipped."""
+
+    documents: int = 1
+    skipped: tuple[tuple[str, str], ...] = ()
+
     def accumulate(self, setup: Any, job: Any, blocks: Any, step: Path, progress: Any, inputs: str = "") -> Coverage:
         if step.name == "covariance":
             SUMMED.append((step.parent.name, inputs))
-        return Coverage((), frozenset())
+        block = frozenset({"00000-0000000"})
+        return Coverage((Partial(step, (), block, self.documents, 0, 0, self.skipped, inputs),), block)
 
     def idle(self) -> list[Any]:
         return []
@@ -84,6 +94,18 @@ def test_a_groups_record_of_other_maps_is_not_believed(task: FitTask) -> None:
 def test_sums_of_a_run_begun_before_groups_had_checksums_count_on(task: FitTask) -> None:
     write_json(layout.groups(task.folder), {"factor_memory": 1, "groups": [["a", "b"], ["c"]]})
     assert asked(task) == [("0000", ""), ("0001", "")]
+
+
+def test_a_stage_of_which_no_document_can_be_used_is_named(task: FitTask) -> None:
+    documents = Documents(path="c/*.parquet", text="text")
+    blocks = CorpusBlocks((), (), documents, 4, "stages.0.documents")
+    pool = Pool(0, (("a", "text is null"), ("b", "fewer than two tokens"), ("c", "text is null")))
+    with pytest.raises(UserError) as error:
+        fit(replace(task, blocks=blocks), cast(Any, pool), lambda _: nullcontext(cast(Any, None)), print)
+    assert str(error.value) == (
+        "stages.0.documents.path: c/*.parquet: no document of stage 's' can be used: 3 were skipped, most often "
+        "because: text is null; name other documents or columns"
+    )
 
 
 class StoppedError(Exception):

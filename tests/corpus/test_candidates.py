@@ -15,11 +15,10 @@ from msif_ray.corpus.candidates import (
     CandidateBlocks,
     ChosenFile,
     by_bm25,
-    by_list,
-    listed_pairs,
     read_chosen,
 )
 from msif_ray.corpus.files import corpus_files
+from msif_ray.corpus.listed import by_list
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
@@ -92,30 +91,6 @@ def test_no_word_in_common_is_said(blocks: CorpusBlocks) -> None:
 def write(tmp_path: Path, **columns: list[str]) -> str:
     pq.write_table(pa.table(columns), tmp_path / "list.parquet")
     return str(tmp_path / "list.parquet")
-
-
-def test_a_list_is_taken_at_its_word(blocks: CorpusBlocks, tmp_path: Path) -> None:
-    path = write(tmp_path, query_id=["q1", "q0", "q1", "q1"], doc_id=["d9", "d0", "d1", "d9"])
-    rows = [(row["query_id"], row["doc_id"], row["rank"]) for row in by_list(blocks, QUERIES, path, "k").to_pylist()]
-    assert rows == [("q1", "d9", 1), ("q0", "d0", 1), ("q1", "d1", 2)]
-    path = write(tmp_path, doc_id=["d3", "d3"])
-    assert by_list(blocks, QUERIES, path, "k")["query_id"].to_pylist() == ["q0", "q1"]
-    assert listed_pairs(path, 2) == 4
-
-
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        ({"id": ["d0"]}, "no column 'doc_id'"),
-        ({"doc_id": ["d10"]}, "no document 'd10'"),
-        ({"doc_id": ["d1"], "query_id": ["q7"]}, "no query 'q7'"),
-    ],
-)
-def test_what_is_not_there_is_said(
-    blocks: CorpusBlocks, tmp_path: Path, columns: dict[str, list[str]], said: str
-) -> None:
-    with pytest.raises(UserError, match=said):
-        by_list(blocks, QUERIES, write(tmp_path, **columns), "score.0.candidates")
 
 
 def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus.test_chat import PLAIN, tokenizer_of
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from msif_ray.config import Documents
 from msif_ray.corpus.files import corpus_files
@@ -104,11 +104,15 @@ def test_faults_of_paths_name_the_key(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty.parquet").write_bytes(b"")
     (tmp_path / "folder").mkdir()
+    splits = tmp_path / "splits"
+    rows = Dataset.from_list([{"id": "a", "text": "b"}])
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(splits)
     for path, message in (
         (tmp_path / "*.none", "no file matches"),
         ("ftp://host/x.parquet", "only local paths"),
         (tmp_path / "notes.txt", "not .parquet"),
-        (tmp_path / "folder", "no saved `datasets` split"),
+        (tmp_path / "folder", "no saved `datasets` split; name its files with a glob$"),
+        (splits, f"{splits} holds several splits; name those that are meant: {splits}/test, {splits}/train$"),
         (tmp_path / "empty.parquet", "cannot be read"),
     ):
         with pytest.raises(UserError, match=message) as error:

@@ -53,6 +53,18 @@ def test_sums_are_those_of_all_scores(run_dir: Path) -> None:
     assert [row["share"] for row in found[:3]] == sorted((row["share"] for row in found[:3]), reverse=True)
 
 
+def test_without_a_score_it_says_so(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"id": "a", "text": null, "domain": "web"}\n')
+    documents = {"path": str(corpus), "text": "text", "id": "id"}
+    stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
+    run = Finished(documents=0, skipped=[("a", "text is null")], changes={"stages": stages})
+    arguments = ["aggregate", str(run.write(tmp_path / "run")), "--by", "domain"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert result.stdout == "no document has a score; skipped.parquet says why\n"
+
+
 def test_the_command_prints_and_writes(run_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "by" / "year.parquet"
     arguments = ["aggregate", str(run_dir), "--by", "year", "--query", "q1", "--out", str(out)]

@@ -36,6 +36,11 @@ def test_all_queries_with_both_sides(run_dir: Path) -> None:
     assert f"word{best} and more" in printed
 
 
+def test_without_a_score_it_says_so(tmp_path: Path) -> None:
+    printed = shown(str(Finished(documents=0, skipped=[("a", "text is null")]).write(tmp_path)), "--query", "q0")
+    assert "(61% per token), no document has a score; skipped.parquet says why" in " ".join(printed.split())
+
+
 def test_one_query_of_other_scores(run_dir: Path) -> None:
     printed = shown(str(run_dir), "--query", "q1", "--scores", "one", "--top", "1")
     scores = Finished(labels=("two", "one")).scores("one")[:, 1]

@@ -90,6 +90,18 @@ def test_many_are_skipped(tmp_path: Path) -> None:
     assert "3 of 15" in signal.detail and "text is null" in signal.detail
 
 
+@pytest.mark.parametrize("candidates", [None, {"method": "bm25"}])
+def test_none_has_a_score(tmp_path: Path, candidates: dict[str, Any] | None) -> None:
+    entry = {"stage": "pretrain"} | ({"candidates": candidates} if candidates else {})
+    skipped = [("x", "text is null"), ("y", "fewer than two tokens"), ("z", "text is null")]
+    run_dir = Finished(documents=0, skipped=skipped, changes={"score": [entry]}).write(tmp_path)
+    lines = signal_lines(find_signals(read_facts(run_dir), read_statistics(run_dir), {}))
+    assert lines == [
+        "No document of pretrain has a score: 3 were skipped, most often because: text is null. skipped.parquet names "
+        "each one."
+    ]
+
+
 def test_lines_name_the_queries_once(tmp_path: Path) -> None:
     queries = [(f"q{n}", "Is it?", " yes") for n in range(9)]
     run = Finished(queries=queries, labels=("one", "two"), log_likelihood=-20.0, skipped=[("x", "text is null")] * 9)
