@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.adapters import find_base, merge_into
 from msif_ray.config import Stage
+from msif_ray.corpus.switches import Switches, switches_of
 from msif_ray.errors import UserError
 from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
@@ -31,8 +32,8 @@ class Checkpoint:
 
     Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
     `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on. `classes`
-    are the names of a classifier's, by number. Where the model is an adapter, all this is of the merged model, and
-    `adapter` says what was merged into what.
+    are the names of a classifier's, by number; `switches` are lengths after which the model computes otherwise. Where
+    the model is an adapter, all this is of the merged model, and `adapter` says what was merged into what.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Checkpoint:
     maps: dict[str, tuple[int, int]]
     classes: tuple[str, ...] = ()
     adapter: dict[str, str] | None = None
+    switches: Switches = ()
 
 
 def check_checkpoint(
@@ -94,6 +96,7 @@ def check_checkpoint(
         maps=maps,
         classes=_classes(config) if _classifies(stage) else (),
         adapter=adapter,
+        switches=switches_of(config),
     )
 
 
@@ -152,6 +155,7 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_kind(config, key, classifies)
         _check_not_quantised(config, folder, key)
+        _check_attention(config, folder, key)
         with torch.device("meta"):
             return config, auto_class(classifies).from_config(config, trust_remote_code=False)
     except UserError:
@@ -204,6 +208,15 @@ def _check_not_quantised(config: Any, folder: Path, key: str) -> None:
                 f"{key}.model: {folder} holds quantised weights ({method}); dequantise the model, and save it without "
                 "the quantization_config of its config.json"
             )
+
+
+def _check_attention(config: Any, folder: Path, key: str) -> None:
+    """BigBird's blocks are chosen at random, and by the length that a batch is padded to."""
+    if getattr(config, "attention_type", None) == "block_sparse":
+        raise UserError(
+            f"{key}.model: {folder} has attention_type block_sparse, with which a document's gradient depends on those "
+            "beside it; write original_full in its config.json"
+        )
 
 
 def _check_weights(model: Any, folder: Path, key: str) -> None:

@@ -224,6 +224,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         configure(num_hidden_layers="two"),
         r"llama is not a causal language model that loads: .*two",
     ),
+    "attention at random": (
+        configure(attention_type="block_sparse"),
+        r"llama has attention_type block_sparse, .*; write original_full in its config\.json",
+    ),
     "heads that do not divide": (configure(num_attention_heads=3), r"llama is not a causal .*not a multiple"),
     "no heads": (configure(num_attention_heads=0), r"llama is not a causal .*by zero"),
     **{

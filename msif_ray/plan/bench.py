@@ -14,7 +14,7 @@ from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.score_jobs import left_beside
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Window, pack
+from msif_ray.corpus.windows import Encoded, Window
 from msif_ray.errors import UserError
 from msif_ray.influence import onednn
 from msif_ray.influence.capture import Captured
@@ -167,7 +167,7 @@ class Bench:
             encoded = setup.encode(self.rank.tokenizer, document)
             if isinstance(encoded, Encoded):
                 windows += encoded.windows(setup.max_tokens or len(encoded.ids))
-        return pack(windows, setup.tokens_per_batch)
+        return self.rank.pack(windows)
 
     def _of(self, batches: Sequence[Sequence[Window]]) -> tuple[Document, ...]:
         names = {window.key.document_id for batch in batches for window in batch}

@@ -124,6 +124,12 @@ def test_batches_hold_every_window_within_the_budget(seed):
     assert [len(batch) for batch in pack(equal, 18)] == [3, 3, 3]
 
 
+def test_no_batch_has_windows_from_both_sides_of_a_length_that_matters():
+    windows = [window(i, length) for i, length in enumerate((3, 9, 8, 17, 5, 16, 8))]
+    found = [[len(w.ids) for w in batch] for batch in pack(windows, 10**6, (8, 16))]
+    assert found == [[17], [16, 9], [8, 8, 5, 3]]
+
+
 def test_a_batch_is_padded_on_the_right():
     batch = to_batch([window(0, 4), window(1, 2)])
     assert batch.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 0, 0]]
