@@ -31,7 +31,7 @@ from msif_ray.influence.kept import KEPT_SHARE, KeptPasses
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.layout import part_file
-from msif_ray.loading import auto_class
+from msif_ray.loading import auto_class, undo_inference
 from msif_ray.store import save_tensors
 
 
@@ -117,6 +117,7 @@ class Rank:
         self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(self.setup.tokenizer), trust_remote_code=False)
         with self._memory("loaded"):
             self.model = self._load()
+        undo_inference(self.model)
         self._switches = switches_of(self.model.config)
         self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules, self.setup.blocks)
 

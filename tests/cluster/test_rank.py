@@ -10,6 +10,7 @@ import ray
 import runs
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from msif_ray import layout
 from msif_ray.cluster import deaths, fit
@@ -107,6 +108,22 @@ def test_lengths_after_which_a_model_computes_otherwise_part_batches_and_pairs(
     assert outcome.tokens == {"8-5": 13, "12-9": 21}
     windows = [w for each in (pair(8, 5), pair(12, 9)) for w in rank.setup.encode(rank.tokenizer, each).windows(99)]
     assert [[w.key.document_id for w in batch] for batch in rank.pack(windows)] == [["12-9"], ["8-5"]]
+
+
+def test_a_configuration_that_is_for_inference_does_not_change_what_is_computed(
+    setup: ModelSetup, tmp_path: Path
+) -> None:
+    """RWKV would halve weights in place after every second layer, and any model give a tuple for an output."""
+    sizes = {"hidden_size": 8, "attention_hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4}
+    special = {"vocab_size": len(models.VOCABULARY), "bos_token_id": 2, "eos_token_id": 1}
+    config = AutoConfig.for_model("rwkv", **sizes, **special, context_length=64, rescale_every=2, return_dict=False)
+    model = models.randomise(AutoModelForCausalLM.from_config(config), 0)
+    folder = str(models.save(model, models.build_tokenizer(pad=True), tmp_path / "rwkv"))
+    rank = Rank(replace(setup, model=folder, tokenizer=folder, max_tokens=None))
+    rank.start(CovarianceJob(False))
+    assert len(rank.process(documents(3)).tokens) == 3
+    for name, weight in model.named_parameters():
+        assert torch.equal(rank.model.get_parameter(name), weight), name
 
 
 def test_a_model_that_lacks_a_tensor_on_this_node_is_refused(setup: ModelSetup) -> None:

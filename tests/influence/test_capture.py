@@ -48,6 +48,10 @@ class Toy(nn.Module):
             x = x + first(x)
         elif self.use == "flat":
             x = x + first(x.reshape(-1, 6)).reshape(x.shape) + other(input=x)
+        elif self.use == "rescaled":
+            with torch.no_grad():
+                first.weight.div_(2)
+            x = x + first(x) + other(x)
         elif self.use == "tokens first":
             x = x + first(x.transpose(0, 1)).transpose(0, 1) + other(x)
         elif self.use == "one head":
@@ -161,6 +165,7 @@ REFUSED = {
     "unused": "layers.0.other is not used",
     "dead end": "layers.0.other is not reached",
     "without gradients": "layers.0.other is computed without gradients",
+    "rescaled": r"layers\.0\.map\.weight is changed by the model's forward pass",
     "tokens first": r"layers.0.map sees \(7, 3, 6\)",
 }
 
