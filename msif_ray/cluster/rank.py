@@ -17,10 +17,11 @@ from torch import Tensor
 from msif_ray.cluster.jobs import FitJob, Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.switches import switches_of
-from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch, within
+from msif_ray.corpus.windows import Encoded, Skipped, Window, to_batch, within
 from msif_ray.errors import UserError
 from msif_ray.fetch import local_model, local_tokenizer, named
 from msif_ray.heap import keep_freed_memory

@@ -1,4 +1,4 @@
-"""From a document's text to windows of tokens and token-budget batches (DESIGN.md §2, Tokens)."""
+"""From a document's text to windows of tokens, and to tensors of some of these (DESIGN.md §2, Tokens)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -249,25 +249,6 @@ def value_fault(what: str, value: object) -> str | None:
     if not value and what != "prompt":
         return f"{what} is empty"
     return None if is_unicode(value) else f"{what} is not valid Unicode"
-
-
-def pack(windows: Sequence[Window], tokens_per_batch: int, switches: Switches = ()) -> list[list[Window]]:
-    """Batches of windows of similar length, at most `tokens_per_batch` tokens each, padding included.
-
-    A longer window is a batch of its own. Windows on different sides of one of the `switches`, lengths after which
-    the model computes otherwise, are never in one batch. The result depends on the windows alone.
-    """
-    ordered = sorted(windows, key=lambda window: window.width, reverse=True)
-    batches: list[list[Window]] = []
-    for window in ordered:
-        # Sorted longest first, so the first window of a batch sets its width.
-        first = batches[-1][0] if batches else window
-        fits = batches and (len(batches[-1]) + 1) * first.width <= tokens_per_batch
-        if fits and side(first.longest, switches) == side(window.longest, switches):
-            batches[-1].append(window)
-        else:
-            batches.append([window])
-    return batches
 
 
 def to_batch(windows: Sequence[Window]) -> Batch:

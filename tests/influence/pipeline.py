@@ -13,10 +13,11 @@ import torch
 from reference import StageSpec
 from torch import Tensor
 
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import encode_for
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.switches import switches_of
-from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch
+from msif_ray.corpus.windows import Encoded, Skipped, Window, to_batch
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture, Captured
