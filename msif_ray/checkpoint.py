@@ -23,6 +23,8 @@ from msif_ray.lora import CONFIG, WEIGHTS, is_adapter, read_config
 from msif_ray.weights import check_complete, finite_tensors, weight_files
 
 HASH_BYTES = 2**22
+# What configurations call the tokens of a context; MPT's ALiBi has no more positions either.
+CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions", "n_ctx", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ def _context(config: Any, model: nn.Module) -> int | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in CONTEXT)
+    return next((found for found in named if isinstance(found, int)), None)
 
 
 def _check_kind(config: Any, key: str, classifies: bool) -> None:
