@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from msif_ray.adapters import find_base, merge_into
 from msif_ray.config import Stage
+from msif_ray.corpus.switches import Switches, switches_of
 from msif_ray.errors import UserError, one_line
 from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
@@ -22,6 +23,8 @@ from msif_ray.lora import CONFIG, WEIGHTS, is_adapter, read_config
 from msif_ray.weights import check_complete, finite_tensors, weight_files
 
 HASH_BYTES = 2**22
+# What configurations call the tokens of a context; MPT's ALiBi has no more positions either.
+CONTEXT = ("max_position_embeddings", "max_seq_len", "max_target_positions", "n_positions", "n_ctx", "seq_length")
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Checkpoint:
 
     Another node finds the same files by `source` and `tokenizer_source` (`fetch.local_model`, `local_tokenizer`).
     `model_hash` is that of the weights; `files` has the hash of each smaller file that a score depends on. `classes`
-    are the names of a classifier's, by number. Where the model is an adapter, all this is of the merged model, and
-    `adapter` says what was merged into what.
+    are the names of a classifier's, by number; `switches` are lengths after which the model computes otherwise. Where
+    the model is an adapter, all this is of the merged model, and `adapter` says what was merged into what.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Checkpoint:
     maps: dict[str, tuple[int, int]]
     classes: tuple[str, ...] = ()
     adapter: dict[str, str] | None = None
+    switches: Switches = ()
 
 
 def check_checkpoint(
@@ -100,6 +104,7 @@ def check_checkpoint(
         maps=maps,
         classes=_classes(config) if _classifies(stage) else (),
         adapter=adapter,
+        switches=switches_of(config),
     )
 
 
@@ -158,6 +163,7 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check_kind(config, key, classifies)
         _check_not_quantised(config, folder, key)
+        _check_attention(config, folder, key)
         with torch.device("meta"):
             return config, auto_class(classifies).from_config(config, trust_remote_code=False)
     except UserError:
@@ -171,8 +177,9 @@ def _context(config: Any, model: nn.Module) -> int | None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None:
             return module.num_embeddings - module.padding_idx - 1
-    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context
+    text = config.get_text_config()
+    named = (getattr(text, name, None) for name in CONTEXT)
+    return next((found for found in named if isinstance(found, int)), None)
 
 
 def _check_kind(config: Any, key: str, classifies: bool) -> None:
@@ -209,6 +216,15 @@ def _check_not_quantised(config: Any, folder: Path, key: str) -> None:
                 f"{key}.model: {folder} holds quantised weights ({method}); dequantise the model, and save it without "
                 "the quantization_config of its config.json"
             )
+
+
+def _check_attention(config: Any, folder: Path, key: str) -> None:
+    """BigBird's blocks are chosen at random, and by the length that a batch is padded to."""
+    if getattr(config, "attention_type", None) == "block_sparse":
+        raise UserError(
+            f"{key}.model: {folder} has attention_type block_sparse, with which a document's gradient depends on those "
+            "beside it; write original_full in its config.json"
+        )
 
 
 def _check_weights(model: Any, folder: Path, key: str) -> None:

@@ -281,7 +281,7 @@ def _check_queries_fit(
     lengths, completions = [], []
     for query in queries:
         encoded = encode_for(objective, tokenizer, query, asked.ends_with_eos, stages.query_tokens(run))
-        encoded = within(encoded, checkpoint.vocabulary)
+        encoded = within(encoded, checkpoint.vocabulary, checkpoint.switches)
         if isinstance(encoded, Skipped):
             raise UserError(f"queries: {query.id!r}: {encoded.reason}")
         if checkpoint.context is not None and encoded.longest > checkpoint.context:

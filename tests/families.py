@@ -26,6 +26,17 @@ SIZES = {
 }
 GROUPED = SIZES | {"num_key_value_heads": 1}
 GEMMA = GROUPED | {"head_dim": HEAD, "query_pre_attn_scalar": HEAD, "sliding_window": 6}
+LONGROPE = {
+    "original_max_position_embeddings": 8,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [4.0, 2.0],
+        "original_max_position_embeddings": 8,
+        "factor": models.CONTEXT / 8,
+    },
+}
 MIXTURE = GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 6}
 
 # By name: transformers' model type and its configuration. Every family of issue 7, and variants that matter here.
@@ -42,6 +53,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", GEMMA | {"layer_types": ["sliding_attention", "full_attention"]}),
     "phi": ("phi", SIZES),
     "phi3": ("phi3", GROUPED | {"pad_token_id": models.VOCABULARY.index(models.PAD)}),
+    # Other rotary frequencies for sequences of more than 8 tokens than for others.
+    "phi3_longrope": ("phi3", GROUPED | {"pad_token_id": models.VOCABULARY.index(models.PAD)} | LONGROPE),
     "olmo2": ("olmo2", GROUPED),
     "falcon": ("falcon", SIZES | {"multi_query": True, "ffn_hidden_size": INNER}),
     "falcon_alibi": ("falcon", SIZES | {"multi_query": False, "alibi": True, "bias": True, "ffn_hidden_size": INNER}),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Stage
@@ -90,6 +90,19 @@ def test_the_context_is_what_the_model_takes(kind: str, tmp_path: Path) -> None:
     assert model(torch.full((1, context), 5)).logits.isfinite().all()
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, context + 1), 5))
+
+
+SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_layer": 1, "n_head": 2, "n_embd": 8, "hidden_size": 8}
+CONTEXTS = {
+    "mpt": "max_seq_len", "gpt2": "n_positions", "ctrl": "n_positions", "rwkv": "context_length", "bloom": "seq_length"
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CONTEXTS)
+def test_the_context_has_several_names(kind: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(models.VOCABULARY), "num_hidden_layers": 2, "dff": 8, CONTEXTS[kind]: 32}
+    config = AutoConfig.for_model(kind, **(SMALL | sizes))
+    assert check(save(models.randomise(AutoModelForCausalLM.from_config(config), 0), tmp_path)).context == 32
 
 
 def test_so_does_a_file_that_the_configuration_names(tmp_path: Path) -> None:
@@ -223,6 +236,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "text for a number": (
         configure(num_hidden_layers="two"),
         r"llama is not a causal language model that loads: .*two",
+    ),
+    "attention at random": (
+        configure(attention_type="block_sparse"),
+        r"llama has attention_type block_sparse, .*; write original_full in its config\.json",
     ),
     "heads that do not divide": (configure(num_attention_heads=3), r"llama is not a causal .*not a multiple"),
     "no heads": (configure(num_attention_heads=0), r"llama is not a causal .*by zero"),

@@ -17,9 +17,11 @@ from torch import Tensor
 from msif_ray.cluster.jobs import FitJob, Job, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch, within
+from msif_ray.corpus.switches import switches_of
+from msif_ray.corpus.windows import Encoded, Skipped, Window, to_batch, within
 from msif_ray.errors import UserError, one_line
 from msif_ray.fetch import local_model, local_tokenizer, named
 from msif_ray.heap import keep_freed_memory
@@ -30,7 +32,7 @@ from msif_ray.influence.kept import KEPT_SHARE, KeptPasses
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.layout import part_file
-from msif_ray.loading import auto_class
+from msif_ray.loading import auto_class, undo_inference
 from msif_ray.store import save_tensors
 
 
@@ -116,6 +118,8 @@ class Rank:
         self.tokenizer = AutoTokenizer.from_pretrained(local_tokenizer(self.setup.tokenizer), trust_remote_code=False)
         with self._memory("loaded"):
             self.model = self._load()
+        undo_inference(self.model)
+        self._switches = switches_of(self.model.config)
         self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules, self.setup.blocks)
 
     def start(self, job: Job) -> None:
@@ -137,7 +141,7 @@ class Rank:
         """
         encoded, skipped = self._encode(documents)
         windows = [window for document in encoded for window in self._windows(document)]
-        batches = pack([w for w in windows if only is None or w.key in only], self.setup.tokens_per_batch)
+        batches = self.pack([w for w in windows if only is None or w.key in only])
         mine = batches[self.place.rank :: self.place.world]
         steps = -(-len(batches) // self.place.world)
         with self._memory("used for a batch"):
@@ -146,6 +150,10 @@ class Rank:
         held = frozenset(key for key in refused if key.document_id not in not_finite)
         tokens = {document.document_id: len(document.ids) for document in encoded}
         return Outcome(tokens, tuple(skipped), len(windows), not_finite, held)
+
+    def pack(self, windows: Sequence[Window]) -> list[list[Window]]:
+        """The windows in the batches that the model is given."""
+        return pack(windows, self.setup.tokens_per_batch, self._switches)
 
     def take(self) -> Any:
         """What the work has gathered since the last `take`."""
@@ -190,7 +198,7 @@ class Rank:
     def _encode(self, documents: Iterable[Document]) -> tuple[list[Encoded], list[Skipped]]:
         config: Any = self.model.config
         vocabulary = config.get_text_config().vocab_size
-        results = [within(self.setup.encode(self.tokenizer, each), vocabulary) for each in documents]
+        results = [within(self.setup.encode(self.tokenizer, each), vocabulary, self._switches) for each in documents]
         return (
             [result for result in results if isinstance(result, Encoded)],
             [result for result in results if isinstance(result, Skipped)],

@@ -1,4 +1,4 @@
-"""From a document's text to windows of tokens and token-budget batches (DESIGN.md §2, Tokens)."""
+"""From a document's text to windows of tokens, and to tensors of some of these (DESIGN.md §2, Tokens)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from msif_ray.corpus.packed import NoParts, Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.spans import overlapping, overlapping_turn
+from msif_ray.corpus.switches import Switches, side
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.unicode import is_unicode
 
@@ -100,7 +101,12 @@ class Window:
     @property
     def width(self) -> int:
         """Tokens of a row that holds it, padding included."""
-        return len(self.spans) * max(stop - start for start, stop in self.spans)
+        return len(self.spans) * self.longest
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(stop - start for start, stop in self.spans)
 
 
 @dataclass(frozen=True)
@@ -194,11 +200,22 @@ def last_token(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values(), default=-1)
 
 
-def within(encoded: Encoded | Skipped, vocabulary: int) -> Encoded | Skipped:
-    """The same, but skipped where a token is none of the model's: a tokenizer may know more than its model."""
-    if isinstance(encoded, Skipped) or max(encoded.ids) < vocabulary:
+def within(encoded: Encoded | Skipped, vocabulary: int, switches: Switches = ()) -> Encoded | Skipped:
+    """The same, but skipped where a token is none of the model's, as a tokenizer may know more than its model, and
+    where two sequences of one window are on different sides of a length after which the model computes otherwise."""
+    if isinstance(encoded, Skipped):
         return encoded
-    return Skipped(encoded.document_id, f"token {max(encoded.ids)} is not among the model's {vocabulary}")
+    if max(encoded.ids) >= vocabulary:
+        return Skipped(encoded.document_id, f"token {max(encoded.ids)} is not among the model's {vocabulary}")
+    for window in encoded.windows(len(encoded.ids)) if switches else ():
+        if len({side(stop - start, switches) for start, stop in window.spans}) > 1:
+            lengths = " and ".join(str(stop - start) for start, stop in window.spans)
+            return Skipped(
+                encoded.document_id,
+                f"its two sequences have {lengths} tokens, and the model embeds positions otherwise beyond "
+                + " and ".join(map(str, switches)),
+            )
+    return encoded
 
 
 def _encode_chat(tokenizer: "PreTrainedTokenizerBase", document: Document) -> Encoded | Skipped:
@@ -232,22 +249,6 @@ def value_fault(what: str, value: object) -> str | None:
     if not value and what != "prompt":
         return f"{what} is empty"
     return None if is_unicode(value) else f"{what} is not valid Unicode"
-
-
-def pack(windows: Sequence[Window], tokens_per_batch: int) -> list[list[Window]]:
-    """Batches of windows of similar length, at most `tokens_per_batch` tokens each, padding included.
-
-    A longer window is a batch of its own. The result depends on the windows alone.
-    """
-    ordered = sorted(windows, key=lambda window: window.width, reverse=True)
-    batches: list[list[Window]] = []
-    for window in ordered:
-        # Sorted longest first, so the first window of a batch sets its width.
-        if batches and (len(batches[-1]) + 1) * batches[-1][0].width <= tokens_per_batch:
-            batches[-1].append(window)
-        else:
-            batches.append([window])
-    return batches
 
 
 def to_batch(windows: Sequence[Window]) -> Batch:

@@ -115,6 +115,7 @@ class Capture:
     _pooling: Pooling | None = field(default=None, init=False)
     _undo: Callable[[], None] = field(default=lambda: None, init=False)
     _required: list[nn.Parameter] = field(default_factory=list, init=False)
+    _versions: list[tuple[str, nn.Parameter, int]] = field(default_factory=list, init=False)
     _training: list[nn.Module] = field(default_factory=list, init=False)
     _targets: "_Targets | None" = field(default=None, init=False)
     _direction: Mapping[str, Tensor] | None = field(default=None, init=False)
@@ -125,6 +126,7 @@ class Capture:
         self._required = [weight for weight in self.model.parameters() if weight.requires_grad]
         for weight in self._required:
             weight.requires_grad_(False)
+        self._versions = [(name, weight, weight._version) for name, weight in self.model.named_parameters()]
         modules = dict(self.model.named_modules())
         hooked = dict.fromkeys(each.source for each in self.maps.values() if each.expert is None)
         for source in hooked:
@@ -151,6 +153,7 @@ class Capture:
             self._pooling.undo()
         self._routed = self._pooling = None
         self._uses.clear()
+        self._versions.clear()
         for weight in self._required:
             weight.requires_grad_(True)
         for module in self._training:
@@ -163,7 +166,7 @@ class Capture:
         number for each of them (`labels.batch_uniforms`), drawn from the model.
 
         Raises UserError, naming the map, when the model uses it in a way that has no per-document
-        gradient (not called, an input without a row per token, changed in place).
+        gradient (not called, an input without a row per token, changed in place), or changes a weight.
         """
         with model_products(batch.input_ids.device):
             found = differentiate_losses(self._logits(batch), batch, uniforms)
@@ -219,6 +222,9 @@ class Capture:
 
     def _captured(self, batch: Batch, found: Losses) -> Captured:
         """What the hooks kept of the pass."""
+        for name, weight, version in self._versions:
+            if weight._version != version:
+                raise UserError(f"modules: {name} is changed by the model's forward pass; no such model is supported")
         rows, columns = batch.predicts.nonzero(as_tuple=True)
         uses, self._uses = self._uses, {}
         shape, seen, like = batch.input_ids.shape, {}, next(self.model.parameters())

@@ -1,5 +1,6 @@
 """Tracked linear maps: which modules of a model influence is computed over, and their shapes."""
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +15,9 @@ from msif_ray.influence.linear import LinearMap
 
 __all__ = ["LinearMap", "find_linear_maps", "output_head"]
 
+# Classes of what chooses a token's experts. Other gates choose nothing: a shared expert's, or a recurrence's.
+_ROUTER = re.compile(r"(Router|(MoE|TopK)\w*(Gate|Gating))$", re.IGNORECASE)
+
 
 def find_linear_maps(
     model: nn.Module, patterns: Sequence[str] | None = None, blocks: Blocks | None = None
@@ -22,9 +26,9 @@ def find_linear_maps(
 
     `patterns` are shell globs over dotted module names, and must each match a linear map. The
     default is every nn.Linear and Conv1D inside the blocks (a name with a layer number in it), and every matrix of
-    every expert there (`experts`), but for routers. Embeddings are not linear maps of activations; the LM head is
-    tracked only when a pattern without wildcards names it, a classification head never. `blocks` cuts the maps of
-    queries, keys and values (`blocks.cut`).
+    every expert there (`experts`), but for routers, which no pattern matches. Embeddings are not linear maps of
+    activations; the LM head is tracked only when a pattern without wildcards names it, a classification head never.
+    `blocks` cuts the maps of queries, keys and values (`blocks.cut`).
 
     Raises UserError for a pattern that matches nothing, for two maps that share one weight, by default for experts in
     a layout that is not known, and for what `blocks` cannot cut.
@@ -58,8 +62,9 @@ def find_linear_maps(
 
 def _candidates(model: nn.Module) -> dict[str, LinearMap]:
     found, linear = {}, (nn.Linear, _conv1d())
+    routers = tuple(f"{name}." for name, module in model.named_modules() if _ROUTER.search(type(module).__name__))
     for name, module in model.named_modules():
-        if isinstance(module, linear) and not type(module).__name__.endswith("Router"):
+        if isinstance(module, linear) and not f"{name}.".startswith(routers):
             found[name] = _describe(name, module)
         elif is_fused(module):
             found |= {described.name: described for described in expert_maps(name, module)}

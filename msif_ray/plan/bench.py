@@ -14,7 +14,7 @@ from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.score_jobs import left_beside
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, pack
+from msif_ray.corpus.windows import Encoded, Skipped, Window
 from msif_ray.influence import onednn
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, compress
@@ -160,7 +160,7 @@ class Bench:
         for encoded in map(self._encode, documents):
             if isinstance(encoded, Encoded):
                 windows += encoded.windows(setup.max_tokens or len(encoded.ids))
-        return pack(windows, setup.tokens_per_batch)
+        return self.rank.pack(windows)
 
     def _encode(self, document: Document) -> Encoded | Skipped:
         return self.trial.setup.encode(self.rank.tokenizer, document)

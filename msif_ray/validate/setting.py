@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, encode, pack, to_batch
+from msif_ray.corpus.windows import Encoded, encode, to_batch
 from msif_ray.demo.factbook import build_corpus, facts, slug
 from msif_ray.demo.training import Schedule, Sequence, new_model, optimise, train_tokenizer
 from msif_ray.influence.batch import Batch

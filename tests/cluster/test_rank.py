@@ -1,13 +1,16 @@
 """One rank and one replica in this process: what is skipped, what is refused and what a want of memory says."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import families
 import models
 import pytest
 import ray
 import runs
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from msif_ray import layout
 from msif_ray.cluster import deaths, fit
@@ -16,6 +19,7 @@ from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources
+from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture, Captured
@@ -81,6 +85,45 @@ def test_a_document_with_a_token_that_the_model_has_not_is_skipped(setup: ModelS
     found = covariances(setup, (every[0], unknown, *every[1:]), tmp_path / "step")
     size = len(models.VOCABULARY)
     assert found.skipped == [("chat", f"token {size} is not among the model's {size}")] and found.documents == 3
+
+
+def test_lengths_after_which_a_model_computes_otherwise_part_batches_and_pairs(
+    setup: ModelSetup, tmp_path: Path
+) -> None:
+    """Eight tokens are on the one side of a length that matters, and nine on the other."""
+    folder = str(models.save(families.build("phi3_longrope", 0), models.build_tokenizer(pad=True), tmp_path / "rope"))
+    pairs = replace(setup, max_tokens=None, tokens_per_batch=1000, objective=Pairs(0.1))
+    rank = Rank(replace(pairs, model=folder, tokenizer=folder))
+    rank.start(CovarianceJob(False))
+
+    def pair(chosen: int, rejected: int) -> Document:
+        words = models.VOCABULARY[29:53]
+        texts = ["the" + "".join(words[:count]).replace("Ġ", " ") for count in (chosen - 1, rejected - 1)]
+        return Document(f"{chosen}-{rejected}", None, texts[0], rejected=texts[1], reference=0.0)
+
+    outcome = rank.process([pair(8, 5), pair(12, 9), pair(8, 9)])
+    assert [(each.document_id, each.reason) for each in outcome.skipped] == [
+        ("8-9", "its two sequences have 8 and 9 tokens, and the model embeds positions otherwise beyond 8")
+    ]
+    assert outcome.tokens == {"8-5": 13, "12-9": 21}
+    windows = [w for each in (pair(8, 5), pair(12, 9)) for w in rank.setup.encode(rank.tokenizer, each).windows(99)]
+    assert [[w.key.document_id for w in batch] for batch in rank.pack(windows)] == [["12-9"], ["8-5"]]
+
+
+def test_a_configuration_that_is_for_inference_does_not_change_what_is_computed(
+    setup: ModelSetup, tmp_path: Path
+) -> None:
+    """RWKV would halve weights in place after every second layer, and any model give a tuple for an output."""
+    sizes = {"hidden_size": 8, "attention_hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 4}
+    special = {"vocab_size": len(models.VOCABULARY), "bos_token_id": 2, "eos_token_id": 1}
+    config = AutoConfig.for_model("rwkv", **sizes, **special, context_length=64, rescale_every=2, return_dict=False)
+    model = models.randomise(AutoModelForCausalLM.from_config(config), 0)
+    folder = str(models.save(model, models.build_tokenizer(pad=True), tmp_path / "rwkv"))
+    rank = Rank(replace(setup, model=folder, tokenizer=folder, max_tokens=None))
+    rank.start(CovarianceJob(False))
+    assert len(rank.process(documents(3)).tokens) == 3
+    for name, weight in model.named_parameters():
+        assert torch.equal(rank.model.get_parameter(name), weight), name
 
 
 def test_a_model_that_lacks_a_tensor_on_this_node_is_refused(setup: ModelSetup) -> None:

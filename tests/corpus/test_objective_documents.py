@@ -6,11 +6,12 @@ import models
 import pytest
 from corpus.test_windows import ending
 
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import Classes, as_text, encode_for, frame, framed
 from msif_ray.corpus.pieces import pieces
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Skipped, pack, to_batch
+from msif_ray.corpus.windows import Skipped, to_batch
 
 TOKENIZER = models.build_tokenizer()
 CLASSES = Classes(("negative", "positive"))

@@ -7,9 +7,10 @@ import models
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, pack, to_batch
+from msif_ray.corpus.windows import Encoded, Skipped, Window, encode, to_batch
 from msif_ray.influence.batch import WindowKey
 
 TOKENIZER = models.build_tokenizer()
@@ -120,8 +121,21 @@ def test_batches_hold_every_window_within_the_budget(seed):
                 w.key.document_id for w in windows
             )
             assert all(len(b) == 1 or len(b) * max(len(w.ids) for w in b) <= budget for b in batches)
+            assert not any(len(b) == max(len(w.ids) for w in b) for b in batches)
             assert batches == pack(windows, budget)
     assert [len(batch) for batch in pack(equal, 18)] == [3, 3, 3]
+
+
+def test_no_batch_is_as_wide_as_it_is_long():
+    """Tokens that come before rows would look like rows that come before tokens."""
+    assert [len(batch) for batch in pack([window(i, 3) for i in range(6)], 9)] == [2, 2, 2]
+    assert [len(batch) for batch in pack([window(i, 3) for i in range(3)], 100)] == [2, 1]
+
+
+def test_no_batch_has_windows_from_both_sides_of_a_length_that_matters():
+    windows = [window(i, length) for i, length in enumerate((3, 9, 8, 17, 5, 16, 8))]
+    found = [[len(w.ids) for w in batch] for batch in pack(windows, 10**6, (8, 16))]
+    assert found == [[17], [16, 9], [8, 8, 5, 3]]
 
 
 def test_a_batch_is_padded_on_the_right():

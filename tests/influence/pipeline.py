@@ -13,9 +13,11 @@ import torch
 from reference import StageSpec
 from torch import Tensor
 
+from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import encode_for
 from msif_ray.corpus.reader import Document
-from msif_ray.corpus.windows import Encoded, Skipped, Window, pack, to_batch
+from msif_ray.corpus.switches import switches_of
+from msif_ray.corpus.windows import Encoded, Skipped, Window, to_batch
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.capture import Capture, Captured
@@ -69,7 +71,7 @@ def encode_rows(stage: StageSpec, rows: Sequence[Mapping[str, Any]]) -> tuple[li
 
 def batches(stage: StageSpec, documents: Sequence[Encoded], tokens_per_batch: int) -> list[list[Window]]:
     windows = [w for document in documents for w in document.windows(stage.max_tokens or len(document.ids))]
-    return pack(windows, tokens_per_batch)
+    return pack(windows, tokens_per_batch, switches_of(stage.model.config))
 
 
 def uniforms(stage: StageSpec, batch: Batch) -> Tensor | None:
@@ -118,15 +120,17 @@ def carry(
     scored: int = 0,
     blocks: Blocks | None = None,
 ) -> dict[str, Tensor]:
-    """Carried-back directions of every map, `[queries, out, columns]`; all queries in one padded batch."""
+    """Carried-back directions of every map, `[queries, out, columns]`; queries in as few padded batches as may be."""
     last = replace(stages[-1], max_tokens=None, append_eos=None)
     encoded, _ = encode_rows(last, queries)
-    windows = [next(query.windows(len(query.ids))) for query in encoded]
-    with Capture(last.model, find_linear_maps(last.model, None, blocks)) as capture:
-        captured = capture.run(to_batch(windows))
-    tokens = [query_tokens(captured, row) for row in range(len(windows))]
+    maps, found = find_linear_maps(last.model, None, blocks), {}
+    with Capture(last.model, maps) as capture:
+        for windows in batches(last, encoded, 10**6):
+            captured = capture.run(to_batch(windows))
+            found |= {window.key.document_id: query_tokens(captured, row) for row, window in enumerate(windows)}
+    tokens = [found[query.document_id] for query in encoded]
     carried = {}
-    for name in captured.maps:
+    for name in maps:
         passed = [
             (factors[k][name], response(stages[k], factors[k][name].mean_eigenvalue, k == scored))
             for k in range(len(stages) - 1, scored - 1, -1)

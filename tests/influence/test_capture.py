@@ -2,11 +2,12 @@
 
 from types import SimpleNamespace
 
+import families
 import models
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2MoeConfig
 
 from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch, WindowKey
@@ -48,6 +49,10 @@ class Toy(nn.Module):
             x = x + first(x)
         elif self.use == "flat":
             x = x + first(x.reshape(-1, 6)).reshape(x.shape) + other(input=x)
+        elif self.use == "rescaled":
+            with torch.no_grad():
+                first.weight.div_(2)
+            x = x + first(x) + other(x)
         elif self.use == "tokens first":
             x = x + first(x.transpose(0, 1)).transpose(0, 1) + other(x)
         elif self.use == "one head":
@@ -161,6 +166,7 @@ REFUSED = {
     "unused": "layers.0.other is not used",
     "dead end": "layers.0.other is not reached",
     "without gradients": "layers.0.other is computed without gradients",
+    "rescaled": r"layers\.0\.map\.weight is changed by the model's forward pass",
     "tokens first": r"layers.0.map sees \(7, 3, 6\)",
 }
 
@@ -192,6 +198,23 @@ def test_nothing_is_left_on_the_model():
     assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == ["head.bias"]
     assert all(weight.grad is None for weight in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("kind", "router"), [("hunyuan_v1_moe", "mlp.gate.wg"), ("afmoe", "mlp.router.gate")])
+def test_a_router_s_linear_map_is_not_tracked(kind, router):
+    sizes = {"head_dim": families.HEAD, "moe_topk": [2, 2], "num_dense_layers": 0, "num_local_experts": 4}
+    config = AutoConfig.for_model(kind, **(families.MIXTURE | sizes), vocab_size=11, pad_token_id=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert isinstance(model.get_submodule(f"model.layers.1.{router}"), nn.Linear)
+    assert not any(name.endswith(router) for name in find_linear_maps(model))
+
+
+def test_a_gate_that_routes_nothing_is_tracked():
+    config = Qwen2MoeConfig(**families.MIXTURE, shared_expert_intermediate_size=6, vocab_size=11)
+    with torch.device("meta"):
+        maps = find_linear_maps(AutoModelForCausalLM.from_config(config))
+    assert "model.layers.1.mlp.shared_expert_gate" in maps and not any(name.endswith("mlp.gate") for name in maps)
 
 
 def test_maps_are_found_by_glob_with_their_shapes():

@@ -51,7 +51,19 @@ def compare(stages, expected_stages=None, blocks=None):
 
 
 # Each of another kind; the rest are `long`.
-QUICK = ("gpt2", "gpt_neox", "bloom", "opt", "qwen2", "gemma2", "phi3", "falcon_new", "mixtral", "llama4")
+QUICK = (
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "opt",
+    "qwen2",
+    "gemma2",
+    "phi3",
+    "phi3_longrope",
+    "falcon_new",
+    "mixtral",
+    "llama4",
+)
 BY_COST = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.long]) for name in families.FAMILIES]
 
 

@@ -89,14 +89,14 @@ def test_a_padded_batch_equals_each_text_alone(padding: int | None) -> None:
 
 
 def texts_apart(stage: reference.StageSpec) -> float:
-    """The largest relative error of a text's gradient in one padded batch, of that of the text alone by autograd."""
+    """The largest relative error of a text's gradient in a padded batch, of that of the text alone by autograd."""
     encoded, _ = pipeline.encode_rows(stage, stage.documents)
     with Capture(stage.model, find_linear_maps(stage.model)) as capture:
-        together = capture.run(to_batch([next(text.windows(64)) for text in encoded]))
-    loose = replace(stage, model=families.loosened(stage.model))
+        captured = [capture.run(to_batch(windows)) for windows in pipeline.batches(stage, encoded, 10**6)]
+    loose, texts = replace(stage, model=families.loosened(stage.model)), {each["id"]: each for each in stage.documents}
     worst = 0.0
-    for row, text in enumerate(stage.documents):
-        loss = reference_objectives.loss(loose, text)
+    for together, row in ((each, row) for each in captured for row in range(len(each.losses))):
+        loss = reference_objectives.loss(loose, texts[together.batch.keys[row].document_id])
         for name, gradient in reference_objectives.gradient(loose, list(together.maps), loss).items():
             found = together.gradients(name)[row].T @ together.activations(name)[row]
             largest = gradient.abs().max().clamp_min(1e-6)  # zero where attention sees one token
