@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from msif_ray.errors import UserError
 from msif_ray.unicode import is_unicode
@@ -122,20 +122,28 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     On object storage one listing, whatever their number. Raises UserError when the storage does not list them.
     """
     with storage(folder, "listed"):
-        try:
-            names = _file_names(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        names = _names(folder, "file")
     return sorted(folder / name for name in names if fnmatchcase(name, pattern))
 
 
-def _file_names(folder: Path) -> list[str]:
-    if not is_remote(folder):
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.is_file()]
-    files, root = filesystem(folder)
-    prefix = root.rstrip("/") + "/"
-    below = (about["name"].removeprefix(prefix) for about in files.ls(root, detail=True) if about["type"] == "file")
+def subfolders(folder: Path) -> list[Path]:
+    """The folders directly in a folder, sorted, as `matching` finds its files."""
+    with storage(folder, "listed"):
+        return sorted(folder / name for name in _names(folder, "directory"))
+
+
+def _names(folder: Path, kind: Literal["file", "directory"]) -> list[str]:
+    """The names of what is directly in a folder: never a glob, to which a folder's own name can be a pattern."""
+    try:
+        if not is_remote(folder):
+            with os.scandir(folder) as entries:
+                return [entry.name for entry in entries if (entry.is_file() if kind == "file" else entry.is_dir())]
+        files, root = filesystem(folder)
+        prefix = root.rstrip("/") + "/"
+        found = files.ls(root, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    below = (about["name"].removeprefix(prefix) for about in found if about["type"] == kind)
     return [name for name in below if name and "/" not in name]  # else the folder's own marker, or a file of its name
 
 
