@@ -34,13 +34,17 @@ def check_location(location: Location) -> Location:
     credentials in it."""
     for text in [location] if isinstance(location, str) else location:
         protocol, separator, rest = text.partition("://")
-        bucket = rest.partition("/")[0]
+        bucket, _, key = rest.partition("/")
         if separator and "@" in bucket:
             raise ValueError(f"{protocol}://…@…: credentials do not belong in a path; set them in the environment")
         if not text:
             raise ValueError("the path is empty; name a folder or a file")
         if protocol in PROTOCOLS and separator and not bucket:
             raise ValueError(f"{text}: there is no bucket in it; name one after {protocol}://")
+        if protocol in PROTOCOLS and separator and key.startswith("/"):  # s3fs looks for it without the slash
+            raise ValueError(f"{text}: its first folder has no name; leave out a slash")
+        if protocol in PROTOCOLS and separator and set(bucket) & set("*?[]"):
+            raise ValueError(f"{text}: a bucket is named in full, without *, ?, [ and ]")
         if "\0" in text or not is_unicode(text):
             raise ValueError(f"{text!r}: a path has neither null characters nor lone surrogates")
     return location
