@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from msif_ray.errors import UserError, one_line
 from msif_ray.unicode import is_unicode
@@ -33,13 +33,17 @@ def check_location(location: Location) -> Location:
     credentials in it."""
     for text in [location] if isinstance(location, str) else location:
         protocol, separator, rest = text.partition("://")
-        bucket = rest.partition("/")[0]
+        bucket, _, key = rest.partition("/")
         if separator and "@" in bucket:
             raise ValueError(f"{protocol}://…@…: credentials do not belong in a path; set them in the environment")
         if not text:
             raise ValueError("the path is empty; name a folder or a file")
         if protocol in PROTOCOLS and separator and not bucket:
             raise ValueError(f"{text}: there is no bucket in it; name one after {protocol}://")
+        if protocol in PROTOCOLS and separator and key.startswith("/"):  # s3fs looks for it without the slash
+            raise ValueError(f"{text}: its first folder has no name; leave out a slash")
+        if protocol in PROTOCOLS and separator and set(bucket) & set("*?[]"):
+            raise ValueError(f"{text}: a bucket is named in full, without *, ?, [ and ]")
         if "\0" in text or not is_unicode(text):
             raise ValueError(f"{text!r}: a path has neither null characters nor lone surrogates")
     return location
@@ -121,20 +125,28 @@ def matching(folder: Path, pattern: str) -> list[Path]:
     On object storage one listing, whatever their number. Raises UserError when the storage does not list them.
     """
     with storage(folder, "listed"):
-        try:
-            names = _file_names(folder)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+        names = _names(folder, "file")
     return sorted(folder / name for name in names if fnmatchcase(name, pattern))
 
 
-def _file_names(folder: Path) -> list[str]:
-    if not is_remote(folder):
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.is_file()]
-    files, root = filesystem(folder)
-    prefix = root.rstrip("/") + "/"
-    below = (about["name"].removeprefix(prefix) for about in files.ls(root, detail=True) if about["type"] == "file")
+def subfolders(folder: Path) -> list[Path]:
+    """The folders directly in a folder, sorted, as `matching` finds its files."""
+    with storage(folder, "listed"):
+        return sorted(folder / name for name in _names(folder, "directory"))
+
+
+def _names(folder: Path, kind: Literal["file", "directory"]) -> list[str]:
+    """The names of what is directly in a folder: never a glob, to which a folder's own name can be a pattern."""
+    try:
+        if not is_remote(folder):
+            with os.scandir(folder) as entries:
+                return [entry.name for entry in entries if (entry.is_file() if kind == "file" else entry.is_dir())]
+        files, root = filesystem(folder)
+        prefix = root.rstrip("/") + "/"
+        found = files.ls(root, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    below = (about["name"].removeprefix(prefix) for about in found if about["type"] == kind)
     return [name for name in below if name and "/" not in name]  # else the folder's own marker, or a file of its name
 
 

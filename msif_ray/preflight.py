@@ -110,7 +110,13 @@ def check(run: Run) -> Resolved:
 
 
 def _writable(run_dir: str) -> str:
-    """The run directory as an absolute path, in which a file has been written and deleted."""
+    """The run directory as an absolute path, in which a file has been written and deleted. Raises UserError."""
+    sign = next((each for each in "*?" if each in run_dir), None)
+    if sign is not None:  # here, and not in the description: what is there already can be read
+        raise UserError(
+            f"run_dir: {run_dir}: {sign} stands for other names where `scores/*/*.parquet` is read; name a folder "
+            "without it"
+        )
     folder = path_of(run_dir)
     if not is_remote(folder):
         folder = folder.expanduser().absolute()

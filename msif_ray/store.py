@@ -4,6 +4,7 @@ On disk: a temporary name in the same folder, then a rename. On object storage: 
 put, which is atomic there.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from msif_ray.errors import DamagedError, UserError
-from msif_ray.paths import filesystem, is_remote, path_of, storage
+from msif_ray.paths import filesystem, is_remote, listing, path_of, storage
 from msif_ray.tensorfile import TensorFile, with_checksums
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
@@ -94,11 +95,27 @@ def delete_folder(folder: Path, first: str | None = None) -> None:
         delete(folder / first)
     with storage(folder, "deleted"):
         if is_remote(folder):
-            files, name = filesystem(folder)
-            if files.exists(name):
-                files.rm(name, recursive=True)
+            _delete_objects(folder)
         else:
             shutil.rmtree(folder, ignore_errors=not folder.exists())
+
+
+def _delete_objects(folder: Path) -> None:
+    """Deletes every object under a remote folder by its own name: fsspec's `rm` takes one with `*`, `?` or `[` in it
+    for a pattern, and would delete what matches."""
+    files, root = filesystem(folder)
+    names = [f"{root.rstrip('/')}/{below}" for below, _, _ in listing(folder)]
+    plain = [name for name in names if glob.escape(name) == name]
+    with suppress(FileNotFoundError):  # another process deletes them, too
+        if plain:
+            files.rm(plain)  # many by one request
+    for name in set(names).difference(plain):
+        _delete_object(files, name)
+
+
+def _delete_object(files: Any, name: str) -> None:
+    with suppress(FileNotFoundError):
+        files.rm_file(name)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -126,7 +143,11 @@ def json_hash(value: Any) -> str:
 def delete(path: str | Path) -> None:
     """Deletes a file that may be gone already. Raises UserError when the storage does not let it."""
     with storage(path, "deleted"):
-        path_of(path).unlink(missing_ok=True)
+        path = path_of(path)
+        if is_remote(path):
+            _delete_object(*filesystem(path))  # UPath's `unlink` takes a name for a pattern, as `rm` does
+        else:
+            path.unlink(missing_ok=True)
 
 
 def save_tensors(

@@ -74,6 +74,13 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("run_dir", "a/\ud800", r"run_dir: 'a/\ud800': a path has neither"),
         ("stages.0.model", "s3://", "stages.0.model: s3://: there is no bucket in it; name one after s3://"),
         ("queries.path", ["q", "gs:///x"], "queries.path: gs:///x: there is no bucket in it"),
+        (
+            "queries.path",
+            "s3://b[k]t/q",
+            "queries.path: s3://b[k]t/q: a bucket is named in full, without *, ?, [ and ]",
+        ),
+        ("run_dir", "s3://b//x", "run_dir: s3://b//x: its first folder has no name; leave out a slash"),
+        ("stages.0.model", "gs://b//", "stages.0.model: gs://b//: its first folder has no name"),
         ("stages.0.model", ..., "stages.0.model: is missing"),
         ("seed", "x", "seed: input should be a valid integer"),
         ("stages", [], "stages: list should have at least 1 item"),

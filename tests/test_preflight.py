@@ -232,6 +232,8 @@ def set_in(description: Description, key: str, value: Any) -> None:
     [
         ("run_dir", "ftp://host/run", r"ftp://host/run: only local paths, s3:// and gs://"),
         ("run_dir", "{folder}/base.jsonl/run", r"run_dir: .*base\.jsonl/run: "),
+        ("run_dir", "{folder}/a*b/run", r"run_dir: .*/a\*b/run: \* stands for other names .*; name a folder without"),
+        ("run_dir", "s3://b/why?", r"run_dir: s3://b/why\?: \? stands for other names"),
         ("stages.1.documents", None, r"stages\.1\.documents: 'tune' needs documents .*`factors:`"),
         ("stages.0.documents.text", "body", r"stages\.0\.documents: .*base\.jsonl has no column 'body'"),
         ("stages.0.documents.path", "{folder}/stage0", r"stages\.0\.documents\.path: .*is a folder"),

@@ -15,7 +15,7 @@ import torch
 from msif_ray.cluster.rank import Outcome
 from msif_ray.errors import UserError
 from msif_ray.layout import part_file
-from msif_ray.paths import exists, storage
+from msif_ray.paths import exists, subfolders
 from msif_ray.store import delete_folder, load_tensors, read_json, write_json
 
 MANIFEST = "manifest.json"
@@ -82,8 +82,7 @@ def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
 
     Raises UserError for a manifest that is damaged.
     """
-    with storage(step, "listed"):
-        manifests = list(step.glob(f"*/{MANIFEST}")) if step.exists() else []
+    manifests = [path for folder in subfolders(step) if exists(path := folder / MANIFEST)]
     of_inputs = [partial for path in manifests if (partial := _read(path)) and partial.inputs == inputs]
     found = sorted(of_inputs, key=lambda p: (-len(p.blocks), p.folder.name))
     chosen: list[Partial] = []

@@ -22,6 +22,9 @@ from msif_ray.errors import UserError, one_line
 
 # Deaths per possible replica, with no block done between them, after which the job is at fault and not a machine.
 MOST_DEATHS = 4
+# Tries in a row with no block more done after them, after which the machines are not to blame: every replica writes
+# its first block at once.
+FRUITLESS_TRIES = 4
 # How often somebody who waits for replicas is told so.
 WAIT_SECONDS = 10.0
 # How long a replica that is being started is waited for where there are others to lend.
@@ -173,16 +176,24 @@ class ReplicaPool:
         self, setup: ModelSetup, job: Job, blocks: Blocks, step: Path, progress: Progress, inputs: str = ""
     ) -> partials.Coverage:
         """Sums the job over all blocks into partials under `step`, and gives those that together cover every
-        block once. Blocks that partials of the same `inputs` already cover are not done again."""
+        block once. Blocks that partials of the same `inputs` already cover are not done again; what dead replicas
+        left uncovered is. Raises UserError where passes in a row leave no block more covered."""
         destination = Destination(step, inputs)
         found = partials.read_disjoint(step, inputs)
         progress.resume(sum(p.documents for p in found), sum(len(p.skipped) for p in found))
-        while blocks.ids - partials.covered_blocks(found):
-            done = partials.covered_blocks(found)
-            for _, outcome in self._stream("accumulate", setup, job, blocks.left(done), progress, destination):
+        tries = 0
+        while left := blocks.ids - partials.covered_blocks(found):
+            if tries == FRUITLESS_TRIES:
+                raise UserError(
+                    f"{step}: {tries} passes in a row over {len(left)} blocks left no partial sum of any here; see "
+                    "that the storage lists what is written to it, or that replicas live, and run the command again"
+                )
+            undone = blocks.left(blocks.ids - left)
+            for _, outcome in self._stream("accumulate", setup, job, undone, progress, destination):
                 progress.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
             self._commit(destination)
             found = partials.read_disjoint(step, inputs)
+            tries = tries + 1 if left.isdisjoint(partials.covered_blocks(found)) else 0
         return partials.Coverage(tuple(found), blocks.ids)
 
     def map(

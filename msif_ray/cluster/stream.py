@@ -16,14 +16,11 @@ from typing import ClassVar, Protocol
 import ray
 
 from msif_ray.cluster.deaths import DEATHS, NoRoomError
-from msif_ray.cluster.pool import WAIT_SECONDS, Progress, ReplicaPool
+from msif_ray.cluster.pool import FRUITLESS_TRIES, WAIT_SECONDS, Progress, ReplicaPool
 from msif_ray.cluster.room import RankResources, free_ranks
 from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.errors import UserError, one_line
-
-# Streams begun in a row without a block done, after which the machines are not to blame.
-FRUITLESS_TRIES = 4
 
 # Ray Data does not say which of its actors are alive: those are that have done a block within so many seconds.
 ALIVE_SECONDS = 300.0
