@@ -72,11 +72,14 @@ def meaning(run: Run) -> dict[str, str]:
 
 
 def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
-    """Writes run.json, or checks it against the one that is there; other versions of libraries are said.
+    """Writes run.json, or checks it against the one that is there; other versions of libraries are said, and what of
+    other runs' results could not be compared.
 
     Raises UserError, naming the first key that differs, when the run directory holds another run, and for results
     without a run.json that says whose they are.
     """
+    for line in resolved.warnings:
+        say(f"warning: {line}")
     run_dir = resolved.run.run_dir
     path = layout.run_record(run_dir)
     identity, device = _identity(resolved), _device(resolved)

@@ -144,7 +144,7 @@ def test_factors_of_another_objective_are_refused(folder: Path) -> None:
     maps = {name: {"shape": list(shape)} for name, shape in resolved.maps.items()}
     for path in layout.factor_files(other, resolved.maps):
         store.write_atomic(path, b"")
-    about = {"model_sha256": resolved.stages[1].model_hash, "maps": maps}
+    about = {"model_sha256": resolved.stages[1].model_hash, "files": resolved.stages[1].files, "maps": maps}
     description = changed(preferring(folder), "stages.1.factors", str(folder / "other"))
     own = {"kind": "dpo", "beta": 0.2, "reference_sha256": resolved.stages[0].model_hash}
     store.write_json(layout.factors_manifest(other), about | {"objective": own})

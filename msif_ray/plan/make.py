@@ -88,7 +88,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     tallies = _tallies(resolved)
     sizes = {i: ModelSize.of(each.model_path, bool(each.classes)) for i, each in enumerate(resolved.stages)}
     inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, first_block(resolved, "score.0")))
-    notes: list[str] = []
+    notes = [f"warning: {line}" for line in resolved.warnings]
     if measured:
         inputs = Inputs(resolved, tallies, sizes, calibrations(Estimate(inputs), notes), inputs.part)
     return _put_together(Estimate(inputs), driver_memory, notes)
