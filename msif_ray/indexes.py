@@ -12,7 +12,7 @@ from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.census import Census
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.manifests import Warn, check_files, check_type
-from msif_ray.objectives import objective_identity
+from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import all_there, exists, is_remote, path_of
 from msif_ray.store import read_json
 
@@ -137,7 +137,7 @@ def _check_corpus(kept: Mapping[str, Any], wanted: Mapping[str, Any], folder: Pa
     """The `corpus_identity` that an index has kept is the one of these documents."""
     for what, value in wanted.items():
         found = kept.get(what)
-        if found == value:
+        if same_objective(found, value) if what == "objective" else found == value:
             continue
         if what == "max_tokens":
             raise UserError(f"{key}.max_tokens: {folder} was built with {found}, not {value}; set it to {found}")

@@ -8,7 +8,7 @@ from msif_ray.checkpoint import Checkpoint
 from msif_ray.config import Run
 from msif_ray.errors import UserError
 from msif_ray.manifests import Warn, check_files, check_type
-from msif_ray.objectives import objective_identity
+from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import exists, missing
 from msif_ray.store import json_hash, read_json
 
@@ -54,7 +54,7 @@ def _check_factors(
     if maps != checkpoint.maps:
         raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
     check_type(manifest.get("dtype", dtype), dtype, f"{folder} was fitted")
-    if manifest.get("objective") != objective:
+    if not same_objective(manifest.get("objective"), objective):
         raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
     gone = missing(layout.factor_files(folder, maps))
     if gone:
