@@ -11,7 +11,8 @@ from msif_ray.config import Documents, Index, Run, Score
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.census import Census
 from msif_ray.errors import DamagedError, UserError
-from msif_ray.objectives import objective_identity
+from msif_ray.manifests import Warn, check_files, check_type
+from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import all_there, exists, is_remote, path_of
 from msif_ray.store import read_json
 
@@ -93,8 +94,10 @@ def check_index(
     checkpoints: Sequence[Checkpoint],
     census: Census,
     references: Mapping[int, Checkpoint],
+    warn: Warn,
 ) -> None:
-    """Whether the index of `score.<position>` is there, whole, and of the entry's model, maps and documents.
+    """Whether the index of `score.<position>` is there, whole, and of the entry's model, maps and documents. `warn` is
+    told what of an earlier version's could not be compared.
 
     Raises UserError, naming the key and what to change.
     """
@@ -107,25 +110,41 @@ def check_index(
     if not exists(layout.index_manifest(folder)):
         raise UserError(f"{key}.index: {folder} holds no finished index; run `msif index` of that run to its end")
     manifest = read_manifest(folder)
-    if manifest["model_sha256"] != checkpoint.model_hash:
-        raise UserError(f"{key}.index: {folder} was built with another model than {checkpoint.name!r}'s")
-    if {name: tuple(shape) for name, shape in manifest["maps"].items()} != checkpoint.maps:
-        raise UserError(f"{key}.index: {folder} was built over other maps; use the same `modules` and `blocks`")
+    try:
+        _check_made(manifest, folder, checkpoint, run.cluster.dtype, warn)
+    except UserError as error:
+        raise UserError(f"{key}.index: {error}") from None
     documents = run.scored_documents(score)
     objective = objective_identity(run, run.stage_index(score.stage), references)
     wanted = corpus_identity(documents, census, score.max_tokens, objective)
-    for what, value in wanted.items():
-        found = manifest["corpus"].get(what)
-        if found != value and what == "max_tokens":
-            raise UserError(f"{key}.max_tokens: {folder} was built with {found}, not {value}; set it to {found}")
-        if found != value:
-            raise UserError(
-                f"{key}.documents: {folder} was built over other documents: its {what} differ; describe those that it "
-                "was built over, or build an index of these"
-            )
+    _check_corpus(manifest["corpus"], wanted, folder, key)
     blocks = CorpusBlocks(tuple(census.files), census.rows, documents, manifest["documents_per_block"], key)
     if missing_files(folder, blocks):
         raise UserError(f"{key}.index: {folder} lacks a file; run `msif index` of that run again")
+
+
+def _check_made(manifest: Mapping[str, Any], folder: Path, checkpoint: Checkpoint, dtype: str, warn: Warn) -> None:
+    """An index is of this model and tokenizer over these maps, and its metrics are of the run's type."""
+    if manifest["model_sha256"] != checkpoint.model_hash:
+        raise UserError(f"{folder} was built with another model than {checkpoint.name!r}'s")
+    check_files(manifest, checkpoint, f"{folder} was built", warn, tokenizer=True)
+    if {name: tuple(shape) for name, shape in manifest["maps"].items()} != checkpoint.maps:
+        raise UserError(f"{folder} was built over other maps; use the same `modules` and `blocks`")
+    check_type(manifest["computed_in"], dtype, f"{folder} was built")
+
+
+def _check_corpus(kept: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path, key: str) -> None:
+    """The `corpus_identity` that an index has kept is the one of these documents."""
+    for what, value in wanted.items():
+        found = kept.get(what)
+        if same_objective(found, value) if what == "objective" else found == value:
+            continue
+        if what == "max_tokens":
+            raise UserError(f"{key}.max_tokens: {folder} was built with {found}, not {value}; set it to {found}")
+        raise UserError(
+            f"{key}.documents: {folder} was built over other documents: its {what} differ; describe those that it "
+            "was built over, or build an index of these"
+        )
 
 
 def _check_own(run: Run, score: Score, key: str) -> None:

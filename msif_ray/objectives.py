@@ -7,6 +7,10 @@ from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Preference, Run, Stage
 from msif_ray.corpus.windows import last_token
 from msif_ray.errors import UserError
+from msif_ray.manifests import CONFIG
+
+# A key that identities of earlier versions do not have.
+_LATER = "reference_config_sha256"
 
 
 def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, Checkpoint]:
@@ -50,5 +54,15 @@ def objective_identity(run: Run, index: int, references: Mapping[int, Checkpoint
     objective = run.stages[index].objective
     if objective is None:
         return None
-    about = objective.model_dump(mode="json", exclude={"reference"})
-    return about | ({"reference_sha256": references[index].model_hash} if index in references else {})
+    about: dict[str, Any] = objective.model_dump(mode="json", exclude={"reference"})
+    if index in references:
+        about |= {"reference_sha256": references[index].model_hash, _LATER: references[index].files[CONFIG]}
+    return about
+
+
+def same_objective(kept: Any, objective: dict[str, Any] | None) -> bool:
+    """Whether an `objective_identity` that a manifest has kept is a run's; one that an earlier version kept has no hash
+    of the reference model's config.json."""
+    if objective is not None and isinstance(kept, dict) and _LATER not in kept:
+        objective = {key: value for key, value in objective.items() if key != _LATER}
+    return bool(kept == objective)

@@ -39,7 +39,8 @@ class Resolved:
     `index.<i>` and `score.<i>` for each indexed and each scored corpus. `query_tokens` are the lengths of the
     queries, `completion_tokens` how many of those are targets (a class counts as one). `reused` has the hash of the
     manifest of each stage's `factors`, `references` the reference model of each stage of preferences, and `listed` the
-    pairs of each pass that scores those of a list (`candidates.SCHEMA`), by `score.<i>` of its first entry.
+    pairs of each pass that scores those of a list (`candidates.SCHEMA`), by `score.<i>` of its first entry. `warnings`
+    are lines about what of other runs' factors and indexes could not be compared.
     """
 
     run: Run
@@ -54,6 +55,7 @@ class Resolved:
     reused: dict[str, str]
     references: dict[int, Checkpoint]
     listed: dict[str, pa.Table]
+    warnings: tuple[str, ...]
 
     def census(self, key: str) -> Census:
         """The files of one corpus, their documents' numbers and their contents."""
@@ -86,10 +88,11 @@ def check(run: Run) -> Resolved:
     _check_same_maps(checkpoints)
     run = _fill_in(run, checkpoints)
     references = check_references(run, checkpoints)
-    reused = check_reused_factors(run, checkpoints, references)
+    warnings: list[str] = []
+    reused = check_reused_factors(run, checkpoints, references, warnings.append)
     for position, score in enumerate(run.score):
         if score.index is not None:
-            check_index(run, position, checkpoints, corpora[f"score.{position}"], references)
+            check_index(run, position, checkpoints, corpora[f"score.{position}"], references, warnings.append)
     _check_out_of(run, corpora)
     _check_tokenizers(run, checkpoints, wanted)
     lengths, completions = _check_queries_fit(run, checkpoints[-1], queries)
@@ -106,6 +109,7 @@ def check(run: Run) -> Resolved:
         reused=reused,
         references=references,
         listed=_read_lists(run, corpora, queries),
+        warnings=tuple(dict.fromkeys(warnings)),  # entries may have the same index
     )
 
 

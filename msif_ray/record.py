@@ -14,6 +14,7 @@ from msif_ray.corpus.queries import asked
 from msif_ray.corpus.reader import Document
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
+from msif_ray.manifests import CONFIG
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
@@ -44,6 +45,10 @@ ADAPTER = (
 _RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict, "strengths": dict}
 _IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "queries": list, "maps": dict}
 
+# What an identity says that a record of an earlier version does not: of an index its manifest, of a reference model its
+# configuration.
+_LATER = {"indexes": "manifest", "references": "files"}
+
 # Results that a run takes for its own where they are there; what it writes in any case is not among them.
 _BELIEVED = ("factors", "references", "index", "candidates", "queries", "scores", TOP, STATISTICS)
 
@@ -72,10 +77,13 @@ def meaning(run: Run) -> dict[str, str]:
 
 
 def keep_record(resolved: Resolved, say: Callable[[str], None]) -> None:
-    """Writes run.json, or checks it against the one that is there; other versions of libraries are said.
+    """Writes run.json, or checks it against the one that is there; other versions of libraries are said, and what of
+    other runs' results could not be compared.
 
     Raises UserError as `check_record`.
     """
+    for line in resolved.warnings:
+        say(f"warning: {line}")
     path, record = layout.run_record(resolved.run.run_dir), check_record(resolved)
     if record is None:
         tokens = {query.id: n for query, n in zip(resolved.queries, resolved.completion_tokens, strict=True)}
@@ -201,7 +209,11 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         if entry.candidates is not None and entry.candidates.path is not None
     }
     references = {
-        resolved.run.stages[index].name: {"revision": model.revision, "sha256": model.model_hash}
+        resolved.run.stages[index].name: {
+            "revision": model.revision,
+            "sha256": model.model_hash,
+            "files": {CONFIG: model.files[CONFIG]},  # its own tokenizer is not used
+        }
         for index, model in resolved.references.items()
     }
     optional = {"indexes": indexes, "candidates": listed, "references": references}
@@ -229,13 +241,16 @@ def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(identity: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
-    """An identity without what a record that is `kept` from an earlier version does not say: indexes' manifests."""
-    said = kept.get("indexes", {})
-    indexes = {
-        score: {key: value for key, value in about.items() if key != "manifest" or key in said.get(score, about)}
-        for score, about in identity.get("indexes", {}).items()
-    }
-    return identity | ({"indexes": indexes} if indexes else {})
+    """An identity without what a record that is `kept` from an earlier version does not say."""
+    found = dict(identity)
+    for part, later in _LATER.items():
+        said = kept.get(part, {})
+        if part in identity:
+            found[part] = {
+                name: {key: value for key, value in about.items() if key != later or key in said.get(name, about)}
+                for name, about in identity[part].items()
+            }
+    return found
 
 
 def _asked(resolved: Resolved, query: Document) -> list[Any]:

@@ -7,14 +7,17 @@ from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint
 from msif_ray.config import Run
 from msif_ray.errors import UserError
-from msif_ray.influence.groups import accumulating_bytes
-from msif_ray.objectives import objective_identity
+from msif_ray.manifests import Warn, check_files, check_type
+from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import exists, missing
 from msif_ray.store import json_hash, read_json
 
 
-def check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint]) -> dict[str, str]:
-    """Checks the factors of other runs that are needed; the hash of each stage's manifest."""
+def check_reused_factors(
+    run: Run, checkpoints: list[Checkpoint], references: dict[int, Checkpoint], warn: Warn
+) -> dict[str, str]:
+    """Checks the factors of other runs that are needed; the hash of each stage's manifest. `warn` is told what of an
+    earlier version's could not be compared."""
     reused = {}
     for index in stages.stages_with_factors(run):
         stage = run.stages[index]
@@ -22,16 +25,21 @@ def check_reused_factors(run: Run, checkpoints: list[Checkpoint], references: di
             folder, mend = layout.factors(stage.factors, stage.name), f"finish or repeat the run in {stage.factors}"
             try:
                 objective = objective_identity(run, index, references)
-                reused[stage.name] = _check_factors(folder, checkpoints[index], run.cluster.dtype, objective, mend)
+                reused[stage.name] = _check_factors(
+                    folder, checkpoints[index], run.cluster.dtype, objective, mend, warn
+                )
             except UserError as error:
                 raise UserError(f"stages.{index}.factors: {error}") from None
     return reused
 
 
 def _check_factors(
-    folder: Path, checkpoint: Checkpoint, dtype: str, objective: dict[str, Any] | None, mend: str
+    folder: Path, checkpoint: Checkpoint, dtype: str, objective: dict[str, Any] | None, mend: str, warn: Warn
 ) -> str:
-    """Factors are whole, of this type, and fitted to this model over these maps; the hash of their manifest."""
+    """Factors are whole, of this type, and fitted to this model over these maps; the hash of their manifest.
+
+    Which documents, and which tokens of them, they were fitted to is the user's choice.
+    """
     path = layout.factors_manifest(folder)
     if not exists(path):
         raise UserError(f"{folder} holds no finished factors; {mend}")
@@ -42,12 +50,11 @@ def _check_factors(
         raise UserError(f"{path}: not a whole manifest; {mend}") from None
     if model != checkpoint.model_hash:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
+    check_files(manifest, checkpoint, f"{folder} was fitted", warn, tokenizer=False)
     if maps != checkpoint.maps:
         raise UserError(f"{folder} was fitted over other maps; use the same `modules` and `blocks`")
-    fitted_in = manifest.get("dtype", dtype)
-    if accumulating_bytes(fitted_in) != accumulating_bytes(dtype):  # bfloat16 has the factors of float32
-        raise UserError(f"{folder} was fitted in {fitted_in}, and cluster.dtype is {dtype}; use the same `dtype`")
-    if manifest.get("objective") != objective:
+    check_type(manifest.get("dtype", dtype), dtype, f"{folder} was fitted")
+    if not same_objective(manifest.get("objective"), objective):
         raise UserError(f"{folder} was fitted with another objective; use the same `objective` and reference model")
     gone = missing(layout.factor_files(folder, maps))
     if gone:

@@ -25,6 +25,7 @@ from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
+from msif_ray.manifests import made_with
 from msif_ray.objectives import objective_identity
 from msif_ray.paths import exists, path_of
 from msif_ray.preflight import Resolved, check
@@ -132,8 +133,8 @@ class _Driver:
             self.resolved.maps,
             cluster.factor_memory,
             cluster.activations_memory,
-            {
-                "model_sha256": self.resolved.stages[index].model_hash,
+            made_with(self.resolved.stages[index])
+            | {
                 "fit": stage.fit.model_dump(mode="json"),
                 "stage": stage.name,
                 "seed": self.config.seed,
@@ -242,9 +243,9 @@ class _Driver:
             rank=entry.rank,
             dtype=entry.dtype,
             memory=config.cluster.factor_memory,
-            record={
+            record=made_with(self.resolved.stages[stage])
+            | {
                 "stage": entry.stage,
-                "model_sha256": self.resolved.stages[stage].model_hash,
                 "corpus": corpus_identity(
                     documents,
                     self.resolved.census(key),

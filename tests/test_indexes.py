@@ -11,8 +11,10 @@ import torch
 from test_preflight import BASE, QUERIES, TUNING, describe, resolve, write_lines
 
 from msif_ray import layout
+from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, is_own
+from msif_ray.plan.make import make_plan
 from msif_ray.preflight import Resolved
 from msif_ray.record import keep_record
 from msif_ray.store import read_json, write_atomic, write_json
@@ -38,6 +40,8 @@ def manifest(resolved: Resolved, **changes: Any) -> dict[str, Any]:
     entry = resolved.run.score[0]
     return {
         "model_sha256": resolved.stages[0].model_hash,
+        "files": resolved.stages[0].files,
+        "computed_in": resolved.run.cluster.dtype,
         "corpus": corpus_identity(resolved.run.scored_documents(entry), resolved.census("score.0"), entry.max_tokens),
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
         "groups": [list(resolved.maps)],
@@ -76,20 +80,57 @@ def test_the_right_one_is_taken(
     assert run.score[0].index == str(tmp_path / "other") and not is_own(run, run.score[0])
 
 
-CORPUS: dict[str, tuple[dict[str, Any], str]] = {
+MADE: dict[str, tuple[dict[str, Any], str]] = {
     "other model": ({"model_sha256": "x"}, r"score\.0\.index: {index} was built with another model than 'pre''s"),
     "other maps": (
         {"maps": {}},
         r"score\.0\.index: {index} was built over other maps; use the same `modules` and `blocks`",
     ),
+    "other sums": (
+        {"computed_in": "float64"},
+        r"score\.0\.index: {index} was built in float64, and cluster.dtype is float32; use the same `dtype`",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", CORPUS)
+@pytest.mark.parametrize("case", MADE)
 def test_another_models_index(folder: Path, tmp_path: Path, resolved: Resolved, case: str) -> None:
-    changes, message = CORPUS[case]
+    changes, message = MADE[case]
     index = pretend(tmp_path / "other", manifest(resolved, **changes))
     assert refusal(asking(folder, tmp_path / "other")) == message.replace("\\", "").format(index=index)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja"])
+def test_an_index_of_another_configuration_or_tokenizer(
+    folder: Path, tmp_path: Path, resolved: Resolved, name: str
+) -> None:
+    index = pretend(tmp_path / "other", manifest(resolved, files=resolved.stages[0].files | {name: "x"}))
+    message = f"score.0.index: {index} was built with another {name} than 'pre' has; use the same {name}"
+    assert refusal(asking(folder, tmp_path / "other")) == message
+
+
+def test_of_an_older_index_it_is_said_once_that_no_more_than_the_weights_is_compared(
+    folder: Path, tmp_path: Path, resolved: Resolved
+) -> None:
+    older = manifest(resolved, **FIGURES)
+    del older["files"]
+    index = pretend(tmp_path / "other", older)
+    description = asking(folder, tmp_path / "other")
+    description["score"] += [description["score"][0] | {"name": "again"}]
+    (said,) = resolve(description).warnings
+    assert said.startswith(f"{index} was built by an earlier version, ") and "tokenizer.json" in said
+    assert make_plan(parse_run(description), measured=False).notes[0] == f"warning: {said}"
+    heard: list[str] = []
+    keep_record(resolve(description | {"run_dir": str(tmp_path / "run")}), heard.append)
+    assert heard == [f"warning: {said}"]
+    pretend(tmp_path / "other", manifest(resolved))
+    assert resolve(description).warnings == ()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_index_of_the_same_sums_is_taken(folder: Path, tmp_path: Path, resolved: Resolved, dtype: str) -> None:
+    pretend(tmp_path / "other", manifest(resolved, computed_in=dtype))
+    assert resolve(asking(folder, tmp_path / "other")).warnings == ()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Stages of preferences: which model is their reference, and what is wrong with them is one line, before any work."""
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from msif_ray.config import parse_run
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
+from msif_ray.record import keep_record
 from msif_ray.references import reference_passes
 from msif_ray.setup import corpus_blocks, model_setup, reference_setup
 
@@ -144,13 +146,33 @@ def test_factors_of_another_objective_are_refused(folder: Path) -> None:
     maps = {name: {"shape": list(shape)} for name, shape in resolved.maps.items()}
     for path in layout.factor_files(other, resolved.maps):
         store.write_atomic(path, b"")
-    about = {"model_sha256": resolved.stages[1].model_hash, "maps": maps}
+    about = {"model_sha256": resolved.stages[1].model_hash, "files": resolved.stages[1].files, "maps": maps}
     description = changed(preferring(folder), "stages.1.factors", str(folder / "other"))
-    own = {"kind": "dpo", "beta": 0.2, "reference_sha256": resolved.stages[0].model_hash}
-    store.write_json(layout.factors_manifest(other), about | {"objective": own})
-    assert check(parse_run(description)).reused.keys() == {"prefer"}
-    others = ({"beta": 0.1}, {"reference_sha256": "another"}, {"length_normalised": True})
+    older = {"kind": "dpo", "beta": 0.2, "reference_sha256": resolved.stages[0].model_hash}
+    own = older | {"reference_config_sha256": resolved.stages[0].files["config.json"]}
+    for objective in (older, own):
+        store.write_json(layout.factors_manifest(other), about | {"objective": objective})
+        assert check(parse_run(description)).reused.keys() == {"prefer"}
+    names = {"beta": 0.1, "reference_sha256": "another", "reference_config_sha256": "another"}
+    others = [*({name: value} for name, value in names.items()), {"length_normalised": True}]
     for objective in (*(own | other for other in others), None):
         store.write_json(layout.factors_manifest(other), about | {"objective": objective})
         with pytest.raises(UserError, match=r"^stages\.1\.factors: .* was fitted with another objective; use the same"):
             check(parse_run(description))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_configuration_of_the_reference_model_is_another_run(folder: Path, earlier: bool) -> None:
+    shutil.copytree(folder / "preferring", folder / "other")
+    run = parse_run(changed(preferring(folder), "stages.1.objective.reference", str(folder / "other")))
+    keep_record(check(run), print)
+    path = layout.run_record(run.run_dir)
+    if earlier:  # a record of a version that kept the hash of the weights alone
+        record = store.read_json(path)
+        del record["identity"]["references"]["prefer"]["files"]
+        store.write_json(path, record)
+    keep_record(check(run), print)
+    edit_config(folder / "other" / "config.json", layer_norm_eps=1e-3)
+    message = r"another run: references\.prefer\.files\.config\.json was "
+    with nullcontext() if earlier else pytest.raises(UserError, match=message):
+        keep_record(check(run), print)

@@ -19,6 +19,7 @@ def save_factors(folder: Path, resolved: Resolved, **changes: Any) -> Path:
     other = layout.factors(str(folder / "other"), "pre")
     manifest = {
         "model_sha256": resolved.stages[0].model_hash,
+        "files": resolved.stages[0].files,
         "maps": {name: {"shape": list(shape)} for name, shape in resolved.maps.items()},
     }
     for path in layout.factor_files(other, resolved.maps):
@@ -45,9 +46,25 @@ def test_models_of_two_and_four_bytes_have_factors_of_one_type(folder: Path, dty
     assert resolve(reusing(folder)).reused.keys() == {"pre"}
 
 
+def test_the_tokenizer_of_reused_factors_is_no_more_compared_than_their_corpus(folder: Path) -> None:
+    resolved = resolve(describe(folder))
+    save_factors(folder, resolved, files=resolved.stages[0].files | {"tokenizer.json": "x"})
+    assert resolve(reusing(folder)).warnings == ()
+
+
+def test_of_older_factors_it_is_said_that_no_more_than_the_weights_is_compared(folder: Path) -> None:
+    other = save_factors(folder, resolve(describe(folder)), files=None)
+    (said,) = resolve(reusing(folder)).warnings
+    assert said.startswith(f"{other} was fitted by an earlier version, ") and said.endswith(": config.json")
+
+
 BASIS = "basis/gpt_neox.layers.1.mlp.dense_4h_to_h.safetensors"
 FACTORS: dict[str, tuple[Callable[[Path, Resolved], object], str]] = {
     "another model": (lambda f, r: save_factors(f, r, model_sha256="x"), "{other} was fitted to another model than"),
+    "another configuration": (
+        lambda f, r: save_factors(f, r, files=r.stages[0].files | {"config.json": "x"}),
+        "{other} was fitted with another config.json than 'pre' has; use the same config.json",
+    ),
     "other maps": (lambda f, r: save_factors(f, r, maps={}), "{other} was fitted over other maps; use the same"),
     "another type": (
         lambda f, r: save_factors(f, r, dtype="float64"),

@@ -60,21 +60,24 @@ def fingerprint(path: Path) -> str:
 
     Local: a hash of the bytes. XXH3 is not cryptographic, and is not asked to be: whoever can write the corpus needs
     no collision. It is as fast as the disk, where SHA-256 takes a second per gigabyte. On object storage: sizes and
-    etags (or times) of the listing.
+    etags (or times) of the listing. Raises UserError for what cannot be read.
     """
     digest = xxhash.xxh3_128()
     if is_remote(path):
         digest.update(repr(listing(path)).encode())
         return digest.hexdigest()
     with storage(path, "read"):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            if file.name.startswith((".", "cache-")) or not file.is_file():
-                continue  # in a saved folder: what `datasets` keeps of its own there
+        for file in _content(path) if path.is_dir() else [path]:
             digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
             with open(file, "rb", buffering=0) as content:
                 while chunk := content.read(HASH_BYTES):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+def _content(folder: Path) -> list[Path]:
+    """The files of a saved folder, without what `datasets` keeps of its own there."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith((".", "cache-"))]
 
 
 class _Ids:

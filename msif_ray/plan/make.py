@@ -91,7 +91,7 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
     _check_fitted(resolved, tallies)
     sizes = {i: ModelSize.of(each.model_path, bool(each.classes)) for i, each in enumerate(resolved.stages)}
     inputs = Inputs(resolved, tallies, sizes, {}, part_bytes(resolved, first_block(resolved, "score.0")))
-    notes = refusals(resolved)
+    notes = [f"warning: {line}" for line in resolved.warnings] + refusals(resolved)
     if measured:
         inputs = Inputs(resolved, tallies, sizes, calibrations(Estimate(inputs), notes), inputs.part)
     return _put_together(Estimate(inputs), driver_memory, notes)

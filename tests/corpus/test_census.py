@@ -91,6 +91,17 @@ def test_another_content_of_the_same_size_is_another_fingerprint(tmp_path: Path,
     assert census.fingerprint(path) != before
 
 
+@pytest.mark.parametrize("name", ["cache-2024.jsonl", ".hidden.parquet"])
+def test_a_file_that_is_named_counts_whatever_it_is_called(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, rows(0, 5))
+    before = census.fingerprint(tmp_path / name)
+    write(tmp_path / name, rows(1, 5))
+    assert census.fingerprint(tmp_path / name) != before
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: cannot be read: No such file"):
+        census.fingerprint(tmp_path / name)
+
+
 def test_what_datasets_keeps_beside_a_saved_corpus_is_not_its_content(tmp_path: Path) -> None:
     write(tmp_path / "a", rows(0, 5))
     before = census.fingerprint(tmp_path / "a")
