@@ -65,7 +65,7 @@ class Case:
         self.rank.start(job)
         for block in self.blocks:
             with clock.running():
-                outcome = self.rank.process(block.documents)
+                outcome = self.rank.process(block.documents).outcome()
                 taken = self.rank.take()
             yield block, outcome, taken
 

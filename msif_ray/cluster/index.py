@@ -6,7 +6,7 @@ rank's memory together.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +55,11 @@ class IndexedBatch:
 
     pieces: list[Piece]
     packed: dict[str, Packed]
+
+    def without(self, documents: Set[str]) -> "IndexedBatch":
+        rows = [row for row, piece in enumerate(self.pieces) if piece.document_id not in documents]
+        packed = {name: of_map.chosen(rows) for name, of_map in self.packed.items()}
+        return IndexedBatch([self.pieces[row] for row in rows], packed)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,10 @@ class _IndexWork:
             for document, rows in zip(documents, lists, strict=True)
         ]
         self.batches.append(IndexedBatch(pieces, packed))
+
+    def drop(self, documents: Set[str]) -> None:
+        left = (batch.without(documents) for batch in self.batches)
+        self.batches = [batch for batch in left if batch.pieces]
 
     def take(self) -> list[IndexedBatch]:
         taken, self.batches = self.batches, []

@@ -77,6 +77,9 @@ class ProductWork:
     def pass_over(self, capture: Capture, batch: Batch) -> Tensor:
         return self.sums.add(capture, batch)
 
+    def negate(self) -> None:
+        self.sums.negate()
+
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, total in self.sums.sums.items():
             yield name, {"P": total.cpu()}

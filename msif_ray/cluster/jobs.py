@@ -6,7 +6,7 @@ gives back what has gathered.
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,22 +23,36 @@ from msif_ray.influence.queries import OTHER, map_tokens, sign
 from msif_ray.store import checksums, load_tensors
 
 
+@runtime_checkable
 class Work(Protocol):
     """Takes captured batches; `take` gives what has gathered since the last `take`, on the CPU."""
 
     def add(self, captured: Captured) -> None: ...
 
+    def drop(self, documents: Set[str]) -> None:
+        """Forgets what has gathered of these documents."""
+        ...
+
     def take(self) -> Any: ...
 
 
 @runtime_checkable
-class Sums(Protocol):
-    """Takes captured batches and keeps raw sums of them, which other ranks' sums are added to."""
+class Parts(Protocol):
+    """Takes captured batches and keeps what is written, not taken: other ranks' parts are added to it."""
 
     def add(self, captured: Captured) -> None: ...
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The sums so far by name of part (a map, or a heading of its own), one part on the CPU at a time."""
+        """What there is so far by name of part (a map, or a heading of its own), one part on the CPU at a time."""
+        ...
+
+
+@runtime_checkable
+class Sums(Parts, Protocol):
+    """Keeps raw sums over batches, in which no document is told from another."""
+
+    def negate(self) -> None:
+        """Changes the sign of all sums: batches that are added until the next call are taken off."""
         ...
 
 
@@ -60,7 +74,7 @@ class Job(Protocol):
     @property
     def tracked(self) -> tuple[str, ...] | None: ...
 
-    def start(self, maps: Sequence[str], device: torch.device) -> Work | Sums: ...
+    def start(self, maps: Sequence[str], device: torch.device) -> Work | Parts: ...
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,9 @@ class _CovarianceWork:
 
     def add(self, captured: Captured) -> None:
         self.sums.add(captured)
+
+    def negate(self) -> None:
+        self.sums.negate()
 
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         sums = self.sums.sums
@@ -119,6 +136,9 @@ class _CorrectionWork:
     def add(self, captured: Captured) -> None:
         self.sums.add(captured)
 
+    def negate(self) -> None:
+        self.sums.negate()
+
     def parts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for key, total in self.sums.sums.items():
             yield key.removeprefix("E/"), {"E": total.cpu()}
@@ -145,12 +165,14 @@ class QueryJob:
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
 
-    def start(self, maps: Sequence[str], device: torch.device) -> Sums:
+    def start(self, maps: Sequence[str], device: torch.device) -> Parts:
         return _QueryWork()
 
 
 @dataclass
 class _QueryWork:
+    """A query that is skipped ends the run, so what is here of one is never read."""
+
     gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def add(self, captured: Captured) -> None:

@@ -5,16 +5,17 @@ hold one model together.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from msif_ray.cluster.jobs import FitJob, Job, Products, Sums, Work
+from msif_ray.cluster.jobs import FitJob, Job, Parts, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.batches import pack
@@ -70,23 +71,34 @@ class ModelSetup:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one block: documents' token counts in order, and those skipped with the reason.
-
-    Of one rank, `not_finite` names documents that have a window whose loss is not finite, and `held` the windows
-    that were left out for sharing a batch with one: they are to be processed again.
-    """
+    """What came of one block: documents' token counts in order, those skipped with the reason, and how many windows
+    the others have."""
 
     tokens: dict[str, int]
     skipped: tuple[Skipped, ...]
     windows: int
-    not_finite: frozenset[str] = frozenset()
-    held: frozenset[WindowKey] = frozenset()
 
-    def without(self, not_finite: Set[str]) -> "Outcome":
-        """The same with these documents skipped."""
+
+@dataclass(frozen=True)
+class Passed:
+    """What came of one rank's passes over a block, or over some of its windows: token counts and numbers of windows of
+    all the block's documents in order, and those skipped.
+
+    `not_finite` names documents with a window whose loss is not finite. `refused` are the windows of other batches
+    that were left out, to be processed again: whether each one's loss was finite.
+    """
+
+    tokens: dict[str, int]
+    windows: dict[str, int]
+    skipped: tuple[Skipped, ...]
+    not_finite: frozenset[str] = frozenset()
+    refused: dict[WindowKey, bool] = field(default_factory=dict)
+
+    def outcome(self, not_finite: Set[str] = frozenset()) -> Outcome:
+        """The block's, with these documents skipped."""
         tokens = {document: count for document, count in self.tokens.items() if document not in not_finite}
         found = tuple(Skipped(document, "its loss is not finite") for document in self.tokens if document in not_finite)
-        return Outcome(tokens, self.skipped + found, self.windows)
+        return Outcome(tokens, self.skipped + found, sum(self.windows[document] for document in tokens))
 
 
 class Rank:
@@ -99,7 +111,8 @@ class Rank:
     def __init__(self, setup: ModelSetup, place: RankGroup | None = None) -> None:
         self.setup, self.place = setup, place or RankGroup(0, 1, "127.0.0.1", 0)
         self.device = torch.device("cuda" if setup.cuda else "cpu")
-        self._work: Work | Sums | None = None
+        self._work: Work | Parts | None = None
+        self._summed: list[list[Window]] = []
         self._sampled = False
         self._kept: KeptPasses | None = None
         self._kept_for: tuple[object, ...] = ()
@@ -131,25 +144,56 @@ class Rank:
         with self._memory("given the step's factors"):
             self._work = job.start(list(self._tracked), self.device)
 
-    def process(self, documents: Sequence[Document], only: Set[WindowKey] | None = None) -> Outcome:
-        """Captures this rank's share of the documents' batches and adds them to the work: of all their windows,
-        or `only` of some.
+    def process(self, documents: Sequence[Document], again: Mapping[WindowKey, bool] | None = None) -> Passed:
+        """Captures this rank's share of the documents' batches and adds them to the work: of all their windows, or of
+        those to be processed `again`, each by itself whose loss was not finite.
 
-        Batches depend on the documents alone. Ranks take them in turn; one that runs out makes
-        empty steps, since all ranks of a sharded model must take the same number. A batch with a loss that is not
-        finite is left out as a whole, and what is sound of it named in the outcome.
+        Batches depend on the documents alone. Ranks take them in turn; one that runs out makes empty steps, since all
+        ranks of a sharded model must take the same number. A batch with a loss that is not finite is left out as a
+        whole. Of several windows in one it may be the padding's doing: they are to be processed again.
         """
         encoded, skipped = self._encode(documents)
-        windows = [window for document in encoded for window in self._windows(document)]
-        batches = self.pack([w for w in windows if only is None or w.key in only])
+        windows = {document.document_id: list(self._windows(document)) for document in encoded}
+        batches = self._batches(list(chain.from_iterable(windows.values())), again)
         mine = batches[self.place.rank :: self.place.world]
         steps = -(-len(batches) // self.place.world)
-        with self._memory("used for a batch"):
-            refused = self._capture(mine, empty_steps=steps - len(mine))
-        not_finite = frozenset(key.document_id for key, finite in refused.items() if not finite)
-        held = frozenset(key for key in refused if key.document_id not in not_finite)
-        tokens = {document.document_id: len(document.ids) for document in encoded}
-        return Outcome(tokens, tuple(skipped), len(windows), not_finite, held)
+        passed = list(zip(mine, self._capture(mine, empty_steps=steps - len(mine)), strict=True))
+        if isinstance(self._work, Sums):
+            self._summed = [] if again is None else self._summed
+            self._summed += [batch for batch, flags in passed if all(flags)]
+        left_out = [(batch, flags) for batch, flags in passed if not all(flags)]
+        return Passed(
+            {document.document_id: len(document.ids) for document in encoded},
+            {document: len(own) for document, own in windows.items()},
+            tuple(skipped),
+            frozenset(batch[0].key.document_id for batch, _ in left_out if len(batch) == 1),
+            {w.key: own for batch, flags in left_out if len(batch) > 1 for w, own in zip(batch, flags, strict=True)},
+        )
+
+    def summed_with(self, documents: Set[str]) -> int:
+        """How many batches of the block under way went into sums with windows of these documents."""
+        return sum(_holds(batch, documents) for batch in self._summed)
+
+    def withdraw(self, documents: Set[str], steps: int) -> frozenset[WindowKey]:
+        """Takes what the block has given of these documents out of the work again.
+
+        What has gathered is dropped. From sums whole batches are taken off, by the same passes once more, `steps` on
+        every rank; gives their windows of other documents, which are to be processed again. What is kept of such a
+        batch stays: a later job adds it and takes it off likewise.
+        """
+        work = self._started()
+        if isinstance(work, Work):
+            work.drop(documents)
+        if not isinstance(work, Sums) or not steps:
+            return frozenset()
+        batches = [batch for batch in self._summed if _holds(batch, documents)]
+        work.negate()
+        finite = self._capture(batches, empty_steps=steps - len(batches))
+        work.negate()
+        if not all(map(all, finite)):
+            raise RuntimeError("a batch's losses were finite in one pass and not in another")
+        self._summed = [batch for batch in self._summed if not _holds(batch, documents)]
+        return frozenset(w.key for batch in batches for w in batch if w.key.document_id not in documents)
 
     def pack(self, windows: Sequence[Window]) -> list[list[Window]]:
         """The windows in the batches that the model is given."""
@@ -158,14 +202,14 @@ class Rank:
     def take(self) -> Any:
         """What the work has gathered since the last `take`."""
         work = self._started()
-        if isinstance(work, Sums):
+        if not isinstance(work, Work):
             raise RuntimeError("sums are written, not taken")
         return work.take()
 
     def write_sums(self, folder: Path) -> list[str]:
         """Writes the job's sums so far, a file per part, under this rank's number; gives the parts' names."""
         work, written = self._started(), []
-        if not isinstance(work, Sums):
+        if not isinstance(work, Parts):
             raise RuntimeError("there are no sums to write")
         for part, tensors in work.parts():
             save_tensors(part_file(folder, part, self.place.rank), tensors, {"part": part})
@@ -176,7 +220,7 @@ class Rank:
         """Bytes that this rank may still take: of its GPU, or its share of what its node's processes may use."""
         return free_memory(self.device, self.setup.threads)
 
-    def _started(self) -> Work | Sums:
+    def _started(self) -> Work | Parts:
         if self._work is None:
             raise RuntimeError("start a job before processing documents")
         return self._work
@@ -219,22 +263,23 @@ class Rank:
                 f"({one_line(error)})"
             ) from None
 
-    def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> dict[WindowKey, bool]:
-        """The windows of batches that were left out, and whether each one's own loss is finite."""
+    def _batches(self, windows: Sequence[Window], again: Mapping[WindowKey, bool] | None) -> list[list[Window]]:
+        """The batches of all windows, or of those to be processed again: see `process`."""
+        if again is None:
+            return self.pack(windows)
+        alone = [[window] for window in windows if again.get(window.key) is False]
+        return self.pack([window for window in windows if again.get(window.key)]) + alone
+
+    def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> list[list[bool]]:
+        """Adds batches to the work, unless a loss is not finite; gives whether each window's is."""
         work = self._started()
-        refused: dict[WindowKey, bool] = {}
-        with Capture(self.model, self._tracked) as capture:
-            for windows in batches:
-                batch = to_batch(windows)
-                losses = self._add(work, capture, batch)
-                finite: list[bool] = torch.isfinite(losses).tolist()
-                if not all(finite):
-                    refused |= zip(batch.keys, finite, strict=True)
+        with self._memory("used for a batch"), Capture(self.model, self._tracked) as capture:
+            finite = [torch.isfinite(self._add(work, capture, to_batch(windows))).tolist() for windows in batches]
             for _ in range(empty_steps):
                 capture.run(to_batch([empty_window(self.setup.objective)]).to(self.device))
-        return refused
+        return finite
 
-    def _add(self, work: Work | Sums, capture: Capture, batch: Batch) -> Tensor:
+    def _add(self, work: Work | Parts, capture: Capture, batch: Batch) -> Tensor:
         """One pass over a batch, which goes to the work unless a loss is not finite; gives the losses, `[rows]`."""
         if isinstance(work, Products):
             return work.pass_over(capture, batch.to(self.device))
@@ -263,3 +308,7 @@ class Rank:
         if isinstance(job, FitJob) and may_keep:
             memory = int(KEPT_SHARE * self.free_memory()) if job.memory is None else job.memory
             self._kept = KeptPasses(memory)
+
+
+def _holds(batch: Sequence[Window], documents: Set[str]) -> bool:
+    return any(window.key.document_id in documents for window in batch)

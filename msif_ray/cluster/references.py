@@ -4,7 +4,7 @@ It is no function of the stage's own weights, so it is computed once, for all pa
 holds two models. Built like scores and resumed like them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -51,6 +51,9 @@ class _ReferenceWork:
         for key, loss in zip(captured.batch.keys, losses.tolist(), strict=True):
             self.losses.append((key.document_id, key.window, loss))
 
+    def drop(self, documents: Set[str]) -> None:
+        self.losses = [loss for loss in self.losses if loss[0] not in documents]
+
     def take(self) -> list[Loss]:
         taken, self.losses = self.losses, []
         return taken
@@ -84,6 +87,5 @@ class ReferenceTask:
         """log π_ref(chosen) − log π_ref(rejected) of every pair of which both are finite, as `job` has them."""
         ratios = dict.fromkeys(outcome.tokens, 0.0)
         for document, sequence, loss in taken:
-            if document in ratios:
-                ratios[document] += loss if sequence else -loss
+            ratios[document] += loss if sequence else -loss
         write_json(layout.reference_block(self.folder, block.id), ratios)

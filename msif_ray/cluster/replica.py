@@ -3,7 +3,7 @@
 PyTorch comes with the first model: whoever is given a replica's handle imports this module, and most hand blocks on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from math import sqrt
@@ -203,14 +203,25 @@ class Replica:
         self._setup = None
 
     def _do(self, block: Block) -> "Outcome":
-        """One block on all ranks: documents whose loss is not finite are skipped, and what was in a batch with one
-        is done again without it."""
-        outcomes = self._on_ranks("process", block.documents)
-        outcome, bad, held = outcomes[0], _union(outcomes, "not_finite"), _union(outcomes, "held")
-        while held := frozenset(key for key in held if key.document_id not in bad):
-            again = self._on_ranks("process", block.documents, held)
-            bad, held = bad | _union(again, "not_finite"), _union(again, "held")
-        return outcome.without(bad) if bad else outcome
+        """One block on all ranks. Documents with a loss that is not finite are skipped: what others of their windows
+        have given is withdrawn, and what was in a batch with one of these is done again without it."""
+        first = passed = self._on_ranks("process", block.documents)
+        bad: frozenset[str] = frozenset()
+        while True:
+            found = frozenset().union(*(each.not_finite for each in passed))
+            again = {key: finite for each in passed for key, finite in each.refused.items()}
+            if found:
+                bad |= found
+                again |= dict.fromkeys(self._withdraw(found), True)
+            again = {key: finite for key, finite in again.items() if key.document_id not in bad}
+            if not again:
+                return first[0].outcome(bad)
+            passed = self._on_ranks("process", block.documents, again)
+
+    def _withdraw(self, documents: frozenset[str]) -> frozenset[Any]:
+        """Takes documents out of the ranks' work; gives the windows that are to be processed again."""
+        steps = max(self._on_ranks("summed_with", documents))
+        return frozenset().union(*self._on_ranks("withdraw", documents, steps))
 
     def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
         """What a method gives on each rank. Raises one of DEATHS when one has died, and a user's mistake as such."""
@@ -258,10 +269,6 @@ class Replica:
             for index in range(resources.ranks)
         ]
         self._on_ranks("load")
-
-
-def _union(outcomes: "Sequence[Outcome]", what: str) -> frozenset[Any]:
-    return frozenset().union(*(getattr(outcome, what) for outcome in outcomes))
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Scoring, as jobs of a rank: documents against all queries, with or without shares, and shares of chosen pairs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -101,6 +101,10 @@ class _ScoreWork:
             found.append(document)
         return found
 
+    def drop(self, documents: Set[str]) -> None:
+        for document in documents:
+            self.documents.pop(document, None)
+
     def take(self) -> list[DocumentScores]:
         taken, self.documents = list(self.documents.values()), {}
         return taken
@@ -181,6 +185,9 @@ class _TokenWork:
                 own = by_token[attended[row]]  # a copy: a view would keep the padding, and all other pairs
                 self.windows.append(WindowShares(keys[row].document_id, start, first + query, own, by_map.copy()))
             first += queries
+
+    def drop(self, documents: Set[str]) -> None:
+        self.windows = [window for window in self.windows if window.document_id not in documents]
 
     def take(self) -> list[WindowShares]:
         taken, self.windows = self.windows, []

@@ -5,7 +5,7 @@ Every setting is scored by the code that a rank of a run uses, in this process a
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -183,7 +183,7 @@ def _gradients(folder: Path, resolved: Resolved) -> Coverage:
     done = partials.covered_blocks(partials.read_disjoint(step))
     for block in blocks:
         if block.id not in done:
-            outcome, partial = rank.process(block.documents), partials.new_folder(step, block.id)
+            outcome, partial = rank.process(block.documents).outcome(), partials.new_folder(step, block.id)
             partials.publish(partial, [rank.write_sums(partial)], [(block.id, outcome)], None)
     return Coverage(tuple(partials.read_disjoint(step)), frozenset(block.id for block in blocks))
 
@@ -198,6 +198,9 @@ class _Passing:
         return self
 
     def add(self, captured: Captured) -> None:
+        pass
+
+    def drop(self, documents: Set[str]) -> None:
         pass
 
     def take(self) -> list[Any]:

@@ -45,6 +45,12 @@ class CovarianceSums:
         largest_first = sorted(sums, key=lambda each: -len(each.total))
         side_by_side(_Gram.add, largest_first, captured.losses.device)
 
+    def negate(self) -> None:
+        """Changes the sign of all sums and counts: batches that are added until the next call are taken off."""
+        for total in self._lower.values():
+            total.neg_()
+        self.counts = {key: -count for key, count in self.counts.items()}
+
     def _sums_of(self, name: str, captured: Captured) -> Iterator["_Gram"]:
         """What a batch adds to one map's two sums, which are begun where they are not there yet."""
         positions = captured.positions(name)
@@ -116,6 +122,11 @@ class CorrectionSums:
             else:
                 for rotated in map(basis.rotate, window_gradients(inputs, gradients, described.bias)):
                     total.add_(rotated.square_().sum(0))
+
+    def negate(self) -> None:
+        """Changes the sign of all sums: batches that are added until the next call are taken off."""
+        for total in self.sums.values():
+            total.neg_()
 
 
 def rotated_vectors(inputs: Tensor, gradients: Tensor, basis: Basis, bias: bool) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,11 @@ class ProductSums:
                 self._total(captured, name)[query] += _product(captured, name)
         return losses
 
+    def negate(self) -> None:
+        """Changes the sign of all sums: batches that are added until the next call are taken off."""
+        for total in self.sums.values():
+            total.neg_()
+
     @property
     def queries(self) -> int:
         return len(next(iter(self.directions.values())))

@@ -75,7 +75,7 @@ def gradients(setup: ModelSetup, queries: list[Query], step: Path, ranks: int = 
     blocks = query_blocks(queries, [20] * len(queries), {name: m.shape for name, m in each[0].maps.items()}, 10**6)
     assert len(blocks) == len(queries)
     for block in blocks:
-        outcomes = [rank.process(block.documents) for rank in each]
+        outcomes = [rank.process(block.documents).outcome() for rank in each]
         assert not outcomes[0].skipped
         folder = partials.new_folder(step, block.id)
         partials.publish(folder, [rank.write_sums(folder) for rank in each], [(block.id, outcomes[0])], None)
