@@ -23,7 +23,8 @@ from msif_ray.cluster.fit import mean_eigenvalues
 from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
 from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.jobs import Job
-from msif_ray.cluster.rank import Outcome, Rank
+from msif_ray.cluster.outcomes import Outcome
+from msif_ray.cluster.rank import Rank
 from msif_ray.cluster.score_jobs import ScoreJob, load_directions
 from msif_ray.config import Index, load_run
 from msif_ray.corpus.blocks import CorpusBlocks
@@ -65,9 +66,11 @@ class Case:
         self.rank.start(job)
         for block in self.blocks:
             with clock.running():
-                outcome = self.rank.process(block.documents).outcome()
+                passed = self.rank.process(block.documents)
                 taken = self.rank.take()
-            yield block, outcome, taken
+            for lost in [*passed.not_finite, *(key.document_id for key in passed.refused)]:
+                raise UserError(f"--documents: the loss of document {lost} is not finite; take those before it alone")
+            yield block, passed.outcome(), taken
 
 
 def load_case(description: str, count: int, join: int) -> Case:

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from msif_ray import fetch, paths, store
 from msif_ray.cluster import partials
-from msif_ray.cluster.rank import Outcome
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.config import Documents
 from msif_ray.corpus.census import take_census
 from msif_ray.results import parts, top

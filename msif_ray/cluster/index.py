@@ -16,8 +16,9 @@ import torch
 from msif_ray import layout
 from msif_ray.cluster.fit import Steps
 from msif_ray.cluster.jobs import Work, load_basis
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.pool import ReplicaPool
-from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.room import own_device
 from msif_ray.cluster.stream import stream
 from msif_ray.cluster.tasks import for_each_map

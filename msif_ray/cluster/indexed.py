@@ -15,7 +15,7 @@ from torch import Tensor
 from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections
 from msif_ray.cluster.index import load_metric
-from msif_ray.cluster.rank import Outcome
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.room import RankResources, own_device
 from msif_ray.cluster.score import ScoreTask, write_scores
 from msif_ray.cluster.score_jobs import DocumentScores, load_directions

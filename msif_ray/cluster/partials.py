@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from msif_ray.cluster.rank import Outcome
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.errors import UserError
 from msif_ray.layout import part_file
 from msif_ray.paths import exists, subfolders

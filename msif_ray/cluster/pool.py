@@ -12,7 +12,8 @@ from msif_ray.cluster import partials
 from msif_ray.cluster.ahead import Ahead
 from msif_ray.cluster.deaths import DEATHS, answer
 from msif_ray.cluster.jobs import FitJob, Job
-from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.outcomes import Outcome
+from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources, free_ranks, free_ranks_of
 from msif_ray.config import Cluster

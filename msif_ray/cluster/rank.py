@@ -7,7 +7,7 @@ hold one model together.
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msif_ray.cluster.jobs import FitJob, Job, Parts, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
+from msif_ray.cluster.outcomes import Passed
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
@@ -67,38 +68,6 @@ class ModelSetup:
     def encode(self, tokenizer: Any, document: Document) -> Encoded | Skipped:
         """A document's tokens, or the reason why it has none."""
         return encode_for(self.objective, tokenizer, document, self.append_eos, self.max_tokens)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one block: documents' token counts in order, those skipped with the reason, and how many windows
-    the others have."""
-
-    tokens: dict[str, int]
-    skipped: tuple[Skipped, ...]
-    windows: int
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What came of one rank's passes over a block, or over some of its windows: token counts and numbers of windows of
-    all the block's documents in order, and those skipped.
-
-    `not_finite` names documents with a window whose loss is not finite. `refused` are the windows of other batches
-    that were left out, to be processed again: whether each one's loss was finite.
-    """
-
-    tokens: dict[str, int]
-    windows: dict[str, int]
-    skipped: tuple[Skipped, ...]
-    not_finite: frozenset[str] = frozenset()
-    refused: dict[WindowKey, bool] = field(default_factory=dict)
-
-    def outcome(self, not_finite: Set[str] = frozenset()) -> Outcome:
-        """The block's, with these documents skipped."""
-        tokens = {document: count for document, count in self.tokens.items() if document not in not_finite}
-        found = tuple(Skipped(document, "its loss is not finite") for document in self.tokens if document in not_finite)
-        return Outcome(tokens, self.skipped + found, sum(self.windows[document] for document in tokens))
 
 
 class Rank:

@@ -13,7 +13,8 @@ import torch
 
 from msif_ray import layout
 from msif_ray.cluster.jobs import Work
-from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.outcomes import Outcome
+from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.preferences import Pairs

@@ -23,7 +23,8 @@ from msif_ray.errors import UserError
 
 if TYPE_CHECKING:
     from msif_ray.cluster.jobs import Job
-    from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
+    from msif_ray.cluster.outcomes import Outcome
+    from msif_ray.cluster.rank import ModelSetup, Rank
 
 # A replica commits when it has worked this many times as long as its last commit took: a hundredth of its time goes
 # into commits, and a death loses as little as that allows.

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy
 
-from msif_ray.cluster.rank import ModelSetup, Outcome
+from msif_ray.cluster.outcomes import Outcome
+from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.score_jobs import DocumentScores, ScoreJob
 from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Detail

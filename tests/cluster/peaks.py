@@ -13,8 +13,8 @@ from cluster import runs
 
 from msif_ray import layout
 from msif_ray.cluster import carry, directions, partials, passage
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.rank import Outcome
 from msif_ray.cluster.score_jobs import ScoreJob
 from msif_ray.config import parse_run
 from msif_ray.influence.batch import Batch, WindowKey

@@ -15,10 +15,10 @@ from msif_ray import layout
 from msif_ray.cluster import carry, directions, partials
 from msif_ray.cluster.carry import write_directions
 from msif_ray.cluster.directions import Shard, shards
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import CarryTask, Gradients
 from msif_ray.cluster.queries import query_blocks
-from msif_ray.cluster.rank import Outcome
 from msif_ray.config import Run, parse_run
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import to_batch

@@ -16,7 +16,7 @@ from msif_ray import layout
 from msif_ray.cluster.directions import LoadedDirections
 from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
 from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
-from msif_ray.cluster.rank import Outcome
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.corpus.reader import Block
 from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError

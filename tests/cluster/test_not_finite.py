@@ -18,8 +18,9 @@ from msif_ray.cluster.index import IndexedBatch, IndexJob, IndexTask, _IndexWork
 from msif_ray.cluster.indexed import IndexBlock
 from msif_ray.cluster.iterates import ProductWork
 from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.partials import Coverage, read_disjoint
-from msif_ray.cluster.rank import ModelSetup, Outcome, Rank
+from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.references import ReferenceJob
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources

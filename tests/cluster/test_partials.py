@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from msif_ray.cluster import partials
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.rank import Outcome
 from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError
 from msif_ray.layout import part_file

@@ -9,8 +9,8 @@ import pytest
 
 from msif_ray.cluster import partials
 from msif_ray.cluster.ahead import Ahead
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.pool import FRUITLESS_TRIES, ReplicaPool
-from msif_ray.cluster.rank import Outcome
 from msif_ray.config import Cluster
 from msif_ray.corpus.blocks import ListedBlocks
 from msif_ray.corpus.reader import Block

@@ -11,8 +11,8 @@ import ray
 import torch
 
 from msif_ray.cluster.jobs import QueryJob
+from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.pool import ReplicaPool, _Worker
-from msif_ray.cluster.rank import Outcome
 from msif_ray.cluster.replica import Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.tasks import SMALL_SHARE, SMALL_TASK, for_each_map
