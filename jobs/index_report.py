@@ -68,8 +68,9 @@ class Case:
             with clock.running():
                 passed = self.rank.process(block.documents)
                 taken = self.rank.take()
-            for lost in [*passed.not_finite, *(key.document_id for key in passed.refused)]:
-                raise UserError(f"--documents: the loss of document {lost} is not finite; take those before it alone")
+            if passed.not_finite or passed.refused:
+                lost = {*passed.not_finite, *(key.document_id for key in passed.refused)}
+                raise UserError(f"--documents: {min(lost)} has a loss that is not finite; take the documents before it")
             yield block, passed.outcome(), taken
 
 
