@@ -1,4 +1,4 @@
-"""jobs/index_report.py on finished runs: what it calls exact is what the run wrote, and mistakes are one line."""
+"""jobs/index_report.py on finished runs: what it calls exact is what the run wrote."""
 
 import runpy
 import subprocess
@@ -16,8 +16,7 @@ from msif_ray.errors import UserError
 from msif_ray.run import run
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-ROOT = Path(__file__).parents[2]
-JOB = ROOT / "jobs" / "index_report.py"
+JOB = Path(__file__).parents[2] / "jobs" / "index_report.py"
 
 
 @pytest.fixture(scope="module")
@@ -63,31 +62,14 @@ def test_texts_are_joined_and_nothing_else_is(job: dict[str, Any], finished: dic
 
 
 def test_it_prints_a_table_of_a_small_corpus(finished: dict[str, Any], tmp_path: Path) -> None:
-    done = call(written(finished, "tune", tmp_path), "--variants", "8:float32")
+    command = [sys.executable, str(JOB), written(finished, "tune", tmp_path), "--variants", "8:float32"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     cells = done.stdout.splitlines()[-1].strip("| ").split(" | ")
     assert cells[:2] == ["8", "float32"] and float(cells[2]) > 0.99
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--variants", "4:nope"], "index_report: --variants: '4:nope' is not a rank and a type"),
-        (["--variants", "0:int8"], "index_report: --variants: '0:int8' is not a rank and a type"),
-        (["--documents", "0"], "--documents"),
-    ],
-)
-def test_mistakes_are_told_without_a_traceback(options: list[str], message: str, tmp_path: Path) -> None:
-    done = call(str(tmp_path / "none.yaml"), *options)
-    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_run_that_is_not_finished_is_named(job: dict[str, Any], finished: dict[str, Any], tmp_path: Path) -> None:
     other = finished | {"run_dir": str(tmp_path / "new")}
     with pytest.raises(UserError, match=r"has no queries carried back to pretrain; finish the run$"):
         job["load_case"](written(other, "pretrain", tmp_path), 4, 1)
-
-
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(JOB), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
