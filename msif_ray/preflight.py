@@ -1,6 +1,5 @@
 """Everything that can be wrong with a run, before any replica is asked for: one line each."""
 
-import os
 import uuid
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import pyarrow as pa
 
 from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
-from msif_ray.config import Documents, Index, Run, Score
+from msif_ray.config import Documents, Run
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import SCHEMA
 from msif_ray.corpus.census import Census, take_census
@@ -19,15 +18,13 @@ from msif_ray.corpus.queries import Query, read_queries
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.windows import Skipped, last_token, within
 from msif_ray.errors import UserError
-from msif_ray.indexes import check_index, index_location
+from msif_ray.filled import fill_in
+from msif_ray.indexes import check_index
 from msif_ray.objectives import check_references
 from msif_ray.paths import exists, is_remote, path_of
 from msif_ray.reused import check_reused_factors
 from msif_ray.store import delete, write_atomic
 from msif_ray.tables import read_table
-
-# Windows are this long unless the run says otherwise, or the model's context is shorter.
-DEFAULT_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def check(run: Run) -> Resolved:
     for index, stage in enumerate(run.stages):
         checkpoints.append(check_checkpoint(stage, run.modules, f"stages.{index}", run.blocks, checkpoints))
     _check_same_maps(checkpoints)
-    run = _fill_in(run, checkpoints)
+    run = fill_in(run, checkpoints)
     references = check_references(run, checkpoints)
     warnings: list[str] = []
     reused = check_reused_factors(run, checkpoints, references, warnings.append)
@@ -189,45 +186,6 @@ def _check_same_maps(checkpoints: list[Checkpoint]) -> None:
 
 def _shape(shape: tuple[int, int] | None) -> str:
     return "not there" if shape is None else f"{shape[0]} x {shape[1]}"
-
-
-def _fill_in(run: Run, checkpoints: list[Checkpoint]) -> Run:
-    """The run with absolute paths and with every `max_tokens` said."""
-    filled = []
-    for index, (stage, checkpoint) in enumerate(zip(run.stages, checkpoints, strict=True)):
-        key = f"stages.{index}.fit.max_tokens"
-        fit = stage.fit.model_copy(
-            update={"max_tokens": _max_tokens(stage.fit.max_tokens, checkpoint, key, stage.documents)}
-        )
-        paths = {"tokenizer": _absolute(stage.tokenizer), "factors": _absolute(stage.factors)}
-        filled.append(stage.model_copy(update={"fit": fit, **paths}))
-
-    def max_tokens(entry: Index | Score, key: str) -> int:
-        at, documents = run.stage_index(entry.stage), run.scored_documents(entry)
-        asked = entry.max_tokens or run.stages[at].fit.max_tokens
-        return _max_tokens(asked, checkpoints[at], f"{key}.max_tokens", documents)
-
-    indexes = [e.model_copy(update={"max_tokens": max_tokens(e, f"index.{i}")}) for i, e in enumerate(run.index)]
-    scores = [
-        e.model_copy(update={"max_tokens": max_tokens(e, f"score.{i}"), "index": index_location(e.index)})
-        for i, e in enumerate(run.score)
-    ]
-    return run.model_copy(update={"stages": filled, "index": indexes, "score": scores})
-
-
-def _absolute(name: str | None) -> str | None:
-    """A path that is there, made absolute for processes with another working directory; names stay."""
-    return os.path.abspath(name) if name is not None and os.path.exists(name) else name
-
-
-def _max_tokens(asked: int | None, checkpoint: Checkpoint, key: str, documents: Documents | None) -> int:
-    if asked is None and documents is not None and documents.packed is not None and checkpoint.context is not None:
-        return checkpoint.context  # what training saw of a row
-    if asked is None:
-        return min(DEFAULT_MAX_TOKENS, checkpoint.context or DEFAULT_MAX_TOKENS)
-    if checkpoint.context is not None and asked > checkpoint.context:
-        raise UserError(f"{key}: {asked} is more than the {checkpoint.context} tokens of {checkpoint.name!r}'s context")
-    return asked
 
 
 def _check_out_of(run: Run, corpora: dict[str, Census]) -> None:

@@ -17,9 +17,10 @@ import torch
 from msif_ray import layout
 from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum, check_bases
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.pool import Progress, ReplicaPool
+from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.tasks import for_each_map
+from msif_ray.cluster.told import Progress
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.unusable import none_usable
 from msif_ray.errors import UserError

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import ray
 
@@ -16,6 +16,7 @@ from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources, free_ranks, free_ranks_of
+from msif_ray.cluster.told import Progress
 from msif_ray.config import Cluster
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block
@@ -30,24 +31,6 @@ FRUITLESS_TRIES = 4
 WAIT_SECONDS = 10.0
 # How long a replica that is being started is waited for where there are others to lend.
 START_SECONDS = 3.0
-
-
-class Progress(Protocol):
-    """Told what is done: documents, their tokens and skipped documents."""
-
-    def add(self, documents: int, tokens: int, skipped: int = 0) -> None: ...
-
-    def resume(self, documents: int, skipped: int = 0) -> None:
-        """What an earlier run of the same command had done."""
-        ...
-
-    def alive(self, replicas: int) -> None:
-        """So many replicas are at work."""
-        ...
-
-    def wait(self, reason: str) -> None:
-        """Nothing is being done, for this reason."""
-        ...
 
 
 @dataclass(eq=False)

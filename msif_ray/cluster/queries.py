@@ -5,8 +5,9 @@ from pathlib import Path
 
 from msif_ray.cluster.jobs import LOG_LIKELIHOODS, QueryJob, query_parts
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.pool import Progress, ReplicaPool
+from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
+from msif_ray.cluster.told import Progress
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block, Document, block_id
 from msif_ray.influence.groups import Shapes

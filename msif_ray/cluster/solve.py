@@ -20,7 +20,7 @@ from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, iterate_name
 from msif_ray.cluster.jobs import CovarianceJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import Answers, CarryTask, Source
-from msif_ray.cluster.pool import Progress, ReplicaPool
+from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.solve_tasks import (
     Systems,
@@ -32,6 +32,7 @@ from msif_ray.cluster.solve_tasks import (
     write_start,
 )
 from msif_ray.cluster.tasks import for_each_map
+from msif_ray.cluster.told import Progress
 from msif_ray.config import CgSolver
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.unusable import none_usable

@@ -16,8 +16,9 @@ from typing import ClassVar, Protocol
 import ray
 
 from msif_ray.cluster.deaths import DEATHS, NoRoomError
-from msif_ray.cluster.pool import FRUITLESS_TRIES, WAIT_SECONDS, Progress, ReplicaPool
+from msif_ray.cluster.pool import FRUITLESS_TRIES, WAIT_SECONDS, ReplicaPool
 from msif_ray.cluster.room import RankResources, free_ranks
+from msif_ray.cluster.told import Progress
 from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.errors import UserError, one_line

@@ -7,9 +7,10 @@ from typing import Any
 import numpy
 from transformers import AutoTokenizer
 
-from msif_ray.cluster.pool import Progress, ReplicaPool
+from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.score import ScoreTask
 from msif_ray.cluster.score_jobs import TokenJob, WindowShares
+from msif_ray.cluster.told import Progress
 from msif_ray.corpus.blocks import ListedBlocks
 from msif_ray.corpus.objectives import Frame, as_text, frame, framed
 from msif_ray.corpus.pieces import pieces

@@ -1,6 +1,6 @@
 """The plan of a run: its steps with what each costs, from a checked run and, where there is one, a calibration."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -18,9 +18,8 @@ from msif_ray.influence.groups import FREE_SHARE, Shapes, module_groups
 from msif_ray.influence.scoring import Scorer
 from msif_ray.plan import counts, curvature
 from msif_ray.plan import solves as solving
-from msif_ray.plan.measure import Calibration
+from msif_ray.plan.inputs import Inputs
 from msif_ray.plan.tokens import Tally
-from msif_ray.preflight import Resolved
 
 SECONDS = 3600.0
 
@@ -39,27 +38,6 @@ class Step:
     hours: float | None
     memory: float | None
     runs_on: Literal["rank", "core"] = "rank"
-
-
-@dataclass(frozen=True)
-class PartBytes:
-    """What a Parquet part takes: a `footer`, so much per `pair`, and per `value` of the lists that a pair has."""
-
-    footer: float
-    pair: float
-    value: float
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the plan is made from. Tallies by `stages.<i>`, `score.<i>` of each pass's first entry, and `queries`;
-    calibrations by stage, none where nothing was measured."""
-
-    resolved: Resolved
-    tallies: Mapping[str, Tally]
-    sizes: Mapping[int, counts.ModelSize]
-    calibrations: Mapping[int, Calibration]
-    part: PartBytes
 
 
 @dataclass

@@ -16,7 +16,8 @@ from msif_ray.machines import with_gpus
 from msif_ray.paths import is_remote
 from msif_ray.plan import counts, curvature
 from msif_ray.plan.counts import ModelSize
-from msif_ray.plan.estimate import Estimate, Inputs, Step
+from msif_ray.plan.estimate import Estimate, Step
+from msif_ray.plan.inputs import Inputs
 from msif_ray.plan.memory import HAND_MEMORY, resident_peak
 from msif_ray.plan.refusals import refusals
 from msif_ray.plan.steps import steps

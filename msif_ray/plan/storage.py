@@ -12,7 +12,8 @@ from msif_ray.corpus.reader import Document
 from msif_ray.influence.groups import Shapes
 from msif_ray.plan import counts
 from msif_ray.plan import solves as solving
-from msif_ray.plan.estimate import Estimate, PartBytes
+from msif_ray.plan.estimate import Estimate
+from msif_ray.plan.inputs import PartBytes
 from msif_ray.preflight import Resolved
 from msif_ray.record import MEANING
 from msif_ray.results.parts import Details, write_part

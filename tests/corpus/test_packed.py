@@ -265,7 +265,7 @@ def resolve(folder: Path, **documents: Any) -> Resolved:
 def test_rows_are_whole_by_default_and_mistakes_are_told_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("msif_ray.preflight.DEFAULT_MAX_TOKENS", 7)
+    monkeypatch.setattr("msif_ray.filled.DEFAULT_MAX_TOKENS", 7)
     resolved = resolve(tmp_path, packed=packed(lengths="n"), id="name")
     assert resolved.documents == {"stages.0": 6, "score.0": 6}
     assert resolved.run.stages[0].fit.max_tokens == resolved.run.score[0].max_tokens == models.CONTEXT
