@@ -179,6 +179,7 @@ def test_top_documents_are_their_own_text_and_tokens_with_what_came_before(asked
         assert sum(row["token_scores"]) == pytest.approx(row["score"], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_conversations_on_two_ranks_that_shard_the_weights(folder: Path, asked: Path, specs: Any, fits: Any) -> None:
     """A margin's two sequences are batches of their own, and so of one rank each."""

@@ -74,6 +74,7 @@ def test_an_index_takes_no_more_than_it_needs(built: Path) -> None:
     assert len(blocks(built)) == 4 * len(groups)
 
 
+@pytest.mark.long
 def test_it_takes_the_bytes_that_are_planned(folder: Path, built: Path) -> None:
     """Every document has one token at least, so at rank 1 what it takes at most is what it takes."""
     description = runs.two_stages(folder, "small", factor_memory=90_000)

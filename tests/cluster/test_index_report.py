@@ -15,7 +15,7 @@ from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.run import run
 
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.long]
 JOB = Path(__file__).parents[2] / "jobs" / "index_report.py"
 
 

@@ -89,8 +89,11 @@ def test_who_hands_blocks_on_may_die(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("replica", "lose"),
-    [(ModelReplica, kill_a_replica), (ModelReplica, kill_both), (losses.PlainReplica, kill_a_replica)],
-    ids=["model", "model-and-who-hands-on", "plain"],
+    [
+        pytest.param(ModelReplica, kill_a_replica, id="model"),
+        pytest.param(ModelReplica, kill_both, id="model-and-who-hands-on", marks=pytest.mark.long),
+        pytest.param(losses.PlainReplica, kill_a_replica, id="plain"),
+    ],
 )
 def test_a_stream_goes_on_without_a_replica_whose_place_stays_empty(
     replica: type[BlockReplica], lose: Callable[[losses.Task], None], tmp_path: Path

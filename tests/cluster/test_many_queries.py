@@ -61,6 +61,7 @@ def test_a_little_memory_gives_the_same_scores(tmp_path: Path) -> None:
         assert sum(little["token_scores"]) == pytest.approx(little["score"], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.long
 def test_peaks_stay_within_the_budgets(tmp_path: Path) -> None:
     """In a process of its own: the peak of memory is the process's. Libraries print there, too."""
     command = [sys.executable, str(Path(__file__).parent / "peaks.py"), str(tmp_path)]

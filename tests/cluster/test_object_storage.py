@@ -51,6 +51,7 @@ def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(logs: Path, b
         assert not log.is_file() or object_storage.SECRET.encode() not in log.read_bytes(), log
 
 
+@pytest.mark.long
 def test_a_storage_that_fails_workers_half_way_is_said_and_survived(
     logs: Path, bucket: str, s3_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,7 @@ class Working(Replica):
         time.sleep(seconds)
 
 
+@pytest.mark.long
 def test_a_replica_that_is_still_at_work_for_a_stream_that_broke_off_is_lent_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -121,6 +121,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_said_and_survived(
     small_disk: Path, tmp_path: Path, undisturbed: dict[runs.Pair, tuple[float, float, int]]
 ) -> None:

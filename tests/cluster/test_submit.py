@@ -102,6 +102,7 @@ def test_a_job_that_was_stopped_goes_on_when_submitted_again(submit: Callable[..
     assert runs.largest_error(scores, runs.read_scores(undisturbed["run_dir"], "pretrain")) < 1e-5
 
 
+@pytest.mark.long
 def test_a_job_on_a_cluster_without_a_gpu_must_say_that_it_wants_none(
     submit: Callable[..., str], tmp_path: Path
 ) -> None:
