@@ -189,8 +189,10 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
         if run[key] == unset:
             run.pop(key)  # a run without is the run that it was before there was such a key
-    if not run.get("detail", {}).get("curvature_norm", True):
-        run["detail"].pop("curvature_norm")  # likewise
+    detail = run.get("detail", {})
+    for key in ("curvature_norm", "norm"):
+        if detail.get(key) == getattr(Detail(), key):
+            detail.pop(key)  # likewise
     for entry in run["score"]:
         entry.pop("out_of")
     for stage in run["stages"]:

@@ -178,6 +178,7 @@ class _Driver:
                 self.config.cluster.directions_memory,
                 tracked=maps,
                 shares=wanted,
+                norms=detail.norm,
                 curvature=self._curvature(index) if detail.curvature_norm else None,
             ),
             blocks=blocks,

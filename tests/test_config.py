@@ -169,7 +169,7 @@ def test_a_fault_is_one_line_with_its_key(key: str, value: Any, message: str) ->
         ("score.0.candidates", "bm25", "score.0.candidates: give {method: bm25} or {path: bm25}, not 'bm25'"),
         ("score.0.responses", "x", "score.0.responses: give a mapping, not 'x'"),
         ("modules", "*.mlp.*", "modules: give ['*.mlp.*'], not '*.mlp.*'"),
-        ("detail", True, "detail: give {tokens: true} or {modules: true} or {curvature_norm: true} or {normalised:"),
+        ("detail", True, "detail: give a mapping of tokens, modules, curvature_norm, normalised, norm, not True"),
         ("cluster", 4, "cluster: give a mapping of replicas, ranks_per_replica, gpus_per_rank, "),
         ("cluster.replicas", "many", "cluster.replicas: give a number, or a mapping of min and max, not 'many'"),
         ("seed", "x" * 300, "seed: input should be a valid integer, unable to parse string as an integer, not 'xxx"),
@@ -375,3 +375,11 @@ def test_a_norm_in_the_inverse_curvature_wants_one(changes: dict[str, Any], mess
 def test_a_later_stage_left_out_leaves_the_norm_in_the_inverse_curvature() -> None:
     left_out = {"score.0.responses": {"tune": {"kind": "identity"}}, "detail": {"curvature_norm": True}}
     assert parse_run(changed_all(left_out)).detail.curvature_norm
+
+
+def test_a_score_per_norm_needs_the_norm() -> None:
+    assert not parse_run(changed("detail", {"norm": False})).detail.norm
+    with pytest.raises(
+        UserError, match=r": detail: `normalised` has the score per unit of `norm`; leave `norm: false`"
+    ):
+        parse_run(changed("detail", {"norm": False, "normalised": True}))

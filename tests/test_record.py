@@ -99,6 +99,14 @@ def test_a_change_under_the_same_run_dir_is_refused(folder: Path, case: str) -> 
     assert "\n" not in str(error.value)
 
 
+def test_norms_may_not_be_left_out_half_way_and_earlier_records_have_them(folder: Path) -> None:
+    description = describe(folder) | {"detail": {"tokens": True}}
+    keep(description)
+    assert "norm" not in read_json(layout.run_record(description["run_dir"]))["identity"]["run"]["detail"]
+    with pytest.raises(UserError, match=r"detail\.norm was None and is False"):
+        keep(description | {"detail": {"tokens": True, "norm": False}})
+
+
 def test_what_no_score_depends_on_may_change(folder: Path) -> None:
     keep(describe(folder))
     edit_config(folder / "stage1/generation_config.json", max_length=7)

@@ -27,7 +27,9 @@ STEPS = {
     "correction_own_pass": "the same without what the covariances' pass kept",
 }
 
-CURVATURE = "_curvature"  # ends the name of scores with norms in the inverse curvature
+# What ends the name of scores of the first number of queries, and what is said of them.
+CURVATURE, LOW, LOW_ALONE = "_curvature", "_low_rank", "_low_rank_without_norms"
+RANK = 8  # of those of low rank where no rank is given
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Options:
 def measure(workload: Workload, options: Options) -> dict[str, Any]:
     """Seconds of a training pass, and every step's ratio to it (`eigh_s` in seconds).
 
-    In four parts, each with training passes of its own: what one part holds is gone before the next.
+    In parts, each with training passes of its own: what one part holds is gone before the next.
     """
     steps = Steps(workload, keep=options.keep)
     timed: list[dict[str, float]] = []
@@ -65,9 +67,13 @@ def measure(workload: Workload, options: Options) -> dict[str, Any]:
     time(**{f"score_q{few}{CURVATURE}": partial(steps.score, directions[few], metrics)})
     del metrics
     time(**{f"score_q{n}": partial(steps.score, each) for n, each in directions.items()})
+    del directions
+    low = steps.directions({}, {}, few, options.rank or RANK)
+    scores = {LOW: partial(steps.score, low), LOW_ALONE: partial(steps.score, low, norms=False)}
+    time(**{f"score_q{few}{kind}": score for kind, score in scores.items()})
     train = statistics.median(each["train"] for each in timed)
     ratios = {name: taken / each["train"] for each in timed for name, taken in each.items() if name != "train"}
-    found: dict[str, Any] = {"train_s": train, "eigh_s": eigh_s} | ratios
+    found: dict[str, Any] = {"train_s": train, "eigh_s": eigh_s, "low_rank": options.rank or RANK} | ratios
     found["fit_total"] = None if eigh_s is None else ratios["covariance"] + ratios["correction"] + eigh_s / train
     found["kept_mib"] = kept / 2**20
     found["peak_rss_mib"] = peak_mebibytes(workload.device)
@@ -150,10 +156,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     for column in ("step", "ratio to a training pass", "tokens/s"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, rate in found["tokens_per_s"].items():
-        queries = name.removeprefix("score_q").removesuffix(CURVATURE)
-        label = STEPS.get(name, f"scores of {queries} queries")
-        label += ", with norms in the inverse curvature" if name.endswith(CURVATURE) else ""
-        table.add_row(label, f"{found[name]:.3f}", f"{rate:,.0f}")
+        table.add_row(STEPS.get(name) or _scores(name, found["low_rank"]), f"{found[name]:.3f}", f"{rate:,.0f}")
     if found["eigh_s"] is not None:
         table.add_row("eigendecompositions", f"{found['eigh_s'] / found['train_s']:.3f}", "")
         table.add_row("the fit together", f"{found['fit_total']:.3f}", "")
@@ -167,6 +170,17 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     table.add_row("kept of the covariances' pass", f"{found['kept_mib']:,.0f} MiB", "")
     table.add_row("peak memory", f"{found['peak_rss_mib']:,.0f} MiB", "")
     console.print(table)
+
+
+def _scores(name: str, rank: int) -> str:
+    """What a step that scores is called."""
+    queries, _, kind = name.removeprefix("score_q").partition("_")
+    beside = {
+        CURVATURE: ", with norms in the inverse curvature",
+        LOW: f" of rank {rank}",
+        LOW_ALONE: f" of rank {rank}, without norms",
+    }
+    return f"scores of {queries} queries{beside.get(f'_{kind}', '')}"
 
 
 def check_device(device: str) -> None:

@@ -140,10 +140,13 @@ class Steps:
         return found
 
     def score(
-        self, directions: Mapping[str, Directions], metrics: Mapping[str, CurvatureMetric] | None = None
+        self,
+        directions: Mapping[str, Directions],
+        metrics: Mapping[str, CurvatureMetric] | None = None,
+        norms: bool = True,
     ) -> Tensor:
-        """Scores `[documents, queries]`, on the CPU; with `metrics` documents' norms in them are computed, too."""
-        scorer, scores = Scorer(directions), []
+        """Scores `[documents, queries]`, on the CPU, with documents' `norms`; with `metrics` those in them, too."""
+        scorer, scores = Scorer(directions, norms=norms), []
         with Capture(self.model, self.maps) as capture:
             for batch in self.batches:
                 captured = capture.run(batch)

@@ -170,8 +170,11 @@ class LoadedDirections:
     """Bytes that are read for every batch."""
 
 
-def load(folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int) -> LoadedDirections:
-    """The directions of several folders as one list of queries, folder after folder, within `memory` bytes.
+def load(
+    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int, norms: bool = True
+) -> LoadedDirections:
+    """The directions of several folders as one list of queries, folder after folder, within `memory` bytes. With
+    `norms` the first scorer alone gives the windows': no other forms gradients for them.
 
     Where they take more, half of the memory is for what is streamed: as many shards are scored together as let
     any map's be in it; at the least it is one shard. Raises UserError for a file that is damaged or missing.
@@ -181,14 +184,15 @@ def load(folders: Sequence[Path], maps: Sequence[str], device: torch.device, mem
     if total <= memory:
         everything = _lazy(stored, maps, device)
         directions = {name: laid_out(everything.read(name)) for name in maps}
-        scorer = Scorer(directions, kept_entries(total, memory, _itemsize(directions)))
+        scorer = Scorer(directions, kept_entries(total, memory, _itemsize(directions)), norms)
         return LoadedDirections([scorer], [sum(map(len, stored))], 0)
     give_back_freed_memory()
     local = {folder: fetched(str(folder)) if is_remote(folder) else folder for folder in folders}
     stored = [Stored(local[each.folder], each.shard, each.vectors, each.bytes) for each in stored]
     groups = _groups(stored, maps, int(STREAM_SHARE * memory) // STREAM_COPIES)
     left = memory - STREAM_COPIES * max(_bytes(group, name) for group in groups for name in maps)
-    scorers, streamed = [], 0
+    scorers: list[Scorer] = []
+    streamed = 0
     for group in groups:
         lazy = _lazy(group, maps, device)
         for name in maps:
@@ -198,7 +202,7 @@ def load(folders: Sequence[Path], maps: Sequence[str], device: torch.device, mem
                 left -= size
             else:
                 streamed += size
-        scorers.append(Scorer(lazy, dense_entries=0))
+        scorers.append(Scorer(lazy, dense_entries=0, norms=norms and not scorers))
     return LoadedDirections(scorers, [sum(map(len, group)) for group in groups], streamed)
 
 

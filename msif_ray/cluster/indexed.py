@@ -124,13 +124,13 @@ def indexed_scorers(loaded: LoadedDirections, folder: Path, device: torch.device
     """Scorers of the same queries against the pseudo-tokens of an index.
 
     Directions that are in memory are rotated once, one map's metric in memory at a time; those that are read for every
-    batch are rotated then.
+    batch are rotated then. Documents' norms are in the index.
     """
     rotated = [_Rotated(scorer.directions, folder, device) for scorer in loaded.scorers]
     if loaded.streamed:
-        return [Scorer(each, dense_entries=0) for each in rotated]
+        return [Scorer(each, dense_entries=0, norms=False) for each in rotated]
     entries = [scorer.dense_entries for scorer in loaded.scorers]
-    return [Scorer(dict(each), dense_entries=left) for each, left in zip(rotated, entries, strict=True)]
+    return [Scorer(dict(each), left, norms=False) for each, left in zip(rotated, entries, strict=True)]
 
 
 @dataclass(frozen=True)

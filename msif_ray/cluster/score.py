@@ -66,7 +66,7 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
             list(task.queries),
             ids,
             table[:, own],
-            numpy.sqrt(squares),
+            numpy.sqrt(squares) if task.detail.norm else None,
             list(outcome.tokens.values()),
             [(skip.document_id, skip.reason) for skip in outcome.skipped],
             task.metadata | {"stage": task.setup.stage, "name": label},

@@ -19,7 +19,8 @@ from msif_ray.influence.groups import FREE_SHARE
 
 @dataclass
 class DocumentScores:
-    """One document's scores `[queries]` (float64) and the squared norm of its gradient, both sums over windows.
+    """One document's scores `[queries]` (float64) and the squared norm of its gradient (NaN: not computed), both sums
+    over windows.
 
     Where they were asked for: the squared norm in the inverse curvature, likewise; the scores by map,
     `[queries, maps]`, and by token, `[queries, tokens]` of each window (float32), from the document's token that it
@@ -47,7 +48,7 @@ class ScoreJob:
     """Scores against the queries of every folder of directions, one folder's after the other's.
 
     `memory`: bytes of a rank's for the directions; None: a share of what is free. `shares`: with the scores by map
-    and perhaps by token. `curvature`: with norms in that stage's inverse curvature.
+    and perhaps by token. `norms`: with those of gradients; `curvature`: with those in that stage's inverse curvature.
     """
 
     directions: tuple[Path, ...]
@@ -55,12 +56,13 @@ class ScoreJob:
     sampled_labels: bool = False
     tracked: tuple[str, ...] | None = None
     shares: Shares | None = None
+    norms: bool = True
     curvature: Curvature | None = None
 
     def start(self, maps: Sequence[str], device: torch.device) -> Work:
         # First, since the default for directions is a share of what is free then.
         metrics = None if self.curvature is None else self.curvature.load(device, self._left_for_factors(maps, device))
-        loaded = load_directions(self.directions, maps, device, self.memory)
+        loaded = load_directions(self.directions, maps, device, self.memory, self.norms)
         if self.shares is None:
             return _ScoreWork(loaded, metrics)
         return _DetailWork(loaded, metrics, shares=self.shares)
@@ -195,10 +197,10 @@ class _TokenWork:
 
 
 def load_directions(
-    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None
+    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None, norms: bool = True
 ) -> LoadedDirections:
     """The directions of several folders as one list of queries, within `memory` bytes, or a share of what is free."""
-    return load(folders, maps, device, memory or _share_of_free(device))
+    return load(folders, maps, device, memory or _share_of_free(device), norms)
 
 
 def left_beside(directions: int, both: int) -> int:

@@ -131,10 +131,18 @@ class Index(Strict):
 class Detail(Strict):
     """What is written beside every score: as list columns what it is a sum of, by token and by tracked map, which the
     top documents have in any case; `curvature_norm`, the norm of the document's gradient in the scored stage's inverse
-    curvature; and `normalised`, the score per token and per unit of each of the gradient's norms.
+    curvature; and `normalised`, the score per token and per unit of each of the gradient's norms. `norm: false` leaves
+    out the gradient's plain norm, which is null then: queries of low rank are scored faster without.
     """
 
     tokens: bool = False
     modules: bool = False
     curvature_norm: bool = False
     normalised: bool = False
+    norm: bool = True
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.normalised and not self.norm:
+            raise ValueError("`normalised` has the score per unit of `norm`; leave `norm: false` out, or `normalised`")
+        return self

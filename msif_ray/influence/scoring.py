@@ -23,14 +23,14 @@ WIDE_COST = 8.0
 DENSE_ENTRIES = 2**28
 
 
-def materialised_cost(tokens: int, out: int, columns: int, queries: int) -> int:
-    """Multiplications per window to form G, multiply it with every query, and square it."""
-    return (tokens + queries + 1) * out * columns
+def materialised_cost(tokens: int, out: int, columns: int, queries: int, norms: bool = True) -> int:
+    """Multiplications per window to form G, multiply it with every query, and square it for its norm."""
+    return (tokens + queries + int(norms)) * out * columns
 
 
-def token_cost(tokens: int, out: int, columns: int, queries: int, rank: int) -> int:
+def token_cost(tokens: int, out: int, columns: int, queries: int, rank: int, norms: bool = True) -> int:
     """Multiplications per window to score token by token, and for the norm without the queries."""
-    norm = min(gram_cost(tokens, out, columns), materialised_cost(tokens, out, columns, queries=0))
+    norm = min(gram_cost(tokens, out, columns), materialised_cost(tokens, out, columns, queries=0)) if norms else 0
     return tokens * rank * queries * (out + columns + 1) + norm
 
 
@@ -64,11 +64,13 @@ class Scorer:
 
     Directions of low rank are multiplied as they are, or expanded where that is cheaper: once for all as long as
     the total stays within `dense_entries`, anew for each product beyond that. With `dense_entries` 0 the mapping
-    may be one that reads its directions when asked: each is asked for once per batch.
+    may be one that reads its directions when asked: each is asked for once per batch. Without `norms` those that it
+    gives are NaN; queries of low rank may be scored without forming G then.
     """
 
     directions: Mapping[str, Directions]
     dense_entries: int = DENSE_ENTRIES
+    norms: bool = True
     _may_keep: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class Scorer:
                 shares = token_scores(directions, activations, gradients).double()
                 shares = shares.unflatten(2, (-1, length)).sum(2).transpose(0, 1)
                 by_token = by_token + shares
-                scores, squares = shares.sum(2), squared_norms(activations, gradients)
+                scores, squares = shares.sum(2), self._squares(activations, gradients)
             else:
                 inputs, gradients = captured.vectors(name)
                 scores, squares = self.score_map(name, directions, inputs, gradients, captured.maps[name].bias)
@@ -157,11 +159,11 @@ class Scorer:
         if isinstance(directions, DenseDirections):
             return True
         out, columns = directions.shape
-        formed = materialised_cost(tokens, out, columns, queries=0)
+        formed = materialised_cost(tokens, out, columns, 0, self.norms)
         met = float(len(directions) * out * columns)
         if not self.keeps(name):
             met += expansion_cost(directions, rows)
-        return formed + wide_cost * met <= token_cost(tokens, out, columns, 1, directions.total_rank)
+        return formed + wide_cost * met <= token_cost(tokens, out, columns, 1, directions.total_rank, self.norms)
 
     def score_map(
         self, name: str, directions: Directions, inputs: Tensor, gradients: Tensor, bias: bool = False
@@ -172,16 +174,27 @@ class Scorer:
         if isinstance(directions, LowRankDirections):
             narrow = inputs.is_cuda and inputs.dtype != wide_type(inputs.dtype)
             if not self._materialises(name, directions, tokens, rows, WIDE_COST if narrow else 1.0):
-                return directions.scores(inputs, gradients, bias), squared_norms(inputs, gradients, bias)
+                return directions.scores(inputs, gradients, bias), self._squares(inputs, gradients, bias)
             if self.keeps(name):
                 directions = DenseDirections(directions.dense)
         parts = []
         # Many queries are read from memory for every product: twice the rows halve that, and cost a cache a little.
         more = 2 if len(directions) >= MANY and not inputs.is_cuda else 1
         for products in window_gradients(inputs, gradients, bias, more, directions.transposed):
-            flat = (products.mT if directions.transposed else products).flatten(1)
-            parts.append((directions.products(products), torch.linalg.vector_norm(flat, dim=1).square()))
+            scores, norms = directions.products(products), _unknown(products)
+            if self.norms:
+                flat = (products.mT if directions.transposed else products).flatten(1)
+                norms = torch.linalg.vector_norm(flat, dim=1).square()
+            parts.append((scores, norms))
         return torch.cat([scores for scores, _ in parts]), torch.cat([norms for _, norms in parts])
+
+    def _squares(self, inputs: Tensor, gradients: Tensor, bias: bool = False) -> Tensor:
+        return squared_norms(inputs, gradients, bias) if self.norms else _unknown(gradients)
+
+
+def _unknown(rows: Tensor) -> Tensor:
+    """The norm of each row, not computed."""
+    return torch.full((len(rows),), torch.nan, device=rows.device)
 
 
 def squared_norms(inputs: Tensor, gradients: Tensor, bias: bool = False) -> Tensor:

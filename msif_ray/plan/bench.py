@@ -35,8 +35,8 @@ Kind = Literal["covariance", "correction", "indexing", "products", "queries", "s
 @dataclass(frozen=True)
 class Trial:
     """A job to be tried: how its documents are read, and some that are usable; for scoring how many queries of which
-    `rank`, the bytes that they may take (None: a share of what is free), and whether with norms in the inverse
-    curvature; for indexing the index's `rank`."""
+    `rank`, the bytes that they may take (None: a share of what is free), and whether with `norms` and with those in
+    the inverse `curvature`; for indexing the index's `rank`."""
 
     name: str
     kind: Kind
@@ -46,6 +46,7 @@ class Trial:
     queries: int = 0
     rank: int | None = None
     memory: int | None = None
+    norms: bool = True
     curvature: bool = False
 
 
@@ -218,7 +219,7 @@ class Bench:
         ones = {name: torch.ones(shape, dtype=dtype, device=device) for name, shape in measured.items()}
         metrics = {name: CurvatureMetric(bases[name], ones[name]) for name in measured}
         held = counts.curvature_bytes(measured, dtype.itemsize)
-        scorer = Scorer(directions, kept_entries(taken, self.budget - held, dtype.itemsize))
+        scorer = Scorer(directions, kept_entries(taken, self.budget - held, dtype.itemsize), self.trial.norms)
         flops = counts.scoring_flops(scorer, seen) + counts.curvature_flops(measured, seen)
         return _Scoring(scorer, metrics), held + counts.scorer_bytes(scorer, seen), flops
 

@@ -138,10 +138,10 @@ def scoring_flops(scorer: Scorer, tally: Tally) -> float:
         out, columns = direction_shape(directions)
         for n, windows in tally.lengths.items():
             rows = math.ceil(windows)
-            cost = float(materialised_cost(n, out, columns, len(directions)))
+            cost = float(materialised_cost(n, out, columns, len(directions), scorer.norms))
             if isinstance(directions, LowRankDirections):
                 if not scorer.materialises(name, n, rows):
-                    cost = token_cost(n, out, columns, 1, directions.total_rank)
+                    cost = token_cost(n, out, columns, 1, directions.total_rank, scorer.norms)
                 elif not scorer.keeps(name):
                     cost += expansion_cost(directions, rows)
             total += 2.0 * windows * cost

@@ -75,10 +75,10 @@ class Estimate:
     def scorer(self, entries: Sequence[Score]) -> Scorer:
         """A scorer with the shapes of the entries' directions and no numbers, which keeps what fits in memory."""
         directions = {name: join([each] * len(entries)) for name, each in self.directions().items()}
-        memory = self.directions_memory(entries)
+        memory, norms = self.directions_memory(entries), self.run.detail.norm and entries[0].index is None
         if memory is None:
-            return Scorer(directions)
-        return Scorer(directions, kept_entries(counts.directions_bytes(directions), memory, self.itemsize))
+            return Scorer(directions, norms=norms)
+        return Scorer(directions, kept_entries(counts.directions_bytes(directions), memory, self.itemsize), norms)
 
     def directions(self) -> dict[str, Directions]:
         """One entry's directions, with shapes and no numbers."""

@@ -89,8 +89,9 @@ def _trials(estimate: Estimate, index: int) -> list[Trial]:
             queries = len(entries) * len(resolved.queries)
             name = scoring_job(position)
             memory = run.cluster.directions_memory
-            norms = run.detail.curvature_norm
-            trials.append(Trial(name, "scoring", setup, documents, False, queries, run.queries.rank, memory, norms))
+            norms = {"norms": run.detail.norm, "curvature": run.detail.curvature_norm}
+            rank = run.queries.rank
+            trials.append(Trial(name, "scoring", setup, documents, False, queries, rank, memory, **norms))
     return trials
 
 

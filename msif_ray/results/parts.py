@@ -30,7 +30,7 @@ UNITS = {
     "the mean loss of its stage; leaving it out of N documents changes the log-likelihood by about -score/N",
     "sign": "positive: training more on the document would have made the completion more likely (supports it)",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; "
-    "for several windows the root of the sum of their squares",
+    "for several windows the root of the sum of their squares; null where the run says `detail: {norm: false}`",
     "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
@@ -57,7 +57,7 @@ SCORES_SCHEMA = pa.schema(
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("doc_id", pa.string(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
-        pa.field("norm", pa.float32(), nullable=False),
+        pa.field("norm", pa.float32()),
         pa.field("n_tokens", pa.int32(), nullable=False),
     ],
     metadata=UNITS,
@@ -99,11 +99,11 @@ class Details:
         return {field.name: (CURVATURE_NORM | SHARES | NORMALISED)[field.name] for field in self.fields} | names
 
     def columns(
-        self, queries: np.ndarray, scores: np.ndarray, norms: np.ndarray, n_tokens: np.ndarray
+        self, queries: np.ndarray, scores: np.ndarray, norms: np.ndarray | None, n_tokens: np.ndarray
     ) -> list[pa.Array]:
         """The columns of every pair of some queries, by query and then by document, from those queries' scores
         `[documents, queries]`. A score per unit of a norm of zero is null."""
-        divisors, found = [n_tokens, norms], []
+        divisors, found = [n_tokens, *([] if norms is None else [norms])], []
         if self.curvature_norms is not None:
             divisors.append(np.asarray(self.curvature_norms, dtype=np.float32))
             found.append(pa.array(np.tile(divisors[-1], len(queries))))
@@ -149,7 +149,7 @@ def write_part(
     query_ids: Sequence[str],
     doc_ids: Sequence[str],
     scores: np.ndarray,
-    norms: np.ndarray,
+    norms: np.ndarray | None,
     n_tokens: Sequence[int],
     skipped: Iterable[tuple[str, str]],
     metadata: Mapping[str, str],
@@ -161,17 +161,19 @@ def write_part(
     A row group holds whole queries, and its statistics say which: whoever wants one query reads a small part. A block
     without rows has no row group.
 
-    `norms` and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`; `metadata` is
-    added to the file's own; `details` are columns beside the scores, and `chosen`
+    `norms` (None: they were not computed) and `n_tokens` are `[documents]`; `skipped` holds `(document id, reason)`;
+    `metadata` is added to the file's own; `details` are columns beside the scores, and `chosen`
     `[documents, queries]` says which pairs to write (None: all). Raises ValueError for arrays of other shapes.
     """
     shape = (len(doc_ids), len(query_ids))
-    if scores.shape != shape or len(norms) != shape[0] or len(n_tokens) != shape[0]:
-        raise ValueError(f"scores {scores.shape}, norms {norms.shape}, n_tokens {len(n_tokens)} for {shape}")
+    norms = None if norms is None else np.asarray(norms, dtype=np.float32)
+    tokens = np.asarray(n_tokens, dtype=np.int32)
+    lengths = [len(each) for each in (norms, tokens) if each is not None]
+    if scores.shape != shape or lengths != [shape[0]] * len(lengths):
+        raise ValueError(f"scores {scores.shape}, norms and n_tokens {lengths} for {shape}")
     details = details or Details(())
     skips = {SKIPPED.decode(): json.dumps([list(skip) for skip in skipped])}
     schema = pa.schema([*SCORES_SCHEMA, *details.fields], {**UNITS, **details.metadata, **metadata, **skips})
-    of_documents = (np.asarray(norms, dtype=np.float32), np.asarray(n_tokens, dtype=np.int32))
     order = np.array(sorted(range(len(query_ids)), key=query_ids.__getitem__), dtype=np.int64)
     in_group = max(-(-GROUP_ROWS // max(1, len(doc_ids))), -(-len(order) // GROUPS), 1)
     with (
@@ -180,8 +182,8 @@ def write_part(
     ):
         for start in range(0, len(order), in_group):
             some = order[start : start + in_group]
-            columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], *of_documents)
-            rows = pa.table([*columns, *details.columns(some, scores[:, some], *of_documents)], schema)
+            columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], norms, tokens)
+            rows = pa.table([*columns, *details.columns(some, scores[:, some], norms, tokens)], schema)
             if chosen is not None:
                 rows = rows.filter(pa.array(chosen[:, some].T.reshape(-1)))
             if len(rows):  # an empty row group is more than `datasets` can read
@@ -189,7 +191,11 @@ def write_part(
 
 
 def _columns(
-    query_ids: Sequence[str], doc_ids: Sequence[str], scores: np.ndarray, norms: np.ndarray, n_tokens: np.ndarray
+    query_ids: Sequence[str],
+    doc_ids: Sequence[str],
+    scores: np.ndarray,
+    norms: np.ndarray | None,
+    n_tokens: np.ndarray,
 ) -> list[pa.Array]:
     """The columns of every pair, by query and then by document."""
     queries, documents = (np.arange(len(ids), dtype=np.int32) for ids in (query_ids, doc_ids))
@@ -197,7 +203,7 @@ def _columns(
         pa.array(query_ids, pa.string()).take(pa.array(np.repeat(queries, len(documents)))),
         pa.array(doc_ids, pa.string()).take(pa.array(np.tile(documents, len(queries)))),
         pa.array(np.ascontiguousarray(scores.T, dtype=np.float32).reshape(-1)),
-        pa.array(np.tile(norms, len(queries))),
+        pa.nulls(scores.size, pa.float32()) if norms is None else pa.array(np.tile(norms, len(queries))),
         pa.array(np.tile(n_tokens, len(queries))),
     ]
 

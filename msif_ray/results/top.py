@@ -63,14 +63,14 @@ class TopPair:
     side: Side
     rank: int
     score: float
-    norm: float
+    norm: float | None
     n_tokens: int
     block_id: str
     curvature_norm: float | None = None
 
 
 # Orders candidates: the score, negated for the highest, then the document's id.
-_Candidate = tuple[float, str, float, int, float | None, str]
+_Candidate = tuple[float, str, float | None, int, float | None, str]
 
 
 @dataclass

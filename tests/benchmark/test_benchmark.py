@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 TINY = Shape(layers=2, hidden=16, heads=2, vocabulary=40, tokens_per_batch=48)
 PROMISED = {
     "train_s", "covariance", "eigh_s", "correction", "score_q2", "score_q2_curvature", "score_q5", "fit_total",
-    "peak_rss_mib",
+    "score_q2_low_rank", "score_q2_low_rank_without_norms", "peak_rss_mib",
 }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def test_scores_are_inner_products_with_the_gradients_that_autograd_gives() -> N
         for name, described in steps.maps.items()
     }
     found = steps.score(directions)
+    torch.testing.assert_close(steps.score(directions, norms=False), found)
     wanted = []
     for batch in steps.batches:
         for row in range(len(batch.keys)):

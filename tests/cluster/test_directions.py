@@ -132,6 +132,19 @@ def test_shards_and_chunks_and_memory_change_no_score(
     torch.testing.assert_close(scores(joined.scorers, world.captured), torch.cat([expected, expected], 1), **CLOSE)
 
 
+def test_the_first_scorer_alone_gives_norms_where_they_are_wanted(world: World, tmp_path: Path) -> None:
+    folder = world.write(tmp_path, [(n, n + 1) for n in range(11)], 2**30, rank=3)
+    _, wanted = Scorer(world.plain(rank=3)).score(world.captured[0])
+    for norms in (True, False):
+        first, *others = directions.load([folder], list(world.maps), CPU, 1, norms).scorers
+        found = first.score(world.captured[0])[1]
+        if norms:
+            torch.testing.assert_close(found, wanted, **CLOSE)
+        else:
+            assert found.isnan().all()
+        assert len(others) == 10 and not any(scorer.norms for scorer in others)
+
+
 def test_the_whole_directions_are_the_dense_path(world: World) -> None:
     dense = scores([Scorer(pipeline.dense(world.carried))], world.captured)
     for queries in ({"rank": 10_000}, {"energy": 1.0}):

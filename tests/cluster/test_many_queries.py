@@ -35,17 +35,20 @@ def describe(folder: Path, run_dir: str, **cluster: Any) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(900)
-def test_a_little_memory_gives_the_same_scores(tmp_path: Path) -> None:
+def test_a_little_memory_and_no_norms_give_the_same_scores(tmp_path: Path) -> None:
     found: list[dict[runs.Pair, tuple[float, float, int]]] = []
     tops = []
     for run_dir, memory in (("plain", {}), ("little", {"directions_memory": "60KiB"})):
         description = describe(tmp_path, run_dir, **memory)
+        description["detail"] = {"norm": run_dir == "plain"}
         run(parse_run(description))
         found.append(runs.read_scores(description["run_dir"], "pretrain"))
         tops.append(pq.read_table(f"{description['run_dir']}/top.parquet").to_pylist())
         assert runs.read_scores(description["run_dir"], "again") == found[-1]
     assert len(found[0]) == QUERIES * 14
-    assert runs.largest_error(found[1], found[0]) < FLOAT32
+    assert {norm for _, norm, _ in found[1].values()} == {None} == {row["norm"] for row in tops[1]}
+    with_norms = {pair: (score, found[0][pair][1], tokens) for pair, (score, _, tokens) in found[1].items()}
+    assert runs.largest_error(with_norms, found[0]) < FLOAT32
 
     folder = layout.directions(description["run_dir"], "pretrain")
     manifest = read_json(layout.directions_manifest(folder))

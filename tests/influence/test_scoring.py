@@ -151,12 +151,31 @@ def test_details_are_those_of_pairs(captured, monkeypatch, entries):
         torch.testing.assert_close(scorer.detailed(captured, True).by_token, by_token, **CLOSE)
 
 
+def test_without_norms_scores_are_the_same_and_no_gradient_is_formed_for_one(captured, monkeypatch):
+    torch.manual_seed(0)
+    directions = low_rank(captured)
+    kinds = (directions, ragged(directions), {name: DenseDirections(d.dense) for name, d in directions.items()})
+    wanted, _ = Scorer(directions).score(captured)
+    for kind in kinds:
+        without = Scorer(kind, norms=False)
+        found = without.detailed(captured, tokens=True)
+        for scores, norms in (without.score(captured), (found.scores, found.norms)):
+            torch.testing.assert_close(scores, wanted, **CLOSE)
+            assert norms.shape == (len(scores),) and norms.isnan().all()
+    monkeypatch.setattr(scoring, "window_gradients", None)
+    monkeypatch.setattr(scoring, "squared_norms", None)
+    one = {name: each.part(0, 1) for name, each in directions.items()}  # few enough to be met token by token
+    torch.testing.assert_close(Scorer(one, norms=False).score(captured)[0], wanted[:, :1], **CLOSE)
+
+
 def test_the_chooser_counts_multiplications(captured):
     directions = {"m": LowRankDirections.stacked(torch.zeros(50, 2, 64), torch.zeros(50, 2, 32))}
     scorer = Scorer(directions)
     norm = min(8 * 8 * 97, 9 * 64 * 32)
     assert scoring.materialised_cost(8, 64, 32, 50) == 59 * 64 * 32
     assert scoring.token_cost(8, 64, 32, 50, 2) == 8 * 2 * 50 * 97 + norm
+    assert scoring.materialised_cost(8, 64, 32, 50, norms=False) == 58 * 64 * 32
+    assert scoring.token_cost(8, 64, 32, 50, 2, norms=False) == 8 * 2 * 50 * 97
     assert not scorer.materialises("m", 8)
     assert scorer.materialises("m", 200)
     # Expanded anew for each product, which pays when that serves enough windows.

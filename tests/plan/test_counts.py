@@ -122,10 +122,11 @@ def test_norms_in_the_inverse_curvature(captured: Captured) -> None:
     assert counts.curvature_bytes(shapes_of(captured), 8) == 8 * sum(tensor.numel() for tensor in tensors)
 
 
+@pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize(("rank", "dense_entries"), [(None, 2**28), (2, 2**28), (2, 0)])
-def test_scores(captured: Captured, rank: int | None, dense_entries: int) -> None:
+def test_scores(captured: Captured, rank: int | None, dense_entries: int, norms: bool) -> None:
     directions = counts.make_directions(shapes_of(captured), 7, rank, torch.float64, torch.device("cpu"))
-    scorer = Scorer(directions, dense_entries)
+    scorer = Scorer(directions, dense_entries, norms)
     planned = counts.scoring_flops(scorer, TALLY)
     held = counts.scorer_bytes(scorer, TALLY)
     for each in directions.values():

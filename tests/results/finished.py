@@ -59,6 +59,10 @@ class Finished:
     def has_curvature_norms(self) -> bool:
         return bool(self.changes.get("detail", {}).get("curvature_norm"))
 
+    @property
+    def has_norms(self) -> bool:
+        return bool(self.changes.get("detail", {}).get("norm", True))
+
     def scores(self, label: str) -> np.ndarray:
         """`[documents, queries]`, of both signs."""
         seed = self.seed + 100 * list(self.labels).index(label)
@@ -114,7 +118,7 @@ class Finished:
                 [query for query, *_ in self.queries],
                 ids[some],
                 scores[some],
-                norms[some],
+                norms[some] if self.has_norms else None,
                 lengths[some],
                 self.skipped if block == 0 else (),
                 {"stage": "pretrain", "name": label},

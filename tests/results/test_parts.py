@@ -93,6 +93,14 @@ def test_arrays_of_other_shapes_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_norms_that_were_not_computed_are_null(tmp_path: Path) -> None:
+    path = parts.part_path(tmp_path, "s", "b")
+    parts.write_part(path, ["q"], ["x", "y"], np.array([[1.0], [2.0]]), None, [7, 8], [], {})
+    assert parts.read_part(path)["norm"].to_pylist() == [None, None]
+    (rows,) = parts.read_rows(path)
+    assert rows["norm"].null_count == 2 and rows["n_tokens"].to_pylist() == [7, 8]
+
+
 def test_a_flipped_bit_of_the_rows_is_noticed(tmp_path: Path) -> None:
     path = write(tmp_path, "b", ["a", "b"], [])
     whole = path.read_bytes()

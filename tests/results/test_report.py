@@ -305,6 +305,13 @@ def test_documents_have_their_norms_in_the_inverse_curvature_where_the_run_has_t
     assert ["per-curvature-norm" in page.partition("<script")[0] for page in pages] == [True, False]
 
 
+def test_documents_have_no_norms_where_the_run_has_none(tmp_path: Path) -> None:
+    page = write_report(Finished(changes={"detail": {"norm": False}}).write(tmp_path))[0].read_text()
+    shown = [each for query in page_data(page)["scored"][0]["queries"] for each in query["supports"]]
+    assert shown and not any("norm" in each for each in shown)
+    assert "per-norm" not in page.partition("<script")[0]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run\.json there"):
         write_report(tmp_path)

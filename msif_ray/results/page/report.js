@@ -189,13 +189,14 @@
     strongest.forEach(([word, score], index) => line.append(index ? ", " : "", make("bdi", {}, `“${word}”`), ` ${signed(score)}`));
     const carriers = each.maps.map(([map, share]) => `${data.maps.names[map]} ${percent(Math.abs(share))}`);
     const maps = make("p", { class: "strongest" }, `strongest maps ${carriers.join(", ")}`);
-    const curvature = each.curvature_norm === undefined ? [] : [make("span", {}, `curvature norm ${number(each.curvature_norm)}`)];
+    const norms = [["norm", each.norm], ["curvature norm", each.curvature_norm]].filter(([, value]) => value !== undefined)
+      .map(([name, value]) => make("span", {}, `${name} ${number(value)}`));
     const bar = make("i");
     bar.style.width = `${Math.min(100, 100 * each.share)}%`;
     const score = make("span", { class: "score" }, signed(each.score));
     const node = make("li", { class: side }, make("article", { "aria-label": `rank ${each.rank}, ${each.id}, score ${signed(each.score)}` },
       make("div", { class: "head" }, make("span", { class: "rank" }, String(each.rank)), make("h4", {}, each.id), score),
-      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, `${each.n_tokens.toLocaleString("en")} tokens`), make("span", {}, `norm ${number(each.norm)}`), ...curvature),
+      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, `${each.n_tokens.toLocaleString("en")} tokens`), ...norms),
       text, line, maps));
     const mark = (on) => document.querySelector(`[data-mark="${side}-${each.rank}"]`)?.classList.toggle("tick-on", on);
     node.addEventListener("pointerenter", () => mark(true));
