@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
-from msif_ray.config import Preference, Run, Stage
+from msif_ray.config import Index, Preference, Run, Score, Stage
 from msif_ray.corpus.windows import last_token
 from msif_ray.errors import UserError
 from msif_ray.manifests import CONFIG
@@ -35,8 +35,9 @@ def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, C
                 "name a reference model with the same tokens"
             )
         _check_same_tokens(tokenizer, reference, stage.name, key)
-        entries = [entry for entry in (*run.score, *run.index) if entry.stage == stage.name]
-        longest = max([stage.fit.max_tokens or 0, *(entry.max_tokens or 0 for entry in entries)])
+        entries: list[Score | Index] = [*run.score, *run.index]
+        asked = [entry.max_tokens or 0 for entry in entries if entry.stage == stage.name]
+        longest = max([stage.fit.max_tokens or 0, *asked])
         if reference.context is not None and longest > reference.context:
             raise UserError(
                 f"{key}: max_tokens of {stage.name!r}, {longest}, is more than the {reference.context} tokens of its "
