@@ -199,6 +199,9 @@ def _check_kind(config: Any, key: str, classifies: bool) -> None:
         raise UserError(f"{key}.model: {names[0]} has an encoder and a decoder; only one stack of blocks is supported")
     if sorted(config.id2label) != list(range(config.num_labels)):
         raise UserError(f"{key}.model: id2label of its config.json does not number its classes from 0")
+    named = [str(name) for name in config.id2label.values()]
+    if twice := next((name for name in named if named.count(name) > 1), None):  # a label's name would be the first's
+        raise UserError(f"{key}.model: id2label of its config.json calls several classes {twice!r}; rename all but one")
     if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
         problem = config.problem_type or "a single label, which is a regression"
         raise UserError(

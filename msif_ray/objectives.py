@@ -1,13 +1,16 @@
 """The objectives of a checked run's stages: their reference models, and what tells two objectives apart."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
-from msif_ray.config import Preference, Run, Stage
+from msif_ray.config import Index, Preference, Run, Score, Stage
 from msif_ray.corpus.windows import last_token
 from msif_ray.errors import UserError
 from msif_ray.manifests import CONFIG
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A key that identities of earlier versions do not have.
 _LATER = "reference_config_sha256"
@@ -25,13 +28,16 @@ def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, C
         key, reference = f"stages.{index}.objective.reference", checkpoints[index - 1]
         if stage.objective.reference is not None:
             reference = _named(stage.objective.reference, stage.name, index, run.modules)
-        last = last_token(load_tokenizer(checkpoints[index].tokenizer_path, f"stages.{index}.tokenizer"))
-        if reference.vocabulary < min(last + 1, checkpoints[index].vocabulary):
+        tokenizer = load_tokenizer(checkpoints[index].tokenizer_path, f"stages.{index}.tokenizer")
+        if reference.vocabulary < min(last_token(tokenizer) + 1, checkpoints[index].vocabulary):
             raise UserError(
                 f"{key}: {reference.model_path} knows {reference.vocabulary} tokens, fewer than {stage.name!r}; "
                 "name a reference model with the same tokens"
             )
-        longest = max([stage.fit.max_tokens or 0, *(s.max_tokens or 0 for s in run.score if s.stage == stage.name)])
+        _check_same_tokens(tokenizer, reference, stage.name, key)
+        entries: list[Score | Index] = [*run.score, *run.index]
+        asked = [entry.max_tokens or 0 for entry in entries if entry.stage == stage.name]
+        longest = max([stage.fit.max_tokens or 0, *asked])
         if reference.context is not None and longest > reference.context:
             raise UserError(
                 f"{key}: max_tokens of {stage.name!r}, {longest}, is more than the {reference.context} tokens of its "
@@ -47,6 +53,22 @@ def _named(model: str, stage: str, index: int, modules: list[str] | None) -> Che
         return check_checkpoint(Stage(name=f"{stage}-reference", model=model), modules, key)
     except UserError as error:
         raise UserError(str(error).replace(f"{key}.model: ", f"{key}: ", 1)) from None
+
+
+def _check_same_tokens(tokenizer: "PreTrainedTokenizerBase", reference: Checkpoint, stage: str, key: str) -> None:
+    """A reference model is given the stage's own tokens. Raises UserError where its tokenizer numbers one of them
+    otherwise; whether a model without a tokenizer was trained on these cannot be told."""
+    try:
+        numbers = load_tokenizer(reference.tokenizer_path, key).get_vocab()
+    except UserError:
+        return
+    own = sorted(tokenizer.get_vocab().items(), key=lambda each: each[1])
+    for token, number in own:
+        if numbers.get(token, number) != number:
+            raise UserError(
+                f"{key}: {reference.model_path} has other tokens than {stage!r}: {token!r} is {numbers[token]} by its "
+                f"tokenizer, and {number} by the stage's; name a reference model with the same tokens"
+            )
 
 
 def objective_identity(run: Run, index: int, references: Mapping[int, Checkpoint]) -> dict[str, Any] | None:

@@ -179,7 +179,7 @@ class _Driver:
                 tracked=maps,
                 shares=wanted,
                 norms=detail.norm,
-                curvature=self._curvature(index) if detail.curvature_norm else None,
+                curvature=self._curvature(entry) if detail.curvature_norm else None,
             ),
             blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
@@ -190,8 +190,9 @@ class _Driver:
             candidates=chosen,
         )
 
-    def _curvature(self, index: int) -> Curvature:
-        return stage_curvature(self.config, index, factors_folder(self.config, index), self.resolved.maps)
+    def _curvature(self, entry: Score) -> Curvature:
+        factors = factors_folder(self.config, self.config.stage_index(entry.stage))
+        return stage_curvature(self.config, entry, factors, self.resolved.maps)
 
     def _choose_candidates(self) -> None:
         """At once, so that queries which share no word with the corpus are told before any replica is started."""

@@ -191,6 +191,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f / CONFIG, id2label={"1": "a", "2": "b"}),
         r"stages\.1\.model: id2label of its config\.json does not number its classes from 0",
     ),
+    "classes of one name": (
+        lambda f: edit_config(f / CONFIG, id2label={"0": "a", "1": "a"}),
+        r"stages\.1\.model: id2label of its config\.json calls several classes 'a'; rename all but one",
+    ),
     "no named kind": (
         lambda f: edit_config(f / CONFIG, architectures=None),
         r"stages\.1\.objective: the model is a model of no named kind, which has no classification head; name",

@@ -1,5 +1,6 @@
 """Stages of preferences: which model is their reference, and what is wrong with them is one line, before any work."""
 
+import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -120,10 +121,34 @@ def test_a_reference_with_fewer_tokens_is_refused(folder: Path) -> None:
         check(parse_run(description))
 
 
-def test_a_reference_with_a_shorter_context_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_a_reference_that_numbers_the_same_tokens_otherwise_is_refused(folder: Path, named: bool) -> None:
+    reference = shutil.copytree(folder / "base", folder / "other") if named else folder / "base"
+    description = changed(preferring(folder), "stages.1.objective.reference", str(reference) if named else None)
+    path = reference / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    numbers = tokenizer["model"]["vocab"]
+    the, a = numbers["the"], numbers["a"]
+    numbers |= {"the": a, "a": the}
+    path.write_text(json.dumps(tokenizer))
+    message = rf"^stages\.1\.objective\.reference: \S+ has other tokens than 'prefer': 'the' is {a} by .*, and {the} by"
+    with pytest.raises(UserError, match=message) as error:
+        check(parse_run(description))
+    assert "\n" not in str(error.value)
+    if named:  # it is given tokens, and needs no tokenizer
+        for file in reference.glob("*token*"):
+            file.unlink()
+        assert check(parse_run(description)).references[1].model_path == str(reference)
+
+
+@pytest.mark.parametrize("of_index", [False, True])
+def test_a_reference_with_a_shorter_context_is_refused(folder: Path, of_index: bool) -> None:
     small = save_small(folder)
     edit_config(folder / "small/config.json", max_position_embeddings=32)
     description = changed(preferring(folder), "stages.1.objective.reference", small)
+    if of_index:
+        description["stages"][1]["fit"] = {"max_tokens": 32}
+        description["index"] = [{"stage": "prefer", "max_tokens": 64}]
     message = r"^stages\.1\.objective\.reference: max_tokens of 'prefer', 64, is more than the 32 tokens of its context"
     with pytest.raises(UserError, match=message):
         check(parse_run(description))

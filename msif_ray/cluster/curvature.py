@@ -10,7 +10,7 @@ import torch
 from msif_ray import layout, stages
 from msif_ray.cluster.directions import STREAM_COPIES, ReadAgain
 from msif_ray.cluster.fit import mean_eigenvalues
-from msif_ray.config import Run
+from msif_ray.config import Run, Score
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
 from msif_ray.influence.curvature import CurvatureMetric
@@ -54,13 +54,15 @@ class Curvature:
         return metrics
 
 
-def stage_curvature(run: Run, index: int, factors: Path, shapes: Shapes) -> Curvature:
-    """That of a fitted stage whose documents are scored, by its own damping at every map. An expert that no fitted
-    document reached has no part, as it has none in scores."""
+def stage_curvature(run: Run, entry: Score, factors: Path, shapes: Shapes) -> Curvature:
+    """That of the fitted stage whose documents a `score` entry is of, by the stage's damping at every map. The response
+    is the entry's, as in its scores: the stage's own may be no damped inverse. An expert that no fitted document
+    reached has no part, as it has none in scores."""
     responses: dict[str, Response] = {}
+    answering, index = run.answering(entry), run.stage_index(entry.stage)
     means = mean_eigenvalues(factors)
     for name in shapes:
-        response, _ = stages.response_of(run, index, index, name, means[name])
+        response, _ = stages.response_of(answering, index, index, name, means[name])
         if not isinstance(response, Nothing):
             responses[name] = response
     return Curvature(factors, shapes, responses, run.cluster.dtype, run.cluster.factor_memory)

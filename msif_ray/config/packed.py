@@ -13,7 +13,8 @@ class Packed(Strict):
     Where one document ends and the next begins, one of these says: `lengths`, a column with the tokens of each document
     of the row; `positions`, one with a position per token that begins anew with each document; `documents`, one with a
     value per token that changes with each document; or `eos`, the id of the token that each document ends with (where
-    several follow one another, the others are padding, and of no document).
+    several follow one another, the others are padding, and of no document). By the other three every token is some
+    document's: padding is to be cut off before, or it is scored as documents, or with `lengths` no row adds up.
 
     `attention` says what a token saw in training: with `row`, all tokens before it in its row, so that a document is
     scored with what comes before it there as context, and positions count along the row; with `document`, those of its

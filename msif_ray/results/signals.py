@@ -58,7 +58,7 @@ def find_signals(
     for scored in facts.scored:
         for query in facts.queries:
             key = (scored.label, query.id)
-            found = [*_preferred(query), *_energy(scored, query)]
+            found = [*_preferred(query, facts.run.queries.label is not None), *_energy(scored, query)]
             found += [*_modules(*module_shares[key])] if key in module_shares else []
             found += [*_length(statistics[key])] if key in statistics else []
             of_queries[key] = found
@@ -111,7 +111,7 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
             )
 
 
-def _preferred(query: Query) -> Iterator[Signal]:
+def _preferred(query: Query, is_class: bool) -> Iterator[Signal]:
     if query.log_likelihood is None or not query.tokens:
         return
     if query.rather_than is not None:
@@ -124,7 +124,15 @@ def _preferred(query: Query) -> Iterator[Signal]:
             )
         return
     probability = exp(query.log_likelihood / query.tokens)
-    if probability < LEAST_PROBABILITY:
+    if probability >= LEAST_PROBABILITY:
+        return
+    if is_class:
+        yield Signal(
+            "The model did not choose this class",
+            f"its probability is {probability:.2g} (below {LEAST_PROBABILITY:g}). What would make an unlikely class "
+            "likelier is another question than why the model chose one; check the label.",
+        )
+    else:
         yield Signal(
             "The model did not prefer this completion",
             f"its tokens have a geometric mean probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,15 +134,30 @@ def test_damping_is_the_scored_stage_s_at_every_map_and_an_unreached_expert_has_
     shapes = dict.fromkeys(means, (3, 2))
     run = world.run()
     changed = run.model_copy(update={"cluster": run.cluster.model_copy(update={"factor_memory": 77})})
-    found = stage_curvature(changed, 0, tmp_path, shapes)
+    found = stage_curvature(changed, changed.score[0], tmp_path, shapes)
     assert found.responses == {"0.up": DampedInverse(0.2), "0.experts.2.up": DampedInverse(0.4)}
     assert (found.factors, found.dtype, found.memory) == (tmp_path, "float64", 77)
     # A later stage's response is its part in scores of an earlier one; its own documents meet its damping.
-    assert stage_curvature(run, 1, tmp_path, shapes).responses["0.up"] == DampedInverse(0.02)
+    assert stage_curvature(run, run.score[1], tmp_path, shapes).responses["0.up"] == DampedInverse(0.02)
     flat = parse_run(
         run.model_dump() | {"stages": [s.model_dump() | {"damping": {"absolute": 0.5}} for s in run.stages]}
     )
-    assert len(stage_curvature(flat, 0, tmp_path, shapes).responses) == 3
+    assert len(stage_curvature(flat, flat.score[0], tmp_path, shapes).responses) == 3
+
+
+@pytest.mark.parametrize("own", [{"kind": "unrolled", "rate": 0.01, "steps": 30}, {"kind": "identity"}])
+def test_the_response_is_the_entry_s_where_the_stage_s_own_is_no_damped_inverse(
+    world: World, tmp_path: Path, own: dict[str, Any]
+) -> None:
+    description = world.run().model_dump(mode="json") | {"detail": {"curvature_norm": True}}
+    description["stages"][1]["response"] = own
+    with pytest.raises(UserError, match=rf"in score\.1 the response of 'tune' is {own['kind']}"):
+        parse_run(description)
+    description["score"][1]["responses"] = {"tune": {"kind": "proximal"}}
+    run = parse_run(description)
+    write_json(layout.factors_manifest(tmp_path), {"maps": {"0.up": {"mean_eigenvalue": 2.0}}})
+    found = stage_curvature(run, run.score[1], tmp_path, {"0.up": (3, 2)})
+    assert found.responses == {"0.up": DampedInverse(0.02)}
 
 
 def test_factors_get_what_directions_leave_and_half_at_least() -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from msif_ray.cli import app
 from msif_ray.errors import UserError
 from msif_ray.results.report import write_report
+from msif_ray.store import read_json, write_json
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>"
 WRITTEN = ["שלום עולם, זה מסמך", "مرحبا بالعالم", "世界 你好", "नमस्ते", "👩‍👩‍👧 naïve"]
@@ -100,8 +101,11 @@ def test_a_class_is_called_so(chromium: Any, tmp_path: Path) -> None:
             "score": [{"stage": "pretrain"}, second],
         },
     )
-    page = browser.Watched(chromium, write_report(run.write(tmp_path))[0]).page
+    run_dir = run.write(tmp_path)
+    write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"completion_tokens": {"q0": 1}})
+    page = browser.Watched(chromium, write_report(run_dir)[0]).page
     shown = page.locator("body").inner_text()
+    assert "mean probability" not in shown and page.locator("dt", has_text="probability").count() == 1
     assert "Supports the class" in shown and "the class’s log-likelihood" in shown
     assert "completion" not in shown.replace("completion_tokens", "")
 

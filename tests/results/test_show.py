@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from msif_ray.cli import app
 from msif_ray.errors import UserError
 from msif_ray.results.show import show
+from msif_ray.store import read_json, write_json
 
 
 def shown(*arguments: str) -> str:
@@ -39,6 +40,13 @@ def test_all_queries_with_both_sides(run_dir: Path) -> None:
 def test_without_a_score_it_says_so(tmp_path: Path) -> None:
     printed = shown(str(Finished(documents=0, skipped=[("a", "text is null")]).write(tmp_path)), "--query", "q0")
     assert "(61% per token), no document has a score; skipped.parquet says why" in " ".join(printed.split())
+
+
+def test_of_one_token_and_of_a_class_the_probability_is_not_per_token(run_dir: Path) -> None:
+    record = read_json(run_dir / "run.json")
+    write_json(run_dir / "run.json", record | {"completion_tokens": {"q0": 1, "q1": 2}})
+    printed = shown(str(run_dir))
+    assert "log-likelihood -1 nats (37%)," in printed and "log-likelihood -1 nats (61% per token)," in printed
 
 
 def test_one_query_of_other_scores(run_dir: Path) -> None:

@@ -48,6 +48,20 @@ def test_a_query_that_the_model_did_not_prefer(tmp_path: Path) -> None:
         assert found_titles == (["The model did not prefer this completion"] if expected else [])
 
 
+def test_a_class_that_the_model_did_not_choose_has_no_text_to_check(tmp_path: Path) -> None:
+    stages = [
+        {"name": "pretrain", "model": "a", "documents": {"path": "base.jsonl", "text": "text"}},
+        {"name": "tune", "model": "b", "objective": "classification"},
+    ]
+    asked = {"path": "asked.jsonl", "text": "text", "label": "label"}
+    run = Finished(log_likelihood=float(np.log(0.04)), changes={"stages": stages, "queries": asked})
+    facts = read_facts(run.write(tmp_path))
+    of_class = replace(facts.queries[0], tokens=1)
+    (signal,) = find_signals(replace(facts, queries=[of_class]), {}, {}).queries[KEY]
+    assert signal.title == "The model did not choose this class"
+    assert "its probability is 0.04 (below 0.05)" in signal.detail and "completion" not in signal.detail
+
+
 def test_a_margin_on_the_wrong_side(tmp_path: Path) -> None:
     queries = (("q0", "Is it?", " yes", {"rather_than": " no"}), ("q1", "Or not?", " no"))
     for likelihood, expected in ((0.1, []), (-0.1, ["The model preferred the other completion"])):

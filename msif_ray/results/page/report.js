@@ -75,7 +75,9 @@
     if (margin) facts.push(...fact("rather than", query.rather_than));
     if (query.log_likelihood !== null) {
       facts.push(...fact(margin ? "log-likelihood above the other's" : "log-likelihood", `${number(query.log_likelihood)} nats`));
-      if (query.tokens && !margin) facts.push(...fact("mean probability of its tokens", `${percent(Math.exp(query.log_likelihood / query.tokens))}, ${query.tokens} tokens`));
+      const several = query.tokens > 1; // a class counts as one
+      const probability = percent(Math.exp(query.log_likelihood / query.tokens)) + (several ? `, ${query.tokens} tokens` : "");
+      if (query.tokens && !margin) facts.push(...fact(several ? "mean probability of its tokens" : "probability", probability));
     }
     if (found.documents) {
       facts.push(...fact("documents scored", found.documents.toLocaleString("en")));
