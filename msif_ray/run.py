@@ -178,7 +178,7 @@ class _Driver:
                 self.config.cluster.directions_memory,
                 tracked=maps,
                 shares=wanted,
-                curvature=self._curvature(index) if detail.curvature_norm else None,
+                curvature=self._curvature(entry) if detail.curvature_norm else None,
             ),
             blocks=blocks,
             queries=tuple(query.id for query in self.resolved.queries),
@@ -189,8 +189,9 @@ class _Driver:
             candidates=chosen,
         )
 
-    def _curvature(self, index: int) -> Curvature:
-        return stage_curvature(self.config, index, factors_folder(self.config, index), self.resolved.maps)
+    def _curvature(self, entry: Score) -> Curvature:
+        index, answering = self.config.stage_index(entry.stage), self.config.answering(entry)
+        return stage_curvature(answering, index, factors_folder(answering, index), self.resolved.maps)
 
     def _choose_candidates(self) -> None:
         """At once, so that queries which share no word with the corpus are told before any replica is started."""
