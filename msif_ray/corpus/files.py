@@ -38,7 +38,7 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
         if bad is not None:  # run.json and the ids of its documents could not hold it
             shown = os.fsencode(bad).decode(errors="backslashreplace")
             raise UserError(f"{key}.path: {shown}: its name is not UTF-8; rename it")
-        paths += [path for path in found if path not in paths]
+        paths = list(dict.fromkeys([*paths, *found]))  # a glob may name a file twice, too, by two ways to it
     if not paths:
         raise UserError(f"{key}.path: names no file")
     root = os.path.commonpath([os.path.dirname(_comparable(path)) for path in paths])

@@ -23,8 +23,11 @@ def install() -> None:
     process = workers.ModelReplica._process
 
     def noted(self: Any, block: Block) -> tuple[int, int, int]:
-        note(ray.get(self._task).folder, "hands-on", str(os.getpid()))
-        return process(self, block)
+        task = ray.get(self._task)
+        note(task.folder, "hands-on", str(os.getpid()))
+        counted = process(self, block)
+        task.await_another()
+        return counted
 
     def begin(self: Any, task: Any) -> bool:
         self._task = task
@@ -56,7 +59,9 @@ class PlainReplica(BlockReplica):
         self._task = ray.get(task[0])
 
     def do(self, block: Block) -> Counted:
-        return Counted(*count(self._task, block))
+        counted = Counted(*count(self._task, block))
+        self._task.await_another()
+        return counted
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,11 @@ class Task:
     def pids(self, files: str) -> list[int]:
         """The processes that the files name."""
         return [int(line) for path in self.folder.glob(files) for line in path.read_text().split()]
+
+    def await_another(self) -> None:
+        """Returns when two replicas have done a block: on a busy machine one would do all before the other has started.
+
+        It is for whoever gives a replica its blocks to wait, since the other's asks that replica whose it is.
+        """
+        while len(set(self.pids("block-*"))) < 2:
+            time.sleep(0.05)

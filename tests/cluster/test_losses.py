@@ -81,12 +81,10 @@ def kill_both(found: losses.Task) -> None:
     kill_who_hand_on(found)
 
 
-@pytest.mark.timeout(120)
 def test_who_hands_blocks_on_may_die(tmp_path: Path) -> None:
     streamed(task(tmp_path, ModelReplica), kill_who_hand_on)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("replica", "lose"),
     [

@@ -122,8 +122,12 @@ def test_run_json_says_what_changes_a_score(one_process: str) -> None:
 
 @pytest.fixture(scope="module")
 def two_replicas(folder: Path) -> str:
-    """The same run on two replicas, with the shares of every score and norms in the inverse curvature."""
+    """The same run on two replicas, with the shares of every score and norms in the inverse curvature. The responses
+    are the entries', and the stage's own is one without damping."""
     description = runs.two_stages(folder, "replicas", replicas=2)
+    own = {"tune": description["stages"][1].pop("response")}
+    description["stages"][1]["response"] = {"kind": "identity"}
+    description["score"] = [entry | {"responses": own} for entry in description["score"]]
     run(parse_run(description | {"detail": {"tokens": True, "modules": True, "curvature_norm": True}}))
     return str(description["run_dir"])
 

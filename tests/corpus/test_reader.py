@@ -46,6 +46,15 @@ def test_every_format_gives_the_same_documents_in_order(tmp_path, name):
         read(path, text="nothing")
 
 
+@pytest.mark.parametrize("pattern", ("**/**/*.jsonl", "deep/*/../../*.jsonl", ["**/*.jsonl", "deep/../*.jsonl"]))
+def test_a_file_that_a_pattern_names_by_several_ways_is_read_once(tmp_path, monkeypatch, pattern):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("deep/one", "deep/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    path = write(tmp_path / "rows.jsonl")
+    assert [file.path for file in corpus_files(Documents(path=pattern, text="text"), "key")] == [str(path)]
+
+
 FAULTS = {
     "not json": ('{"id": "a", "text": "b"}\n{oops\n', r"line 2: not JSON"),
     "deep": ("[" * 100_000, r"line 1: not JSON"),
