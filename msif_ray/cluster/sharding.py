@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from msif_ray.cluster.gathered import keep_no_gathered_weights
 from msif_ray.influence.experts import is_fused
 from msif_ray.loading import auto_class
 
@@ -107,6 +108,7 @@ def load_sharded(
             deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, config=_configuration(device, offload, model))
     model.__dict__["_engine"] = engine  # its end takes the gathering hooks off the model
+    keep_no_gathered_weights(model)
     return model
 
 
