@@ -61,7 +61,8 @@ class _Saved:
             return tensor
         if tensor.shape == weight.shape and tensor.stride() == weight.stride():
             return weight
-        return _Part(weight, tuple(tensor.shape), tensor.stride(), tensor.storage_offset() - weight.storage_offset())
+        start = int(tensor.storage_offset()) - int(weight.storage_offset())
+        return _Part(weight, tuple(tensor.shape), tensor.stride(), start)
 
 
 def _unpack(packed: Tensor | _Part) -> Tensor:
