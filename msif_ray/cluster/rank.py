@@ -88,6 +88,11 @@ class Rank:
         if place is None:
             self.load()
 
+    def fetch(self) -> None:
+        """Has the files of the model and of the tokenizer on this node."""
+        local_model(self.setup.model)
+        local_tokenizer(self.setup.tokenizer)
+
     def load(self) -> None:
         """Loads the model, or this rank's shard of it, and the tokenizer."""
         from transformers import AutoTokenizer  # here: tasks import this module, and need no models

@@ -269,6 +269,7 @@ class Replica:
             actor.options(**options(index)).remote(setup, RankGroup(index, resources.ranks, address, port))
             for index in range(resources.ranks)
         ]
+        self._on_ranks("fetch")  # by itself: one node may take longer over that than ranks wait for each other
         self._on_ranks("load")
 
 

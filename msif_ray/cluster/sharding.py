@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from msif_ray.cluster.gathered import keep_no_gathered_weights
+from msif_ray.influence.experts import is_fused
 from msif_ray.loading import auto_class
 
 # In elements. Smaller weights stay whole on every rank: biases and norms, a few thousandths of a model, whose
@@ -102,8 +104,11 @@ def load_sharded(
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+        if is_fused(module):  # which of its parts are called, and how often, is for each rank's own tokens to say
+            deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, config=_configuration(device, offload, model))
     model.__dict__["_engine"] = engine  # its end takes the gathering hooks off the model
+    keep_no_gathered_weights(model)
     return model
 
 

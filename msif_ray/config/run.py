@@ -77,8 +77,21 @@ class Run(Strict):
         indexed = next((i for i, score in enumerate(self.score) if score.index is not None), None)
         if self.detail.tokens and indexed is not None:
             raise ValueError(f"detail.tokens: score.{indexed} reads an index, which keeps no tokens; leave one out")
-        if self.cluster.offload and self.cluster.ranks_per_replica == 1:
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_that_can_be(self) -> Self:
+        """What no machine could give its ranks."""
+        sharded, gpus = self.cluster.ranks_per_replica > 1, self.cluster.gpus_per_rank or 0.0
+        if self.cluster.offload and not sharded:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"cluster.gpus_per_rank: a rank has a share of one GPU or whole ones, not {gpus:g}")
+        if sharded and 0 < gpus < 1:
+            raise ValueError(
+                f"cluster.gpus_per_rank: ranks that hold one model together need a GPU each, not {gpus:g}; set it to 1 "
+                "or `ranks_per_replica` to 1"
+            )
         return self
 
     @model_validator(mode="after")

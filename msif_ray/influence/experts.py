@@ -120,6 +120,14 @@ class _Experts:
     def count(self) -> int:
         return _shape(self.module, self.layout.second)[0]
 
+    def begin(self, hidden_states: Tensor) -> Tensor:
+        """The module's inputs, which the backward pass comes to where a map of the module is tracked, whether or not a
+        token is sent to that one: ranks that hold one model together must all take the same way back."""
+        tracked = any(each.holder == self.name for each in self.maps.values())
+        if hidden_states.requires_grad or not tracked:
+            return hidden_states
+        return hidden_states.detach().requires_grad_(True)
+
     def compute(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
         """What one expert makes of its tokens, `[tokens, hidden]`."""
         middle = self._linear(expert, self.layout.first, inputs, tokens)
@@ -149,6 +157,7 @@ def _forward(module: nn.Module) -> Callable[..., Tensor]:
 def _weighted_outputs(experts: _Experts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Σ over a token's chosen experts of weight times output, `[tokens, hidden]`; `top_k_index` and `top_k_weights`
     `[tokens, chosen]`. An index past the last expert chooses none."""
+    hidden_states = experts.begin(hidden_states)
     flat, chosen = top_k_index.reshape(-1), top_k_index.shape[-1]
     order = flat.argsort(stable=True)
     sizes = torch.bincount(flat, minlength=experts.count)[: experts.count].tolist()
@@ -172,7 +181,7 @@ def _weighted_outputs(experts: _Experts, hidden_states: Tensor, top_k_index: Ten
 def _weighted_inputs(experts: _Experts, hidden_states: Tensor) -> Tensor:
     """Llama 4: every expert gets every token, times its weight, zero where it is not chosen; `[experts · tokens,
     hidden]` in and out. Without biases an expert makes zero of zero, and no weight has a gradient from it."""
-    every = hidden_states.unflatten(0, (experts.count, -1))
+    every = experts.begin(hidden_states).unflatten(0, (experts.count, -1))
     outputs = []
     for expert, inputs in enumerate(every):
         own = inputs.any(dim=-1).nonzero()[:, 0]

@@ -1,11 +1,13 @@
-"""A container's memory limit counts, whatever its host has."""
+"""A container's memory limit counts, whatever its host has; and of a GPU what PyTorch keeps does not."""
 
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from msif_ray.cluster import node_memory
+from msif_ray.cluster.memory import free_memory
 
 GIB = 2**30
 
@@ -66,3 +68,11 @@ def test_the_first_version_s_limit_counts_even_if_only_its_root_is_seen(tmp_path
     group(tmp_path, "memory", files)
     (tmp_path / "own").write_text("5:cpu,cpuacct:/a\n4:memory:/docker/abc\n0::/\n")
     assert node_memory.available_memory() == 2 * GIB
+
+
+def test_what_pytorch_keeps_of_a_gpu_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier stage's passes and model, in a process that has begun the next."""
+    kept = [60 * GIB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * GIB - sum(kept), 80 * GIB))
+    assert free_memory(torch.device("cuda"), 1) == 70 * GIB

@@ -19,9 +19,11 @@ from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources
+from msif_ray.cluster.sharding import RankGroup
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
+from msif_ray.fetch import obtain
 from msif_ray.influence.capture import Capture, Captured
 from msif_ray.store import load_tensors, save_tensors
 
@@ -242,3 +244,26 @@ def test_eigenvalues_that_are_not_finite_are_refused_by_the_map_s_name(tmp_path:
 
     with pytest.raises(UserError, match=r"^layers\.0\.mlp: the corrected eigenvalues are not finite"):
         fit.write_eigenvalues("layers.0.mlp", tmp_path, Overflowing())
+
+
+def test_files_are_fetched_before_ranks_wait_for_each_other(setup: ModelSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node may take longer over that than the others wait."""
+
+    class Remote:
+        def options(self, **_: object) -> "Remote":
+            return self
+
+        def remote(self, *_: object) -> None:
+            pass
+
+    told: list[str] = []
+    monkeypatch.setattr(ray, "remote", lambda _: Remote())
+    monkeypatch.setattr(ray, "get", lambda _: ("127.0.0.1", 1))
+    monkeypatch.setattr(Replica, "_on_ranks", lambda self, method, *_: told.append(method))
+    Replica(RankResources(2, 1, 0.0))._spawn(setup)
+    assert told == ["fetch", "load"]
+    place, (_, source) = RankGroup(0, 2, "nowhere", 1), obtain(setup.model, None)
+    Rank(replace(setup, model=source), place).fetch()
+    (Path(setup.model) / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="its files have changed since this run was started"):
+        Rank(replace(setup, model=source), place).fetch()

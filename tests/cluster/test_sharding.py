@@ -1,6 +1,7 @@
 """How a model is sharded: shards kept in the host's memory, and what is gathered at once (see also test_run.py)."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import families
@@ -8,8 +9,9 @@ import models
 import pytest
 import ranks
 import runs
+import spy
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM
 
 from msif_ray.cluster.sharding import RankGroup, _configuration, gathered, join, load_sharded
@@ -23,48 +25,74 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Each map's output gradients, and the losses, on one batch."""
-    ids = torch.tensor([[5, 9, 13, 21, 8], [7, 30, 11, 4, 6]])
+    # DeepSpeed records the order of the maps in the first pass and follows it in the second.
+    return passes(model, [(TWO, None)] * 2)[1]
+
+
+def batch_of(rows: list[list[int]]) -> Batch:
+    ids = torch.tensor(rows)
     targets = torch.ones_like(ids, dtype=torch.bool)
     targets[:, 0] = False
-    batch = Batch(ids, torch.ones_like(targets), targets, (WindowKey("a", 0), WindowKey("b", 0)))
-    maps = find_linear_maps(model, None)
-    with Capture(model, maps) as capture:
-        for _ in range(2):  # DeepSpeed records the order of the maps in the first pass and follows it in the second
+    return Batch(ids, torch.ones_like(targets), targets, tuple(WindowKey("a", row) for row in range(len(rows))))
+
+
+TWO = batch_of([[5, 9, 13, 21, 8], [7, 30, 11, 4, 6]])
+# What a rank without work is given.
+NONE = batch_of([[0, 0]])
+# By rank: as many passes, but not as many tokens, and so not as many experts that get some.
+UNEVEN = [[TWO, NONE, TWO, NONE, TWO, NONE], [NONE, TWO, TWO, NONE, NONE, NONE]]
+# The first maps of a group that a fit makes, and of another; the second layer's last two experts alone.
+SOME_EXPERTS = "model.layers.1.mlp.experts.2.gate_up_proj"
+BEGIN_AT = [None, None, None, SOME_EXPERTS, SOME_EXPERTS, None]
+
+
+def passes(model: torch.nn.Module, wanted: Sequence[tuple[Batch, str | None]]) -> list[dict[str, Tensor]]:
+    """Each batch's losses and output gradients of the maps from the one named on, or of all."""
+    found, maps = [], find_linear_maps(model, None)
+    for batch, first in wanted:
+        tracked = list(maps)[0 if first is None else list(maps).index(first) :]
+        with Capture(model, {name: maps[name] for name in tracked}) as capture:
             captured = capture.run(batch)
-    return {name: captured.gradients(name) for name in maps} | {"losses": captured.losses}
+        found.append({name: captured.gradients(name) for name in tracked} | {"losses": captured.losses})
+    return found
 
 
-def offloaded(folder: str) -> dict[str, list[float]]:
+Numbers = dict[str, list[float]]
+
+
+def as_lists(tensors: dict[str, Tensor]) -> Numbers:
+    return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
+
+
+def offloaded(folder: str, mixture: str) -> tuple[Numbers, list[Numbers]]:
     model = load_sharded(folder, torch.float64, CPU, offload=True)
     held = sum(weight.ds_tensor.numel() for weight in model.parameters())
     whole = sum(weight.ds_numel for weight in model.parameters())
     assert held < 0.6 * whole, "the model is too small to be sharded"
-    return {name: tensor.flatten().tolist() for name, tensor in gradients(model).items()}
+    found = as_lists(gradients(model))
+    spy.shard_small_weights()
+    of_rank = zip(UNEVEN[distributed.get_rank()], BEGIN_AT, strict=True)
+    return found, [as_lists(each) for each in passes(load_sharded(mixture, torch.float64, CPU), list(of_rank))]
 
 
-def test_offloaded_ranks_give_the_gradients_of_the_whole_model(tmp_path: Path) -> None:
+def test_ranks_give_the_gradients_of_the_whole_model_and_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    """Whatever tokens the other rank is given."""
     runs.save_wide_pair(tmp_path)
-    folder = str(tmp_path / "stage0")
-    wanted = gradients(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
-    for found in ranks.run(2, offloaded, folder):
-        assert found.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), tensor.flatten())
+    folder, mixture = str(tmp_path / "stage0"), str(tmp_path / "mixture")
+    models.save(families.build("olmoe", 0), models.build_tokenizer(), mixture)
+    whole, many = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float64) for each in (folder, mixture))
+    wanted = gradients(whole.eval())
+    for rank, (found, found_of_mixture) in enumerate(ranks.run(2, offloaded, folder, mixture)):
+        same(found, wanted)
+        expected = passes(many.eval(), list(zip(UNEVEN[rank], BEGIN_AT, strict=True)))
+        for each, of_pass in zip(found_of_mixture, expected, strict=True):
+            same(each, of_pass)
 
 
-@pytest.mark.long
-def test_offloaded_ranks_give_the_gradients_of_a_mixture_of_experts(tmp_path: Path) -> None:
-    folder = str(tmp_path)
-    model = families.build("mixtral", 0, std=0.1, hidden_size=96, head_dim=48, intermediate_size=96)
-    models.save(model, models.build_tokenizer(), folder)
-    wanted = gradients(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
-    assert sum(".experts." in name for name in wanted) == 16
-    for found in ranks.run(2, offloaded, folder):
-        assert found.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(
-                torch.tensor(found[name], dtype=torch.float64), tensor.flatten(), rtol=1e-5, atol=1e-7
-            )
+def same(found: Numbers, wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(torch.tensor(found[name], dtype=torch.float64), tensor.flatten())
 
 
 def test_a_gpu_rank_takes_the_first_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from test_handled import captured
 
 from msif_ray.config import Strength, parse_run
 from msif_ray.errors import UserError
+from msif_ray.influence.capture import Capture
+from msif_ray.influence.modules import find_linear_maps
 from msif_ray.influence.response import Identity, Nothing
 from msif_ray.stages import response_of
 
@@ -32,6 +34,17 @@ def test_an_expert_that_no_token_reached_takes_no_part():
     gradient = torch.randn(1, 8, 13, dtype=torch.float64)
     assert not factor.apply(Nothing(), gradient).any()
     assert all(f.eigenvalues.any() for other, f in fitted.factors.items() if "experts.2" not in other)
+
+
+def test_the_backward_pass_comes_to_experts_whether_or_not_a_tracked_one_has_tokens():
+    """Ranks that hold one model together gather its weights on the same way back."""
+    model, came = dead(families.build("gpt_oss", 0)), []
+    batch = captured(model).batch
+    maps = {name: each for name, each in find_linear_maps(model).items() if "layers.1.mlp.experts.2." in name}
+    model.model.layers[1].mlp.experts.register_forward_hook(lambda _, args, output: came.append(output.requires_grad))
+    with Capture(model, maps) as capture:
+        found = capture.run(batch)
+    assert came == [True] and len(maps) == 2 and not any(found.gradients(name).any() for name in maps)
 
 
 def test_strengths_of_an_expert_that_no_token_reached():
