@@ -140,7 +140,7 @@ def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode:
 
     `decode` gives the text of tokens, which documents of packed rows are searched by.
 
-    The whole corpus's words are in this process's memory, some ten bytes for each.
+    The whole corpus's words are in this process's memory, some twenty bytes for each.
     """
     documents: list[tuple[str, str]] = []
     words = Tokenizer(splitter=r"(?u)\b\w+\b", stopwords=[])
