@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,8 @@ def missing_files(folder: Path, blocks: CorpusBlocks) -> bool:
     """Whether a file of a finished index has been deleted since."""
     manifest = read_manifest(folder)
     groups = [layout.index_group(folder, group) for group in range(len(manifest["groups"]))]
-    files = [layout.index_block(group, block) for group in groups for block in blocks.ids]
-    return not all_there([*files, *(layout.metric_file(folder, name) for name in manifest["maps"])])
+    files = (layout.index_block(group, block) for group in groups for block in blocks.ids)
+    return not all_there(chain(files, (layout.metric_file(folder, name) for name in manifest["maps"])))
 
 
 def corpus_identity(

@@ -124,9 +124,14 @@ def matching(folder: Path, pattern: str) -> list[Path]:
 
     On object storage one listing, whatever their number. Raises UserError when the storage does not list them.
     """
+    return [folder / name for name in names_matching(folder, pattern)]
+
+
+def names_matching(folder: Path, pattern: str) -> list[str]:
+    """The names of the files of `matching`: of very many, a path takes more memory and time than what it is for."""
     with storage(folder, "listed"):
         names = _names(folder, "file")
-    return sorted(folder / name for name in names if fnmatchcase(name, pattern))
+    return sorted(name for name in names if fnmatchcase(name, pattern))
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -173,9 +178,15 @@ def _version(about: Mapping[str, Any]) -> str:
 
 def missing(paths: Iterable[Path]) -> list[Path]:
     """Those of the files that are not there, with one listing of each folder that they are in."""
-    wanted = list(paths)
-    present = {file for folder in {path.parent for path in wanted} for file in matching(folder, "*")}
-    return [path for path in wanted if path not in present]
+    present: dict[Path, frozenset[str]] = {}
+
+    def is_missing(path: Path) -> bool:
+        folder = path.parent
+        if folder not in present:
+            present[folder] = frozenset(names_matching(folder, "*"))
+        return path.name not in present[folder]
+
+    return [path for path in paths if is_missing(path)]
 
 
 def all_there(paths: Iterable[Path]) -> bool:

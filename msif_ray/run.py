@@ -165,7 +165,7 @@ class _Driver:
             about |= {f"index_{key}": str(manifest[key]) for key in ("rank", "dtype")}
         chosen = ChosenFile.found(self._chosen(entry, blocks)) if entry.candidates is not None else None
         if chosen is not None:
-            blocks = CandidateBlocks(**vars(blocks), chosen=chosen)
+            blocks = blocks.as_a(CandidateBlocks, chosen=chosen)
             about["candidates"] = chosen.path
         setup = self._setup(index, documents, entry.max_tokens or self.config.stages[index].fit.max_tokens)
         detail, maps = self.config.detail, tuple(self.resolved.maps)

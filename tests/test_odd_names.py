@@ -34,7 +34,7 @@ def fill(folder: Path, value: float) -> Path:
     store.save_tensors(folder / "t.safetensors", {"x": torch.tensor([value])})
     step, replaced = folder / "partials", None
     for name in ("first", "second"):
-        partials.publish(step / name, [["m"]], [(f"{value}", Outcome({"d": 2}, (), 1))], replaced)
+        partials.publish(step / name, [["m"]], [(f"{value}", Outcome({"d": 2}, (), 1).counts)], replaced)
         replaced = step / name
     return step
 

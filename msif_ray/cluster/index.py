@@ -33,7 +33,8 @@ from msif_ray.influence.compress import Metric, Packed, compress, side_by_side, 
 from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
-from msif_ray.paths import exists, matching, size_of
+from msif_ray.ordered import in_order
+from msif_ray.paths import exists, names_matching, size_of
 from msif_ray.store import delete_folder, load_tensors, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
@@ -159,7 +160,7 @@ class IndexTask:
         return ModelReplica
 
     def done(self) -> set[str]:
-        return {path.stem.removeprefix("block-") for path in matching(self.folder, "block-*.safetensors")}
+        return {Path(name).stem.removeprefix("block-") for name in names_matching(self.folder, "block-*.safetensors")}
 
     def write(self, block: Block, outcome: Outcome, taken: Sequence[IndexedBatch]) -> None:
         """Raises UserError, naming the document, for a gradient that is not finite."""
@@ -267,10 +268,13 @@ def _decided(plan: IndexPlan) -> list[list[str]]:
 
 def _totals(plan: IndexPlan, groups: int) -> dict[str, int]:
     """Documents, their tokens, and bytes of all blocks."""
-    totals = dict.fromkeys(("documents", "tokens"), 0)
-    for block in plan.blocks.ids:
+    group, totals = layout.index_group(plan.folder, 0), dict.fromkeys(("documents", "tokens"), 0)
+
+    def lengths(block: str) -> torch.Tensor:
         with whole(plan.folder):
-            n_tokens = TensorFile(layout.index_block(layout.index_group(plan.folder, 0), block)).tensor("n_tokens")
+            return TensorFile(layout.index_block(group, block)).tensor("n_tokens")
+
+    for n_tokens in in_order(lengths, plan.blocks.ids):
         totals["documents"] += len(n_tokens)
         totals["tokens"] += int(n_tokens.sum())
     size = sum(size_of(layout.index_group(plan.folder, group)) for group in range(groups))

@@ -163,7 +163,7 @@ class IndexedScoreTask:
 
     @property
     def blocks(self) -> CorpusBlocks:
-        return NamedBlocks(**vars(self.score.blocks))
+        return self.score.blocks.as_a(NamedBlocks)
 
     @property
     def replica(self) -> type[IndexedReplica]:

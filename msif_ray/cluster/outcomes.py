@@ -8,6 +8,16 @@ from msif_ray.influence.batch import WindowKey
 
 
 @dataclass(frozen=True)
+class Counts:
+    """How many documents of a block were used, how many tokens and windows these have, and which ones were skipped."""
+
+    documents: int
+    tokens: int
+    windows: int
+    skipped: tuple[Skipped, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What came of one block: documents' token counts in order, those skipped with the reason, and how many windows
     the others have."""
@@ -15,6 +25,11 @@ class Outcome:
     tokens: dict[str, int]
     skipped: tuple[Skipped, ...]
     windows: int
+
+    @property
+    def counts(self) -> Counts:
+        """What is to be kept of it where blocks are many: no entry for each document."""
+        return Counts(len(self.tokens), sum(self.tokens.values()), self.windows, self.skipped)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from msif_ray.cluster.outcomes import Outcome
+from msif_ray.cluster.outcomes import Counts
 from msif_ray.errors import UserError
 from msif_ray.layout import part_file
 from msif_ray.paths import exists, subfolders
@@ -52,23 +52,23 @@ def new_folder(step: Path, first_block: str) -> Path:
 def publish(
     folder: Path,
     parts: Sequence[Sequence[str]],
-    outcomes: Sequence[tuple[str, Outcome]],
+    counts: Sequence[tuple[str, Counts]],
     replaces: Path | None,
     inputs: str = "",
 ) -> None:
     """Makes a folder that all ranks have written count, then drops the partial whose blocks it holds too.
 
-    `parts` names what each rank wrote.
+    `parts` names what each rank wrote, `counts` what there was of each block.
     """
     write_json(
         folder / MANIFEST,
         {
             "parts": [list(written) for written in parts],
-            "blocks": [block for block, _ in outcomes],
-            "documents": sum(len(outcome.tokens) for _, outcome in outcomes),
-            "tokens": sum(sum(outcome.tokens.values()) for _, outcome in outcomes),
-            "windows": sum(outcome.windows for _, outcome in outcomes),
-            "skipped": [[skip.document_id, skip.reason] for _, outcome in outcomes for skip in outcome.skipped],
+            "blocks": [block for block, _ in counts],
+            "documents": sum(each.documents for _, each in counts),
+            "tokens": sum(each.tokens for _, each in counts),
+            "windows": sum(each.windows for _, each in counts),
+            "skipped": [[skip.document_id, skip.reason] for _, each in counts for skip in each.skipped],
             "inputs": inputs,
         },
     )

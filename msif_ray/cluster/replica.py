@@ -23,7 +23,7 @@ from msif_ray.errors import UserError
 
 if TYPE_CHECKING:
     from msif_ray.cluster.jobs import Job
-    from msif_ray.cluster.outcomes import Outcome
+    from msif_ray.cluster.outcomes import Counts, Outcome
     from msif_ray.cluster.rank import ModelSetup, Rank
 
 # A replica commits when it has worked this many times as long as its last commit took: a hundredth of its time goes
@@ -161,7 +161,7 @@ class Replica:
         What is gathered and not summed grows with every block: each block of it is a partial of its own.
         """
         outcome = self._do(block)
-        self._sums.outcomes.append((block.id, outcome))
+        self._sums.counts.append((block.id, outcome.counts))
         if self._destination is not None and (self._by_block or self._sums.is_due()):
             self.commit(self._destination)
             if self._by_block:
@@ -184,13 +184,13 @@ class Replica:
         if destination != self._destination:
             raise RuntimeError(f"the sums here belong in {self._destination}, not in {destination}")
         sums = self._sums
-        if len(sums.outcomes) == sums.covered:
+        if len(sums.counts) == sums.covered:
             return
         began = monotonic()
-        folder = partials.new_folder(destination.folder, sums.outcomes[0][0])
+        folder = partials.new_folder(destination.folder, sums.counts[0][0])
         parts = self._on_ranks("write_sums", folder)
-        partials.publish(folder, parts, sums.outcomes, sums.folder, destination.inputs)
-        self._sums = _Committed(sums.outcomes, len(sums.outcomes), folder, monotonic() - began)
+        partials.publish(folder, parts, sums.counts, sums.folder, destination.inputs)
+        self._sums = _Committed(sums.counts, len(sums.counts), folder, monotonic() - began)
 
     def unload(self) -> None:
         """Frees the model; sharded ranks end, since a process joins one DeepSpeed group in its life."""
@@ -277,7 +277,7 @@ class Replica:
 class _Committed:
     """The blocks summed since a job began, and how many of them the partial on storage covers."""
 
-    outcomes: "list[tuple[str, Outcome]]" = field(default_factory=list)
+    counts: "list[tuple[str, Counts]]" = field(default_factory=list)
     covered: int = 0
     folder: Path | None = None
     seconds: float = 0.0

@@ -57,7 +57,7 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
         squares[places[document.document_id]] += document.squared_norm
         in_curvature[places[document.document_id]] += document.squared_curvature_norm
     by_map, by_token = _shares(task, outcome, documents)
-    chosen = None if task.candidates is None else read_chosen(task.candidates).pairs(ids, task.queries)
+    chosen = None if task.candidates is None else read_chosen(task.candidates).pairs(block.id, ids, task.queries)
     count = len(task.queries)
     for index, label in enumerate(task.labels):
         own = slice(index * count, (index + 1) * count)

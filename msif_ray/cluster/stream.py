@@ -93,8 +93,8 @@ def _attempt(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress:
 
 def _documents_done(task: BlockTask, done: set[str]) -> tuple[int, int]:
     """Documents in files that are there already, as far as block sizes tell."""
-    left = sum(task.blocks.documents_in(block) for block in task.blocks.ids - done)
-    return task.blocks.count - left, 0
+    blocks = task.blocks
+    return blocks.count - sum(map(blocks.documents_in, blocks.ids - done)), 0
 
 
 def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: Progress) -> None:
@@ -112,6 +112,8 @@ def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: 
         # fuse both into one task per file, and a corpus of one file would occupy one replica.
         BlockReader(task.blocks, done),
         batch_size=1,
+        # A file's reader costs nothing that Ray Data counts, so it would start one for every file, each a process.
+        compute=ray.data.TaskPoolStrategy(size=replicas.max + 1),
         num_cpus=0,
         memory=1,
     )

@@ -68,9 +68,9 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
             "n_tokens": pair.n_tokens,
             "text": as_text(setup.objective, document, tokenizer),
             "tokens": framed(pieces(tokenizer, tokens[pair.doc_id].tolist()), frames[pair.doc_id]),
-            "token_scores": share.by_token.astype(numpy.float32),
+            "token_scores": share.by_token,
             "modules": task.score.maps,
-            "module_scores": share.by_map.astype(numpy.float32),
+            "module_scores": share.by_map,
         }
         | ({} if pair.curvature_norm is None else {"curvature_norm": pair.curvature_norm})
         for pair, share, document in (
@@ -81,7 +81,8 @@ def top_rows(task: TopTask, pool: ReplicaPool, progress: Progress) -> Iterator[R
 
 @dataclass(frozen=True)
 class JoinedShares:
-    """A document's score for one query by token, `[n_tokens]`, and by map, `[maps]`; both sum to it."""
+    """A document's score for one query by token, `[n_tokens]`, and by map, `[maps]`; both sum to it. In float32, as
+    they are written: the driver has all of them at once."""
 
     by_token: numpy.ndarray
     by_map: numpy.ndarray
@@ -92,14 +93,15 @@ def join_windows(windows: Sequence[WindowShares], n_tokens: dict[str, int]) -> d
 
     Windows share one token, whose scores add; a window left out for want of targets counts zero.
     """
-    joined: dict[tuple[str, int], JoinedShares] = {}
+    joined: dict[tuple[str, int], tuple[numpy.ndarray, numpy.ndarray]] = {}
     for window in windows:
         key = (window.document_id, window.query)
         if key not in joined:
-            joined[key] = JoinedShares(numpy.zeros(n_tokens[window.document_id]), numpy.zeros(len(window.by_map)))
-        joined[key].by_token[window.start : window.start + len(window.by_token)] += window.by_token
-        joined[key].by_map[:] += window.by_map
-    return joined
+            joined[key] = numpy.zeros(n_tokens[window.document_id]), numpy.zeros(len(window.by_map))
+        by_token, by_map = joined[key]
+        by_token[window.start : window.start + len(window.by_token)] += window.by_token
+        by_map += window.by_map
+    return {key: JoinedShares(*(part.astype(numpy.float32) for part in parts)) for key, parts in joined.items()}
 
 
 def _blocks(task: TopTask) -> list[Block]:

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from msif_ray import layout
 from msif_ray.config import Documents
 from msif_ray.corpus.files import CorpusFile
-from msif_ray.corpus.reader import Block, block_id, read_file_blocks
+from msif_ray.corpus.reader import Block, block_id, document_ids, read_file_blocks
 from msif_ray.errors import UserError
+
+Kind = TypeVar("Kind", bound="CorpusBlocks")
 
 
 class Blocks(Protocol):
@@ -59,20 +63,31 @@ class CorpusBlocks:
             if block.id not in done:
                 yield block if self.references is None else _with_references(block, self.references)
 
+    def named(self) -> Iterator[tuple[str, str]]:
+        """The id of every document and its block's, in order; of the files the ids alone are read."""
+        for index, file in enumerate(self.files):
+            names = islice(document_ids(file, self.documents, self.key), self._taken[index])
+            for number, name in enumerate(names):
+                yield name, block_id(index, number // self.size)
+
     @property
     def count(self) -> int:
         """Documents in all blocks."""
-        return sum(self._taken())
+        return sum(self._taken)
 
     def documents_in(self, block: str) -> int:
         """How many documents a block has."""
         file, number = (int(part) for part in block.split("-"))
-        return min(self.size, self._taken()[file] - number * self.size)
+        return min(self.size, self._taken[file] - number * self.size)
+
+    def as_a(self, kind: type[Kind], **more: Any) -> Kind:
+        """The same blocks as another class has them, which takes `more` than they are made of."""
+        return kind(**{each.name: getattr(self, each.name) for each in fields(CorpusBlocks)}, **more)
 
     def _read(self, file: int) -> Iterator[Block]:
         """One file's blocks. Raises UserError where it ends before the documents that were counted in it: those that
         are missing could never be done."""
-        left = taken = self._taken()[file]
+        left = taken = self._taken[file]
         for block in read_file_blocks(self.files, file, self.documents, self.size, self.key, taken):
             whole = len(block.documents) == min(self.size, left)
             left -= len(block.documents)
@@ -87,10 +102,11 @@ class CorpusBlocks:
             )
 
     def _names(self, file: int) -> list[str]:
-        return [block_id(file, number) for number in range(-(-self._taken()[file] // self.size))]
+        return [block_id(file, number) for number in range(-(-self._taken[file] // self.size))]
 
+    @cached_property
     def _taken(self) -> list[int]:
-        """How many of each file's documents are within the limit."""
+        """How many of each file's documents are within the limit; asked for every block, of any number of files."""
         left = sum(self.rows) if self.limit is None else self.limit
         taken = []
         for rows in self.rows:

@@ -4,10 +4,11 @@ With models of billions of parameters a pass over a whole corpus costs as much a
 the documents that BM25 finds for a query. What is not a candidate has no score, and is not among those skipped.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +55,23 @@ class CandidateBlocks(CorpusBlocks):
 
     @property
     def ids(self) -> frozenset[str]:
-        return frozenset(self._chosen.documents)
+        return frozenset(self._chosen.places)
 
     def left_in(self, file: int, done: AbstractSet[str]) -> Iterator[Block]:
-        wanted = {name for name in self.ids if int(name.split("-")[0]) == file} - done
+        names = self._names(file)
+        wanted = (self._chosen.places.keys() & names) - done
         if not wanted:
             return
-        for block in super().left_in(file, set(super()._names(file)) - wanted):
-            names = self._chosen.documents[block.id]
-            yield Block(block.id, tuple(document for document in block.documents if document.id in names))
+        for block in super().left_in(file, set(names) - wanted):
+            chosen = self._chosen.documents(block.id)
+            yield Block(block.id, tuple(document for document in block.documents if document.id in chosen))
 
     @property
     def count(self) -> int:
-        return sum(map(len, self._chosen.documents.values()))
+        return sum(map(self.documents_in, self._chosen.places))
 
     def documents_in(self, block: str) -> int:
-        return len(self._chosen.documents[block])
+        return len(self._chosen.documents(block))
 
     @property
     def _chosen(self) -> "Chosen":
@@ -78,33 +80,41 @@ class CandidateBlocks(CorpusBlocks):
 
 @dataclass(frozen=True)
 class Chosen:
-    """The pairs to be scored."""
+    """The pairs to be scored: `rows` (`doc_id`, `query_id`) in the order of blocks, and the `places` of each block's,
+    from the first row to before the last's next. Some thirty bytes a pair, since every process that reads has them."""
 
-    table: pa.Table
+    rows: pa.Table
+    places: Mapping[str, tuple[int, int]]
 
-    @cached_property
-    def documents(self) -> dict[str, frozenset[str]]:
-        """The candidates of any query by block."""
-        found: dict[str, set[str]] = {}
-        columns = (self.table[name].to_pylist() for name in ("block", "doc_id"))
-        for block, document in zip(*columns, strict=True):
-            found.setdefault(block, set()).add(document)
-        return {block: frozenset(documents) for block, documents in found.items()}
+    @classmethod
+    def of(cls, table: pa.Table) -> "Chosen":
+        """From a table with the columns `query_id`, `doc_id` and `block`."""
+        blocks = table["block"].combine_chunks().dictionary_encode()
+        codes = blocks.indices.to_numpy()
+        ends = np.cumsum(np.bincount(codes, minlength=len(blocks.dictionary))).tolist()
+        documents = table["doc_id"].cast(pa.large_string())  # an array of the shorter kind ends at 2 GiB
+        queries = table["query_id"].dictionary_encode()
+        order = pa.array(np.argsort(codes, kind="stable"))
+        rows = pa.table({"doc_id": documents, "query_id": queries}).take(order)
+        return cls(rows, dict(zip(blocks.dictionary.to_pylist(), pairwise([0, *ends]), strict=True)))
 
-    @cached_property
-    def queries(self) -> dict[str, frozenset[str]]:
-        """The queries of each document."""
-        found: dict[str, set[str]] = {}
-        columns = (self.table[name].to_pylist() for name in ("query_id", "doc_id"))
-        for query, document in zip(*columns, strict=True):
-            found.setdefault(document, set()).add(query)
-        return {document: frozenset(queries) for document, queries in found.items()}
+    def documents(self, block: str) -> frozenset[str]:
+        """A block's candidates of any query."""
+        return frozenset(self._of(block)["doc_id"].to_pylist())
 
-    def pairs(self, documents: Sequence[str], queries: Sequence[str]) -> np.ndarray:
-        """Which pairs are to be scored, `[documents, queries]` bool."""
-        none: frozenset[str] = frozenset()
-        of = [self.queries.get(document, none) for document in documents]
-        return np.array([[query in own for query in queries] for own in of], dtype=bool).reshape(-1, len(queries))
+    def pairs(self, block: str, documents: Sequence[str], queries: Sequence[str]) -> np.ndarray:
+        """Which pairs of a block are to be scored, `[documents, queries]` bool."""
+        wanted = np.zeros((len(documents), len(queries)), dtype=bool)
+        rows, columns = ({name: place for place, name in enumerate(names)} for names in (documents, queries))
+        own = self._of(block)
+        for document, query in zip(own["doc_id"].to_pylist(), own["query_id"].to_pylist(), strict=True):
+            if document in rows:  # it was not skipped
+                wanted[rows[document], columns[query]] = True
+        return wanted
+
+    def _of(self, block: str) -> pa.Table:
+        start, stop = self.places[block]
+        return self.rows.slice(start, stop - start)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ class ChosenFile:
 @lru_cache(maxsize=4)
 def read_chosen(chosen: ChosenFile) -> Chosen:
     """The candidates in a file, read once per process. Raises UserError for one that is damaged."""
-    return Chosen(read_table(path_of(chosen.path), SCHEMA.names))
+    return Chosen.of(read_table(path_of(chosen.path), ["query_id", "doc_id", "block"]))
 
 
 def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Decode | None = None) -> pa.Table:
@@ -130,7 +140,7 @@ def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode:
 
     `decode` gives the text of tokens, which documents of packed rows are searched by.
 
-    The whole corpus's words are in this process's memory, some ten bytes for each.
+    The whole corpus's words are in this process's memory, some twenty bytes for each.
     """
     documents: list[tuple[str, str]] = []
     words = Tokenizer(splitter=r"(?u)\b\w+\b", stopwords=[])
@@ -142,16 +152,14 @@ def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode:
     asked = words.tokenize(wanted, update_vocab=False, return_as="string", show_progress=False, allow_empty=False)
     count = min(top, len(documents))
     places, scores = index.retrieve(asked, k=count, show_progress=False, n_threads=0)
-    rows = [
-        (query.id, *documents[place], rank, score)
-        for query, of_query, own in zip(queries, places.tolist(), scores.tolist(), strict=True)
-        for rank, (place, score) in enumerate(zip(of_query, own, strict=True), start=1)
-        if score > 0
-    ]
-    if not rows:
+    found = np.nonzero(scores > 0)  # by query, and then by rank
+    if not len(found[0]):
         raise UserError("candidates: no document of the corpus shares a word with any query")
-    columns = zip(*rows, strict=True)
-    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)], SCHEMA)
+    names, of_blocks = (pa.array(column, pa.string()) for column in zip(*documents, strict=True))
+    chosen = pa.array(places[found])
+    of_queries = pa.array([query.id for query in queries], pa.string()).take(pa.array(found[0]))
+    ranks, of_bm25 = (found[1] + 1).astype(np.int32), scores[found].astype(np.float32)
+    return pa.table([of_queries, names.take(chosen), of_blocks.take(chosen), ranks, of_bm25], schema=SCHEMA)
 
 
 def _texts(blocks: CorpusBlocks, documents: list[tuple[str, str]], decode: Decode | None) -> Iterator[str]:

@@ -37,7 +37,7 @@ class Census:
 
 
 def take_census(documents: Documents, key: str) -> Census:
-    """Reads a corpus through, once: the id column, or of JSON lines and of a corpus without ids what there is to read.
+    """Reads a corpus through, once: the id column, where there is one, or of JSON lines all there is to read.
 
     Raises UserError, naming `key`, file and row, for a column that is not there, an id that is missing or repeated,
     what cannot be read, and a corpus without a document.
@@ -104,7 +104,7 @@ def _count(file: CorpusFile, documents: Documents, key: str, ids: _Ids) -> int:
     """The documents of a file that has all the columns; their ids are added."""
     if documents.packed is not None:
         return _count_parts(file, documents, key, ids)
-    columns = list(documents.content[:1]) if documents.id is None else [documents.id]
+    columns = [] if documents.id is None else [documents.id]
     if file.kind == "jsonl":
         columns = document_columns(documents)  # each line is parsed whole in any case
     else:

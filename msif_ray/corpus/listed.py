@@ -54,9 +54,4 @@ def _ids(file: CorpusFile, column: str, key: str) -> Iterator[str]:
 
 def _blocks_of(blocks: CorpusBlocks, wanted: AbstractSet[str]) -> dict[str, str]:
     """The block of each document that is wanted."""
-    return {
-        document.id: block.id
-        for block in blocks.left(frozenset())
-        for document in block.documents
-        if document.id in wanted
-    }
+    return {document: block for document, block in blocks.named() if document in wanted}

@@ -61,7 +61,8 @@ class Block:
 
 
 def read_rows(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
-    """The named columns of every row, in order. A JSON line without a column has None there.
+    """The named columns of every row, in order. A JSON line without a column has None there. Of Parquet and of a saved
+    folder no column is no reading: as many empty rows as the file says that it has.
 
     Raises UserError, naming the file and the row or the `key`, for a column that the file does
     not have and for what cannot be read.
@@ -132,6 +133,9 @@ def _read_json_lines(file: CorpusFile, columns: Sequence[str], key: str) -> Iter
 def _read_parquet(file: CorpusFile, columns: Sequence[str], key: str) -> Iterator[Row]:
     with _ranges(file.path) as source, pq.ParquetFile(source, memory_map=True) as table:
         _check_columns(file, columns, table.schema_arrow.names, key)
+        if not columns:
+            yield from ({} for _ in range(table.metadata.num_rows))
+            return
         for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
             for start in range(0, batch.num_rows, ROWS_MADE):  # packed rows are long
                 yield from python_rows(batch.slice(start, ROWS_MADE))
@@ -142,6 +146,9 @@ def _read_saved_dataset(file: CorpusFile, columns: Sequence[str], key: str) -> I
     if dataset is None:
         return
     _check_columns(file, columns, dataset.column_names, key)
+    if not columns:
+        yield from ({} for _ in range(len(dataset)))
+        return
     features = dataset.features  # a copy each time
     for table in dataset.with_format("arrow").select_columns(list(columns)).iter(ROWS_MADE):
         for row in python_rows(table):
@@ -231,6 +238,12 @@ def read_documents(file: CorpusFile, documents: Documents, key: str) -> Iterator
         parts = [found] if isinstance(found, NoParts) else found
         for name, part in zip(row_ids(file, number, row, documents, key, found), parts, strict=True):
             yield Document(name, None, part)
+
+
+def document_ids(file: CorpusFile, documents: Documents, key: str) -> Iterator[str]:
+    """The ids of the file's documents in order, without their content. Raises UserError as `read_documents`."""
+    for number, row in enumerate(read_rows(file, id_columns(documents), key)):
+        yield from row_ids(file, number, row, documents, key)
 
 
 def row_ids(

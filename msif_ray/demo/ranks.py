@@ -184,7 +184,7 @@ def _gradients(folder: Path, resolved: Resolved) -> Coverage:
     for block in blocks:
         if block.id not in done:
             outcome, partial = rank.process(block.documents).outcome(), partials.new_folder(step, block.id)
-            partials.publish(partial, [rank.write_sums(partial)], [(block.id, outcome)], None)
+            partials.publish(partial, [rank.write_sums(partial)], [(block.id, outcome.counts)], None)
     return Coverage(tuple(partials.read_disjoint(step)), frozenset(block.id for block in blocks))
 
 

@@ -14,7 +14,7 @@ from msif_ray.corpus.unusable import most_often, none_usable
 from msif_ray.influence.groups import factor_bytes
 from msif_ray.machines import with_gpus
 from msif_ray.paths import is_remote
-from msif_ray.plan import counts, curvature
+from msif_ray.plan import counts, curvature, driver
 from msif_ray.plan.counts import ModelSize
 from msif_ray.plan.estimate import Estimate, Step
 from msif_ray.plan.inputs import Inputs
@@ -86,7 +86,8 @@ def make_plan(run: Run, measured: bool = True) -> Plan:
 
     with _no_new_folder(run.run_dir):
         resolved = _with_device(check(run))
-    # The run's driver has done as much by now, and later holds no tensor larger than this check's.
+    # The run's driver has done as much by now, and later holds no tensor larger than this check's, but what
+    # `driver.growth` counts.
     driver_memory = resident_peak()
     tallies = _tallies(resolved)
     _check_fitted(resolved, tallies)
@@ -181,7 +182,7 @@ def _put_together(estimate: Estimate, driver_memory: int, notes: list[str]) -> P
         groups=groups,
         stored=stored(estimate),
         free={run.stages[index].name: calibration.free for index, calibration in calibrations.items()},
-        driver_memory=driver_memory,
+        driver_memory=driver_memory + int(driver.growth(estimate)),
         hand_memory=HAND_MEMORY,
         notes=notes + _notes(estimate),
     )

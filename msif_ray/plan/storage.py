@@ -12,6 +12,7 @@ from msif_ray.corpus.reader import Document
 from msif_ray.influence.groups import Shapes
 from msif_ray.plan import counts
 from msif_ray.plan import solves as solving
+from msif_ray.plan.driver import blocks
 from msif_ray.plan.estimate import Estimate
 from msif_ray.plan.inputs import PartBytes
 from msif_ray.preflight import Resolved
@@ -55,9 +56,7 @@ def stored(estimate: Estimate) -> list[Stored]:
         found.append(Stored("conjugate gradients, at most", kept))
     for entries in stages.passes(estimate.run):
         seen, pairs = estimate.scored(entries), estimate.pairs(entries)
-        rows = resolved.rows[f"score.{estimate.run.score.index(entries[0])}"]
-        parts = sum(-(-each // cluster.documents_per_block) for each in rows)
-        part, detail = estimate.inputs.part, estimate.run.detail
+        part, parts, detail = estimate.inputs.part, blocks(estimate, entries), estimate.run.detail
         tokens = seen.tokens / max(1.0, seen.documents - seen.skipped)
         values = tokens * detail.tokens + len(resolved.maps) * detail.modules
         scores = parts * part.footer + pairs * (part.pair + values * part.value)

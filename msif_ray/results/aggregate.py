@@ -1,8 +1,7 @@
 """Influence by a column of the corpus (domain, date, licence): sums over the documents that share its value."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -52,22 +51,36 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass
 class _Sums:
-    """By query, and then by value: the number of documents, the sum of their scores and of |score|."""
+    """By value of the column and by query: the number of documents, the sum of their scores and of |score|,
+    `[values, queries, 3]`: 24 bytes for each."""
 
-    sums: dict[str, dict[str | None, np.ndarray]] = field(default_factory=dict)
+    def __init__(self, queries: Sequence[str]) -> None:
+        self._queries = pa.array(queries, pa.string())
+        self.values: dict[str | None, int] = {}
+        self._sums = np.zeros((1, len(queries), 3))
 
-    def add(self, rows: pa.Table, values: pa.Array) -> None:
-        sizes = pc.abs(rows["score"].cast(pa.float64()))
-        table = pa.table(
-            {"query_id": rows["query_id"], "value": values, "score": rows["score"].cast(pa.float64()), "size": sizes}
-        ).filter(pc.is_finite(rows["score"]))
-        found = table.group_by(["query_id", "value"]).aggregate([("score", "count"), ("score", "sum"), ("size", "sum")])
-        for row in found.to_pylist():
-            own = np.array([row["score_count"], row["score_sum"], row["size_sum"]], dtype=np.float64)
-            of_query = self.sums.setdefault(row["query_id"], {})
-            of_query[row["value"]] = of_query.get(row["value"], 0.0) + own
+    @property
+    def sums(self) -> np.ndarray:
+        return self._sums[: len(self.values)]
+
+    def codes(self, values: Iterable[str | None]) -> np.ndarray:
+        """The number of each value."""
+        found = [self.values.setdefault(value, len(self.values)) for value in values]
+        if len(self.values) > len(self._sums):  # twice as many as are needed, since more will come
+            more = np.zeros((2 * len(self.values) - len(self._sums), *self._sums.shape[1:]))
+            self._sums = np.concatenate([self._sums, more])
+        return np.array(found, dtype=np.int64)
+
+    def add(self, rows: pa.Table, codes: np.ndarray) -> None:
+        """Adds rows whose documents have values of these numbers, `[rows]`; scores that are not numbers count none."""
+        scores = rows["score"].to_numpy().astype(np.float64)
+        asked = pc.index_in(rows["query_id"], value_set=self._queries).to_numpy()
+        finite = np.isfinite(scores)
+        scores, places = scores[finite], (codes * len(self._queries) + asked)[finite]
+        cells, of_row = np.unique(places, return_inverse=True)
+        sums = [np.bincount(of_row, weights, len(cells)) for weights in (None, scores, np.abs(scores))]
+        self._sums.reshape(-1, 3)[cells] += np.stack(sums, axis=1)
 
 
 def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.Table:
@@ -81,19 +94,20 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
     scored = facts.scored_as(label) if label is not None else facts.scored[0]
     entry = next(each for each in facts.run.score if each.label == scored.label)
     check_complete(facts, scored)
-    sums = _Sums()
+    sums = _Sums([query.id for query in facts.queries])
     for block, values in _blocks(facts, entry, column):
         path = part_path(facts.run_dir, scored.label, block)
         if not exists(path):
             if entry.candidates is not None:
                 continue  # none of its documents was one
             raise UserError(f"{path}: the corpus has documents that the run has not: it has changed since")
-        for rows in read_rows(path):
+        codes = sums.codes(values.values())
+        for rows in read_rows(path, ("query_id", "doc_id", "score")):
             places = pc.index_in(rows["doc_id"], value_set=pa.array(list(values), pa.string()))
             if places.null_count:
                 unknown = rows["doc_id"].filter(pc.is_null(places))[0].as_py()
                 raise UserError(f"{path}: {unknown!r} is not in the block's documents: the corpus has changed since")
-            sums.add(rows, pa.array(list(values.values()), pa.string()).take(places.combine_chunks()))
+            sums.add(rows, codes[places.to_numpy()])
     return _table(facts, sums)
 
 
@@ -137,24 +151,27 @@ def _text(value: object) -> str | None:
 
 
 def _table(facts: Facts, sums: _Sums) -> pa.Table:
-    rows = []
-    for query in facts.queries:
-        own = sums.sums.get(query.id, {})
-        count, _, size = sum(own.values(), np.zeros(3))
-        for value, (documents, total, absolute) in sorted(own.items(), key=lambda item: (-item[1][2], item[0] or "")):
-            rows.append(
-                {
-                    "query_id": query.id,
-                    "value": value,
-                    "documents": int(documents),
-                    "mean": total / documents if documents else 0.0,
-                    "total": total,
-                    "share": absolute / size if size else 0.0,
-                    "net_share": total / size if size else 0.0,
-                    "share_of_documents": documents / count if count else 0.0,
-                }
-            )
-    return pa.Table.from_pylist(rows, SCHEMA)
+    values = list(sums.values)
+    by_name = np.argsort(np.array([value or "" for value in values], dtype=object), kind="stable")
+    names = pa.array(values, pa.string())
+    tables = []
+    for number, query in enumerate(facts.queries):
+        own = sums.sums[by_name, number]
+        count, _, size = own.sum(axis=0)
+        order = np.argsort(-own[:, 2], kind="stable")
+        order = order[own[order, 0] > 0]
+        documents, total, absolute = own[order].T
+        columns = [
+            pa.array([query.id], pa.string()).take(pa.array(np.zeros(len(order), dtype=np.int32))),
+            names.take(pa.array(by_name[order])),
+            documents.astype(np.int64),
+            total / documents,
+            total,
+            *(part / size if size else np.zeros(len(order)) for part in (absolute, total)),
+            documents / count,
+        ]
+        tables.append(pa.table(columns, schema=SCHEMA))
+    return pa.concat_tables(tables)
 
 
 def of_query(table: pa.Table, query: str) -> pa.Table:

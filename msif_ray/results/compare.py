@@ -16,11 +16,13 @@ from msif_ray.errors import UserError
 from msif_ray.results.complete import check_complete
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Query, Scored, read_facts
-from msif_ray.results.parts import query_scores
+from msif_ray.results.of_queries import query_scores
 
 # Documents at an end that make up the top, and of those that moved, how many are named.
 TOP = 20
 MOVED = 3
+# Of both runs' scores that are in memory at a time, beside their documents' ids.
+COMPARED_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,15 @@ def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
 def compare_runs(
     one: tuple[Facts, Scored], other: tuple[Facts, Scored], queries: list[str], top: int = TOP
 ) -> Iterator[Compared]:
-    """Compares two runs query by query; the scores of one query are in memory at a time."""
-    for query in queries:
-        found = [query_scores(facts.run_dir, scored.label, query) for facts, scored in (one, other)]
-        yield compare_scores(query, found[0], found[1], top)
+    """Compares two runs query by query; the scores of as many queries as `COMPARED_BYTES` have room for are in memory,
+    so that few passes over the parts are made."""
+    documents = max(scored.documents for _, scored in (one, other))
+    at_once = max(1, COMPARED_BYTES // (8 * documents))
+    for start in range(0, len(queries), at_once):
+        some = queries[start : start + at_once]
+        sides = [query_scores(facts.run_dir, scored.label, some) for facts, scored in (one, other)]
+        for (query, first), (_, second) in zip(*sides, strict=True):
+            yield compare_scores(query, first, second, top)
 
 
 def compare(

@@ -2,9 +2,10 @@
 
 from msif_ray import layout, stages
 from msif_ray.errors import UserError
+from msif_ray.ordered import in_order
 from msif_ray.paths import exists
 from msif_ray.results.facts import Facts, Scored
-from msif_ray.results.parts import count_documents, part_files
+from msif_ray.results.parts import count_documents, done_blocks, part_files
 from msif_ray.tables import FINISH, read_table
 
 
@@ -14,9 +15,9 @@ def check_complete(facts: Facts, scored: Scored) -> None:
     A part's footer says how many documents it has. With candidates that depends on the query, and the blocks that have
     some are known by name.
     """
-    parts = part_files(facts.run_dir, scored.label)
     if scored.candidates is None:
-        there = sum(count_documents(path, len(facts.queries)) for _, path in parts)
+        queries, parts = len(facts.queries), part_files(facts.run_dir, scored.label)
+        there = sum(in_order(lambda path: count_documents(path, queries), (path for _, path in parts)))
         wanted, what = scored.documents, "documents"
     else:
         entries = next(each for each in stages.passes(facts.run) if scored.label in [entry.label for entry in each])
@@ -24,6 +25,10 @@ def check_complete(facts: Facts, scored: Scored) -> None:
         if not exists(path):
             raise UserError(f"{facts.run_dir}: no candidates of {scored.label} there yet; {FINISH}")
         blocks = set(read_table(path, ["block"])["block"].to_pylist())
-        there, wanted, what = len(blocks & {block for block, _ in parts}), len(blocks), "blocks of candidates"
+        there, wanted, what = (
+            len(blocks & done_blocks(facts.run_dir, scored.label)),
+            len(blocks),
+            "blocks of candidates",
+        )
     if there < wanted:
         raise UserError(f"{facts.run_dir}: {scored.label} has scores of {there:,} of {wanted:,} {what}; {FINISH}")

@@ -232,6 +232,6 @@ def _skipped(run: Run) -> dict[str, Counter[str]]:
     table = read_table(path, ["stage", "reason"])
     found: dict[str, Counter[str]] = {}
     for entries in stages.passes(run):
-        own = table.filter(pc.equal(table["stage"], entries[0].label))["reason"].to_pylist()
-        found |= {entry.label: Counter(own) for entry in entries}
+        own = pc.value_counts(table.filter(pc.equal(table["stage"], entries[0].label))["reason"]).to_pylist()
+        found |= {entry.label: Counter({each["values"]: each["counts"] for each in own}) for entry in entries}
     return found

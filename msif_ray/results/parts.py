@@ -7,16 +7,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from msif_ray.paths import matching, path_of
+from msif_ray.ordered import in_order
+from msif_ray.paths import names_matching, path_of
 from msif_ray.store import replacing
-from msif_ray.tables import opened, write_table
+from msif_ray.tables import opened
 
 SKIPPED = b"skipped"
 
@@ -24,6 +25,8 @@ SKIPPED = b"skipped"
 # With smaller ones less is read for one query, but the footer is a larger part of the file and each takes its time.
 GROUP_ROWS = 2**10
 GROUPS = 64
+# Rows of `skipped.parquet` that are made at once.
+SKIPPED_AT_ONCE = 2**16
 
 UNITS = {
     "unit": "score: nats of the completion's log-likelihood per unit of weight on the document's loss inside "
@@ -130,18 +133,27 @@ def stage_folder(run_dir: str | Path, stage: str) -> Path:
 
 
 def part_path(run_dir: str | Path, stage: str, block_id: str) -> Path:
-    return stage_folder(run_dir, stage) / f"part-{block_id}.parquet"
+    return stage_folder(run_dir, stage) / _part_name(block_id)
 
 
-def part_files(run_dir: str | Path, stage: str) -> list[tuple[str, Path]]:
+def part_files(run_dir: str | Path, stage: str) -> Iterator[tuple[str, Path]]:
     """`(block id, file)` of every finished part of the stage, in the order of block ids."""
-    files = matching(stage_folder(run_dir, stage), "part-*.parquet")
-    return [(path.stem.removeprefix("part-"), path) for path in files]
+    folder = stage_folder(run_dir, stage)
+    for name in names_matching(folder, _part_name("*")):
+        yield _block_of(name), folder / name
 
 
 def done_blocks(run_dir: str | Path, stage: str) -> set[str]:
     """The ids of the blocks whose part is written."""
-    return {block for block, _ in part_files(run_dir, stage)}
+    return {_block_of(name) for name in names_matching(stage_folder(run_dir, stage), _part_name("*"))}
+
+
+def _part_name(block_id: str) -> str:
+    return f"part-{block_id}.parquet"
+
+
+def _block_of(name: str) -> str:
+    return name.removeprefix("part-").removesuffix(".parquet")
 
 
 def write_part(
@@ -209,26 +221,32 @@ def _columns(
 
 
 def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
-    """Gathers the skipped documents of all parts of the stages into `skipped.parquet`."""
-    rows = [
+    """Gathers the skipped documents of all parts of the stages into `skipped.parquet`, some at a time."""
+    path = path_of(run_dir) / "skipped.parquet"
+    rows = (
         {"doc_id": document, "reason": reason, "stage": stage}
         for stage in stages
-        for _, path in part_files(run_dir, stage)
-        for document, reason in skipped_of(path)
-    ]
-    write_table(path_of(run_dir) / "skipped.parquet", pa.Table.from_pylist(rows, SKIPPED_SCHEMA))
+        for found in in_order(skipped_of, (part for _, part in part_files(run_dir, stage)))
+        for document, reason in found
+    )
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, SKIPPED_SCHEMA, write_page_checksum=True) as writer,
+    ):
+        while some := list(islice(rows, SKIPPED_AT_ONCE)):
+            writer.write_table(pa.Table.from_pylist(some, SKIPPED_SCHEMA))
 
 
 def skipped_of(path: Path) -> list[tuple[str, str]]:
     """`(document id, reason)` from a part's footer. Raises UserError for a file that is not a part."""
-    with _opened(path) as part:
+    with opened_part(path) as part:
         return [(document, reason) for document, reason in json.loads(part.schema_arrow.metadata[SKIPPED])]
 
 
 def count_documents(path: Path, queries: int) -> int:
     """The documents of a part that has scores of them for each of so many queries, with those skipped. Raises UserError
     as `skipped_of` does."""
-    with _opened(path) as part:
+    with opened_part(path) as part:
         return int(part.metadata.num_rows) // queries + len(json.loads(part.schema_arrow.metadata[SKIPPED]))
 
 
@@ -237,47 +255,29 @@ def read_part(path: Path) -> pa.Table:
 
     Raises UserError for a file that is not a part, or is damaged.
     """
-    with _opened(path) as part:
-        return _as_scores(part, part.read(columns=SCORES_SCHEMA.names))
+    with opened_part(path) as part:
+        return _as_scores(part, part.read(columns=SCORES_SCHEMA.names), SCORES_SCHEMA.names)
 
 
-def read_rows(path: Path, also: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """A part's rows as of `read_part` in their order, some at a time, with such columns of `also` as it has. Raises
+def read_rows(
+    path: Path, columns: Sequence[str] = tuple(SCORES_SCHEMA.names), also: Sequence[str] = ()
+) -> Iterator[pa.Table]:
+    """Some columns of a part's rows in their order, some rows at a time, with such columns of `also` as it has. Raises
     UserError as `read_part` does."""
-    with _opened(path) as part:
-        more = [name for name in also if name in part.schema_arrow.names]
+    with opened_part(path) as part:
+        wanted = [*columns, *(name for name in also if name in part.schema_arrow.names)]
         for group in range(part.num_row_groups):
-            rows = part.read_row_group(group, columns=[*SCORES_SCHEMA.names, *more])
-            found = _as_scores(part, rows.select(SCORES_SCHEMA.names))
-            for name in more:
-                found = found.append_column(name, rows[name])
-            yield found
+            yield _as_scores(part, part.read_row_group(group, columns=wanted, use_threads=False), wanted)
 
 
-def query_scores(run_dir: str | Path, stage: str, query: str) -> tuple[pa.Array, np.ndarray]:
-    """The documents and scores of one query, in the order of the parts; other queries' row groups are not read."""
-    found = []
-    for _, path in part_files(run_dir, stage):
-        with _opened(path) as part:
-            groups = [group for group in range(part.num_row_groups) if _may_hold(part.metadata.row_group(group), query)]
-            if groups:
-                rows = part.read_row_groups(groups, columns=["query_id", "doc_id", "score"])
-                found.append(rows.filter(pc.equal(rows["query_id"], query)).select(["doc_id", "score"]))
-    if not found:
-        return pa.array([], pa.string()), np.zeros(0, dtype=np.float32)
-    rows = pa.concat_tables(found)
-    return rows["doc_id"].combine_chunks(), rows["score"].to_numpy()
+def _as_scores(part: pq.ParquetFile, rows: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """The columns of a part, those of scores with their types here. Raises KeyError for one that is not there."""
+    found = rows.select(list(columns))
+    known = [SCORES_SCHEMA.field(each.name) if each.name in SCORES_SCHEMA.names else each for each in found.schema]
+    return found.cast(pa.schema(known, part.schema_arrow.metadata))
 
 
-def _may_hold(group: pq.RowGroupMetaData, query: str) -> bool:
-    statistics = group.column(0).statistics
-    return statistics is None or not statistics.has_min_max or statistics.min <= query <= statistics.max
-
-
-def _as_scores(part: pq.ParquetFile, rows: pa.Table) -> pa.Table:
-    return rows.cast(SCORES_SCHEMA.with_metadata(part.schema_arrow.metadata))
-
-
-def _opened(path: Path) -> AbstractContextManager[pq.ParquetFile]:
+def opened_part(path: Path) -> AbstractContextManager[pq.ParquetFile]:
+    """A part to be read. Raises UserError for a file that is not one, or is damaged."""
     fault = "not a part of this run's scores, or damaged; delete it, and its block is scored again"
     return opened(path, fault)

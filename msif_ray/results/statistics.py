@@ -1,14 +1,14 @@
 """How the scores of each query are distributed: one row per stage and query, from one pass over the parts."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from msif_ray.ordered import in_order
 from msif_ray.paths import path_of
 from msif_ray.results.parts import UNITS, part_files, read_rows
 from msif_ray.tables import read_table, table_path, write_table
@@ -49,29 +49,52 @@ SCHEMA = pa.schema(
 Ends = tuple[float, float]
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Some rows of a part that are numbers: scores s and documents' lengths n, `[rows]`, of the `queries` whose first
+    rows are at `starts`."""
+
+    queries: list[str]
+    starts: np.ndarray
+    scores: np.ndarray
+    lengths: np.ndarray
+
+    def of_each(self, values: Iterable[float]) -> np.ndarray:
+        """A number of each query, `[rows]`."""
+        return np.repeat(np.fromiter(values, float), np.diff(self.starts, append=len(self.scores)))
+
+
+# 1, max(s, 0), min(s, 0), s², n, n², |s|·n, d, d², with d = s - lowest.
+#
+# Each sign has its own sum: from those of s and |s| a small one could not be told from the other's rounding.
+# The deviation is from d: Σs² can be any number of times Σ(s - mean)², where scores are alike and far from zero,
+# and so can its rounding; Σd² of N documents is no more than 2N times that, with the ends among them.
+def _moments(rows: _Rows, lowest: np.ndarray) -> np.ndarray:
+    """Their sums, `[queries, 9]`; `lowest` is each query's lowest score, `[rows]`."""
+    s, n, d = rows.scores, rows.lengths, rows.scores - lowest
+    terms = (np.ones(len(s)), np.maximum(s, 0.0), np.minimum(s, 0.0), s * s, n, n * n, np.abs(s) * n, d, d * d)
+    return np.stack([np.add.reduceat(each, rows.starts) for each in terms], axis=1)
+
+
+def _histograms(rows: _Rows, lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+    """Each query's, `[queries, BINS]`."""
+    width = np.where(highest > lowest, highest - lowest, 1.0)
+    places = np.clip(((rows.scores - lowest) / width * BINS).astype(np.int64), 0, BINS - 1)
+    cells = places + BINS * rows.of_each(range(len(rows.queries))).astype(np.int64)
+    return np.bincount(cells, minlength=BINS * len(rows.queries)).reshape(-1, BINS)
+
+
 @dataclass
 class _Sums:
-    """Running sums of one query's scores s and their documents' lengths n."""
+    """Running sums of one query."""
 
     ends: Ends
-    # 1, max(s, 0), min(s, 0), s², n, n², |s|·n, d, d², with d = s - lowest.
-    #
-    # Each sign has its own sum: from those of s and |s| a small one could not be told from the other's rounding.
-    # The deviation is from d: Σs² can be any number of times Σ(s - mean)², where scores are alike and far from zero,
-    # and so can its rounding; Σd² of N documents is no more than 2N times that, with the ends among them.
     moments: np.ndarray = field(default_factory=lambda: np.zeros(9))
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
 
-    def add(self, scores: np.ndarray, tokens: np.ndarray) -> None:
-        kept = np.isfinite(scores)
-        s, n = scores[kept].astype(np.float64), tokens[kept].astype(np.float64)
-        size = np.abs(s)
-        positive, negative = np.maximum(s, 0.0).sum(), np.minimum(s, 0.0).sum()
-        lowest, highest = self.ends
-        d = s - lowest
-        self.moments += (len(s), positive, negative, s @ s, n.sum(), n @ n, size @ n, d.sum(), d @ d)
-        places = d / ((highest - lowest) or 1.0) * BINS
-        self.histogram += np.bincount(np.clip(places.astype(np.int64), 0, BINS - 1), minlength=BINS)
+    def add(self, moments: np.ndarray, histogram: np.ndarray) -> None:
+        self.moments += moments
+        self.histogram += histogram
 
     def row(self, stage: str, query: str) -> dict[str, Any]:
         count, positive, negative, squares, tokens, squared_tokens, products, *distances = self.moments.tolist()
@@ -115,26 +138,43 @@ def read_statistics(run_dir: str | Path) -> dict[tuple[str, str], dict[str, Any]
 
 def _gather(run_dir: str | Path, stage: str) -> dict[str, _Sums]:
     ends: dict[str, Ends] = {}
-    for query, scores, _ in _by_query(run_dir, stage):
-        finite = scores[np.isfinite(scores)]
-        if len(finite):
-            lowest, highest = ends.get(query, (np.inf, -np.inf))
-            ends[query] = (min(lowest, float(finite.min())), max(highest, float(finite.max())))
+    for of_part in in_order(_ends, (path for _, path in part_files(run_dir, stage))):
+        for query, lowest, highest in of_part:
+            low, high = ends.get(query, (lowest, highest))
+            ends[query] = min(low, lowest), max(high, highest)
     sums = {query: _Sums(found) for query, found in ends.items()}
-    for query, scores, tokens in _by_query(run_dir, stage):
-        if query in sums:
-            sums[query].add(scores, tokens)
+    for of_rows in in_order(lambda path: _sums(path, ends), (path for _, path in part_files(run_dir, stage))):
+        for query, moments, histogram in of_rows:
+            sums[query].add(moments, histogram)
     return sums
 
 
-def _by_query(run_dir: str | Path, stage: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """A query's scores and its documents' lengths, `[rows]`, as they lie together in a part."""
-    for _, path in part_files(run_dir, stage):
-        for rows in read_rows(path):
-            queries = rows["query_id"].combine_chunks().dictionary_encode()
-            codes = queries.indices.to_numpy()
-            starts = np.flatnonzero(np.diff(codes, prepend=-1)).tolist()
-            scores, tokens = rows["score"].to_numpy(), rows["n_tokens"].to_numpy()
-            names = queries.dictionary.to_pylist()
-            for start, stop in pairwise([*starts, len(codes)]):
-                yield names[codes[start]], scores[start:stop], tokens[start:stop]
+def _ends(path: Path) -> list[tuple[str, float, float]]:
+    """The lowest and the highest score of each query in a part that has any."""
+    found: list[tuple[str, float, float]] = []
+    for rows in _by_query(path):
+        ends = (np.minimum.reduceat(rows.scores, rows.starts), np.maximum.reduceat(rows.scores, rows.starts))
+        found += zip(rows.queries, *(end.tolist() for end in ends), strict=True)
+    return found
+
+
+def _sums(path: Path, ends: Mapping[str, Ends]) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The moments and the histogram of each query in a part."""
+    found: list[tuple[str, np.ndarray, np.ndarray]] = []
+    for rows in _by_query(path):
+        lowest, highest = (rows.of_each(ends[query][side] for query in rows.queries) for side in (0, 1))
+        found += zip(rows.queries, _moments(rows, lowest), _histograms(rows, lowest, highest), strict=True)
+    return found
+
+
+def _by_query(path: Path) -> Iterator[_Rows]:
+    """A part's rows that are numbers, a row group's at a time: a query's lie together."""
+    for rows in read_rows(path, ("query_id", "score", "n_tokens")):
+        scores = rows["score"].to_numpy().astype(np.float64)
+        queries = rows["query_id"].combine_chunks().dictionary_encode()
+        kept = np.flatnonzero(np.isfinite(scores))
+        codes = queries.indices.to_numpy()[kept]
+        starts = np.flatnonzero(np.diff(codes, prepend=-1))
+        if len(starts):
+            names = queries.dictionary.take(pa.array(codes[starts])).to_pylist()
+            yield _Rows(names, starts, scores[kept], rows["n_tokens"].to_numpy()[kept].astype(np.float64))

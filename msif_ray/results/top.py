@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from msif_ray.errors import DamagedError
+from msif_ray.ordered import in_order
 from msif_ray.paths import exists, path_of
 from msif_ray.results.parts import CURVATURE_NORM, SHARES, UNITS, part_files, read_rows
 from msif_ray.store import replacing
@@ -90,9 +91,10 @@ def top_pairs(run_dir: str | Path, stage: str, k: int) -> list[TopPair]:
     ends overlap.
     """
     ends: dict[str, _Ends] = {}
-    for block, path in part_files(run_dir, stage):
-        for rows in read_rows(path, list(CURVATURE_NORM)):
-            _merge_part(ends, rows, block, k)
+    for better in in_order(lambda part: _better(ends, *part, k), part_files(run_dir, stage)):
+        for query, own in better.items():
+            end = ends.setdefault(query, _Ends())
+            end.highest, end.lowest = _merged(end.highest, own.highest, k), _merged(end.lowest, own.lowest, k)
     return [
         TopPair(query, document, side, rank, -key if side == "highest" else key, norm, tokens, block, curvature)
         for query, end in ends.items()
@@ -105,28 +107,52 @@ def _sides(end: _Ends) -> tuple[tuple[Side, list[_Candidate]], tuple[Side, list[
     return ("highest", end.highest), ("lowest", end.lowest)
 
 
-def _merge_part(ends: dict[str, _Ends], part: pa.Table, block: str, k: int) -> None:
-    """Takes a part's rows, which are sorted by query, into the candidates."""
+def _better(ends: Mapping[str, _Ends], block: str, path: Path, k: int) -> dict[str, _Ends]:
+    """Each query of a part with its ends in the part, as far as they are better than what is found already: `ends`,
+    to which other parts may be added meanwhile, only lets more through when it is looked at early."""
+    found: dict[str, _Ends] = {}
+    for rows in read_rows(path, also=list(CURVATURE_NORM)):
+        _take_rows(found, ends, rows, block, k)
+    return found
+
+
+def _merged(kept: list[_Candidate], more: list[_Candidate], k: int) -> list[_Candidate]:
+    return sorted([*kept, *more])[:k] if more else kept
+
+
+def _take_rows(found: dict[str, _Ends], ends: Mapping[str, _Ends], part: pa.Table, block: str, k: int) -> None:
+    """Takes rows of a part, which are sorted by query, into what is found in it."""
     if not len(part):
         return
     scores = part["score"].to_numpy()
     queries = part["query_id"].combine_chunks().dictionary_encode()
     starts = np.flatnonzero(np.diff(queries.indices.to_numpy(), prepend=-1))
-    found = [ends.setdefault(query, _Ends()) for query in queries.take(pa.array(starts)).to_pylist()]
+    names = queries.take(pa.array(starts)).to_pylist()
+    own = [found.setdefault(query, _Ends()) for query in names]
+    known = [ends.get(query, _NONE) for query in names]
     bounds = list(pairwise([*starts.tolist(), len(scores)]))
     for side, keys in (("highest", -scores), ("lowest", scores)):
-        kept = [end.highest if side == "highest" else end.lowest for end in found]
-        limits = np.array([each[-1][0] if len(each) == k else np.inf for each in kept])
+        limits = np.array([_limit(getattr(each, side), k) for each in known])
         # Of many queries, few find anything better in a part: the others cost no more than this comparison.
         for index in np.flatnonzero(np.fmin.reduceat(keys, starts) <= limits).tolist():
             start, stop = bounds[index]
-            rows = part.slice(start, stop - start)
-            setattr(found[index], side, _best(kept[index], keys[start:stop], rows, block, k))
+            kept, rows = getattr(own[index], side), part.slice(start, stop - start)
+            best = _best(kept, min(limits[index], _limit(kept, k)), keys[start:stop], rows, block, k)
+            setattr(own[index], side, best)
 
 
-def _best(kept: list[_Candidate], keys: np.ndarray, rows: pa.Table, block: str, k: int) -> list[_Candidate]:
-    """The k smallest of the kept candidates and one query's rows of a part."""
-    limit = kept[-1][0] if len(kept) == k else np.inf
+_NONE = _Ends()
+
+
+def _limit(kept: list[_Candidate], k: int) -> float:
+    """What a key must not be over to be of the k best."""
+    return kept[-1][0] if len(kept) == k else np.inf
+
+
+def _best(
+    kept: list[_Candidate], limit: float, keys: np.ndarray, rows: pa.Table, block: str, k: int
+) -> list[_Candidate]:
+    """The k smallest of the kept candidates and one query's rows of a part that are no larger than `limit`."""
     within = np.flatnonzero(keys <= limit)
     if len(within) > k:
         # Every row as small as the k-th smallest, so that ties at the border are settled by document id.

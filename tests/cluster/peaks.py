@@ -54,7 +54,7 @@ def carrying(folder: Path) -> Peak:
         for name in names[start : start + 8]:
             part[f"activations/{name}"], part[f"gradients/{name}"] = torch.randn(5, columns), torch.randn(5, out)
         save_tensors(layout.part_file(partial, "m", 0), part)
-        partials.publish(partial, [["m"]], [(block, Outcome({}, (), 0))], None)
+        partials.publish(partial, [["m"]], [(block, Outcome({}, (), 0).counts)], None)
     for stage in ("pretrain", "tune"):
         basis = {
             side: torch.linalg.qr(torch.randn(n, n))[0]

@@ -76,7 +76,7 @@ class World:
                         part[f"activations/{NAMES[query]}"] = tokens[query][name].activations
                         part[f"gradients/{NAMES[query]}"] = tokens[query][name].gradients
                     save_tensors(layout.part_file(folder, name, rank), part)
-            partials.publish(folder, [list(self.maps)] * 2, [(block, Outcome({}, (), 0))], None)
+            partials.publish(folder, [list(self.maps)] * 2, [(block, Outcome({}, (), 0).counts)], None)
         return Coverage(tuple(partials.read_disjoint(step)), frozenset(names))
 
     def run(self, **queries: float) -> Run:

@@ -262,7 +262,7 @@ def sharded(setup: ModelSetup, folders: list[Path]) -> None:
         one.accumulate(Block("0-0", documents))
         one._on_ranks("write_sums", folder / "sums")
         if place.rank == 0:
-            save_tensors(folder / "counts.safetensors", {"windows": torch.tensor(one._sums.outcomes[0][1].windows)})
+            save_tensors(folder / "counts.safetensors", {"windows": torch.tensor(one._sums.counts[0][1].windows)})
 
 
 @pytest.mark.long

@@ -1,12 +1,13 @@
 """Partial sums on storage, without Ray."""
 
+import pickle
 import shutil
 
 import pytest
 import torch
 
 from msif_ray.cluster import partials
-from msif_ray.cluster.outcomes import Outcome
+from msif_ray.cluster.outcomes import Counts, Outcome
 from msif_ray.cluster.partials import Coverage
 from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError
@@ -23,7 +24,7 @@ def write(step, blocks, value, ranks=1, replaces=None, inputs=""):
     folder = partials.new_folder(step, blocks[0])
     for rank in range(ranks):
         save_tensors(part_file(folder, "m", rank), {"E": torch.full((2, 3), float(value))})
-    partials.publish(folder, [["m"]] * ranks, [(block, outcome(block)) for block in blocks], replaces, inputs)
+    partials.publish(folder, [["m"]] * ranks, [(block, outcome(block).counts) for block in blocks], replaces, inputs)
     return folder
 
 
@@ -111,3 +112,10 @@ def test_a_damaged_or_missing_part_is_named(tmp_path):
     part.unlink()
     with pytest.raises(UserError, match=rf"{part} is .*delete the folder {folder}"):
         cover(tmp_path, "a").total("m")
+
+
+def test_what_a_replica_keeps_of_a_block_has_nothing_of_each_document() -> None:
+    few, many = ({f"document-{number}": 7 for number in range(count)} for count in (1, 10_000))
+    sizes = [len(pickle.dumps(Outcome(tokens, (), 5).counts)) for tokens in (few, many)]
+    assert sizes[1] < sizes[0] + 8
+    assert Outcome(many, (), 5).counts == Counts(10_000, 70_000, 5, ())

@@ -53,7 +53,7 @@ def accumulate(
     def commit(self: Any, destination: Any) -> None:
         covered = covers(len(passes), passes[-1])
         if covered:
-            outcomes = [(block, Outcome({"d": 2}, (), 1)) for block in covered]
+            outcomes = [(block, Outcome({"d": 2}, (), 1).counts) for block in covered]
             partials.publish(partials.new_folder(step, covered[0]), [["m"]], outcomes, None)
 
     monkeypatch.setattr(ReplicaPool, "_stream", one_pass)

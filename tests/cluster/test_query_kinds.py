@@ -78,7 +78,7 @@ def gradients(setup: ModelSetup, queries: list[Query], step: Path, ranks: int = 
         outcomes = [rank.process(block.documents).outcome() for rank in each]
         assert not outcomes[0].skipped
         folder = partials.new_folder(step, block.id)
-        partials.publish(folder, [rank.write_sums(folder) for rank in each], [(block.id, outcomes[0])], None)
+        partials.publish(folder, [rank.write_sums(folder) for rank in each], [(block.id, outcomes[0].counts)], None)
     return Coverage(tuple(partials.read_disjoint(step)), frozenset(block.id for block in blocks))
 
 

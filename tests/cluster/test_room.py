@@ -43,12 +43,23 @@ class Streamed:
         return []
 
 
-def test_scoring_from_an_index_takes_one_ranks_room_where_models_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+def steps(monkeypatch: pytest.MonkeyPatch, files: int = 0, **about: Any) -> list[dict[str, Any]]:
+    """What is asked for the readers and for the replicas of a stream over an index."""
     streamed = Streamed()
     monkeypatch.setattr(streaming.ray.data, "from_items", lambda *_, **__: streamed)
     monkeypatch.setattr(streaming.ray, "put", lambda task: task)
-    cluster = Cluster.model_validate({"ranks_per_replica": 2, "gpus_per_rank": 1, "cpus_per_rank": 3})
-    pool = SimpleNamespace(cluster=cluster, dismiss=lambda: None)
-    task = SimpleNamespace(replica=IndexedReplica, blocks=SimpleNamespace(files=()))
+    pool = SimpleNamespace(cluster=Cluster.model_validate(about), dismiss=lambda: None)
+    task = SimpleNamespace(replica=IndexedReplica, blocks=SimpleNamespace(files=("file",) * files))
     streaming._stream(cast(Any, task), cast(Any, pool), frozenset(), cast(Any, None))
-    assert {key: streamed.steps[-1][key] for key in ("num_cpus", "num_gpus")} == {"num_cpus": 3, "num_gpus": 1}
+    return streamed.steps
+
+
+def test_scoring_from_an_index_takes_one_ranks_room_where_models_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, replicas = steps(monkeypatch, ranks_per_replica=2, gpus_per_rank=1, cpus_per_rank=3)
+    assert {key: replicas[key] for key in ("num_cpus", "num_gpus")} == {"num_cpus": 3, "num_gpus": 1}
+
+
+def test_readers_are_as_many_as_replicas_want_and_not_one_for_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Data limits by what a task asks for, and a reader asks for nothing."""
+    readers, _ = steps(monkeypatch, files=1000, replicas={"min": 1, "max": 3})
+    assert readers["compute"].size == 4

@@ -1,10 +1,13 @@
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from msif_ray.config import Documents
+from msif_ray.corpus import reader
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.files import corpus_files
+from msif_ray.corpus.files import CorpusFile, corpus_files
 from msif_ray.errors import UserError
 
 ROWS = 7
@@ -59,3 +62,46 @@ def test_a_file_that_has_become_shorter_is_named(corpus, tmp_path, rows):
             read.append(block)
     assert [len(block.documents) for block in read] == [3, 3, 1] + [3] * (rows // 3), "a cut block is handed out"
     assert len(list(corpus(ROWS + rows).left(set()))) == 3 + -(-rows // 3), "what is missing is not asked for"
+
+
+class Seen(tuple):
+    """Row counts that know how often they were gone through."""
+
+    times = 0
+
+    def __iter__(self):
+        Seen.times += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("files", [2, 50])
+def test_a_corpus_of_many_files_is_not_gone_through_for_every_one_nor_for_every_block(files):
+    paths = tuple(CorpusFile(f"/{n}.parquet", str(n), "parquet") for n in range(files))
+    Seen.times = 0
+    blocks = CorpusBlocks(paths, Seen([ROWS] * files), Documents(path="/*.parquet", text="text"), 3, "key")
+    assert sum(map(blocks.documents_in, blocks.ids)) == blocks.count == files * ROWS
+    assert Seen.times <= 2
+
+
+def test_names_of_documents_take_no_more_than_their_ids(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(reader.pq.ParquetFile, "iter_batches", spy(reader.pq.ParquetFile.iter_batches, read))
+    for name in "ab":
+        rows = pa.table({"id": [f"{name}{n}" for n in range(5)], "text": ["a long text"] * 5})
+        pq.write_table(rows, tmp_path / f"{name}.parquet")
+    for column, names in (("id", [f"{name}{n}" for name in "ab" for n in range(5)]), (None, None)):
+        documents = Documents(path=str(tmp_path / "*.parquet"), text="text", id=column)
+        blocks = CorpusBlocks(tuple(corpus_files(documents, "k")), (5, 5), documents, 2, "k", limit=8)
+        every = [(document.id, block.id) for block in blocks.left(set()) for document in block.documents]
+        read.clear()
+        assert list(blocks.named()) == every and len(every) == 8
+        assert read == ([["id"]] * 2 if column else [])
+        assert names is None or [name for name, _ in every] == names[:8]
+
+
+def spy(method, read):
+    def called(*arguments, columns, **options):
+        read.append(columns)
+        return method(*arguments, columns=columns, **options)
+
+    return called

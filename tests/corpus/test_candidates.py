@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from msif_ray.config import Documents
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import (
     CandidateBlocks,
+    Chosen,
     ChosenFile,
     by_bm25,
     read_chosen,
@@ -96,19 +98,21 @@ def write(tmp_path: Path, **columns: list[str]) -> str:
 def test_blocks_hold_candidates_alone(blocks: CorpusBlocks, tmp_path: Path) -> None:
     path = write(tmp_path, query_id=["q1", "q0", "q1"], doc_id=["d9", "d0", "d1"])
     write_table(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, path, "k"))
-    chosen = CandidateBlocks(**vars(blocks), chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
+    chosen = blocks.as_a(CandidateBlocks, chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
     names = ["00000-0000000", "00000-0000002"]
     assert chosen.ids == set(names) and chosen.count == 3 and chosen.documents_in(names[0]) == 2
     assert [[each.id for each in block.documents] for block in chosen.left(set())] == [["d0", "d1"], ["d9"]]
     assert [block.id for block in chosen.left({names[0]})] == names[1:]
-    pairs = read_chosen(chosen.chosen).pairs(["d0", "d1", "d5", "d9"], ["q0", "q1"])
-    assert pairs.tolist() == [[True, False], [False, True], [False, False], [False, True]]
+    pairs = read_chosen(chosen.chosen).pairs
+    assert pairs(names[0], ["d0", "d1", "d3"], ["q0", "q1"]).tolist() == [[True, False], [False, True], [False, False]]
+    assert pairs(names[1], ["d9"], ["q0", "q1"]).tolist() == [[False, True]]
+    assert pairs(names[0], ["d1"], ["q0", "q1"]).tolist() == [[False, True]], "d0 was skipped"
 
 
 def test_a_later_run_of_the_same_process_reads_its_own_candidates(blocks: CorpusBlocks, tmp_path: Path) -> None:
     for document in ("d1", "d5", "d1"):
         write_table(tmp_path / "chosen.parquet", by_list(blocks, QUERIES, write(tmp_path, doc_id=[document]), "k"))
-        chosen = CandidateBlocks(**vars(blocks), chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
+        chosen = blocks.as_a(CandidateBlocks, chosen=ChosenFile.found(tmp_path / "chosen.parquet"))
         assert [each.id for block in chosen.left(set()) for each in block.documents] == [document]
 
 
@@ -127,3 +131,22 @@ def test_both_completions_of_a_pair_are_searched(tmp_path: Path) -> None:
     queries = [Document(word, "", word) for word in ("Ulm", "winter", "stone", "sea")]
     found = {row["query_id"]: row["doc_id"] for row in by_bm25(pairs, queries, 1).to_pylist()}
     assert found == {"Ulm": "text", "winter": "talk", "stone": "talk", "sea": "text"}
+
+
+def test_a_pair_takes_few_bytes(tmp_path: Path) -> None:
+    """Every process that reads or scores has all of them."""
+    pairs = 200_000
+    columns = {
+        "query_id": [f"query-{n % 1000}" for n in range(pairs)],
+        "doc_id": [f"document-{n:09d}" for n in range(pairs)],
+        "block": [f"00000-{n // 256:07d}" for n in range(pairs)],
+    }
+    table = pa.table(columns)
+    del columns
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    chosen = Chosen.of(table)
+    size = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before
+    tracemalloc.stop()
+    assert size < 40 * pairs
+    assert len(chosen.documents("00000-0000003")) == 256 and len(chosen.places) == -(-pairs // 256)

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from msif_ray.config import Documents
-from msif_ray.corpus import census
+from msif_ray.corpus import census, reader
 from msif_ray.corpus.census import take_census
 from msif_ray.errors import UserError
 
@@ -76,6 +76,15 @@ def test_an_id_takes_few_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     peak(path, few)  # what is imported and cached once
     assert peak(path, many) - peak(path, few) < 16 * (many - few)
+
+
+def test_a_corpus_without_ids_is_counted_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.parquet", "b"):
+        write(tmp_path / name, rows(0, 100))
+        read: list[int] = []
+        monkeypatch.setattr(reader, "python_rows", lambda some, read=read: read.append(len(some)) or some.to_pylist())
+        assert take_census(documents(tmp_path / name, id=None), "key").rows == (100,)
+        assert len(read) == 1, "the first rows, to see that the columns are there"
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ""])

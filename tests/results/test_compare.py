@@ -17,8 +17,10 @@ from msif_ray import layout
 from msif_ray.cli import app
 from msif_ray.corpus.candidates import SCHEMA
 from msif_ray.errors import UserError
-from msif_ray.results import parts
-from msif_ray.results.compare import compare, compare_scores
+from msif_ray.results import compare as comparing
+from msif_ray.results import of_queries, parts
+from msif_ray.results.compare import compare, compare_runs, compare_scores
+from msif_ray.results.facts import read_facts
 from msif_ray.tables import write_table
 
 
@@ -164,3 +166,20 @@ def test_a_run_of_candidates_has_the_blocks_that_hold_some(tmp_path: Path) -> No
     parts.part_path(run, "pretrain", "00000-0000000").unlink()
     with pytest.raises(UserError, match=r"pretrain has scores of 1 of 2 blocks of candidates; finish the run with"):
         compare(run, run, Console())
+
+
+def test_parts_are_opened_once_for_as_many_queries_as_there_is_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = [(f"q{number}", "Is it?", " yes") for number in range(6)]
+    run, opened = Finished(queries=queries).write(tmp_path / "run"), []
+    plain = parts.opened_part
+    monkeypatch.setattr(of_queries, "opened_part", lambda path: opened.append(path) or plain(path))
+    side = (facts := read_facts(run)), facts.scored[0]
+    ids = [query for query, *_ in queries]
+    for memory, passes in ((2**30, 1), (8 * 12 * 2, 3), (1, 6)):
+        monkeypatch.setattr(comparing, "COMPARED_BYTES", memory)
+        opened.clear()
+        found = list(compare_runs(side, side, ids))
+        assert [(each.query_id, each.documents, each.spearman) for each in found] == [(q, 12, 1.0) for q in ids]
+        assert len(opened) == 2 * 2 * passes, "of two parts of each side"

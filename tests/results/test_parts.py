@@ -15,7 +15,8 @@ import pytest
 from datasets import load_dataset
 
 from msif_ray.errors import UserError
-from msif_ray.results import parts
+from msif_ray.results import parts, statistics, top
+from msif_ray.results.of_queries import query_scores
 
 
 def write(run_dir: Path, block: str, documents: list[str], skipped: list[tuple[str, str]], stage: str = "one") -> Path:
@@ -170,7 +171,7 @@ def test_parts_without_rows_and_queries_without_any_are_read(
         parts.write_part(path, ["b", "a"], names, np.ones((2, 2)), np.ones(2), [3, 3], [], {}, None, np.array(chosen))
     assert [pq.read_metadata(path).num_row_groups for path in paths] == [0, 1, 1]
     assert READERS[reader](paths[0].parent) == 3
-    assert len(parts.query_scores(tmp_path, "one", "b")[0]) == 2
+    assert {query: len(ids) for query, (ids, _) in query_scores(tmp_path, "one", ["b", "a"])} == {"b": 2, "a": 1}
     if reader != "datasets":  # which has no name for no rows
         paths[1].unlink()
         paths[2].unlink()
@@ -193,9 +194,10 @@ def test_one_query_reads_a_small_part_of_a_file(tmp_path: Path) -> None:
     wanted = queries[17]
     holding = [group.total_byte_size for group, (low, high) in zip(groups, ends, strict=True) if low <= wanted <= high]
     assert len(holding) == 1 and holding[0] < 0.05 * sum(group.total_byte_size for group in groups)
-    found, own = parts.query_scores(tmp_path, "s", wanted)
-    assert found.to_pylist() == ids and (own == scores[:, 17]).all()
-    assert len(parts.query_scores(tmp_path, "s", "q")[0]) == 0
+    found = dict(query_scores(tmp_path, "s", [wanted, "q", queries[3]]))
+    assert list(found) == [wanted, "q", queries[3]] and len(found["q"][0]) == 0
+    for query, place in ((wanted, 17), (queries[3], 3)):
+        assert found[query][0].to_pylist() == ids and (found[query][1] == scores[:, place]).all()
 
 
 def test_only_plain_types(tmp_path: Path) -> None:
@@ -237,3 +239,38 @@ def test_curvature_norms_stand_beside_the_norms_and_divide_scores(
     assert table["score_per_norm"].to_pylist() == [2.0, 0.5, 1.0, 0.375]
     assert table["score_per_curvature_norm"].to_pylist() == [None, 0.25, None, 0.1875]
     assert parts.read_part(path).column_names == parts.SCORES_SCHEMA.names
+
+
+def test_a_query_may_be_cut_into_row_groups(tmp_path: Path) -> None:
+    """As those of very large blocks are: nobody takes one for the whole of it."""
+    scores = np.random.default_rng(0).standard_normal((10, 2)).astype(np.float32)
+    ids = [f"d{number}" for number in range(10)]
+    for stage in ("whole", "cut"):
+        path = parts.part_path(tmp_path, stage, "b")
+        parts.write_part(path, ["a", "b"], ids, scores, np.ones(10), [7] * 10, [], {})
+    pq.write_table(parts.read_part(path), path, row_group_size=3)
+    assert pq.read_metadata(path).num_row_groups == 7
+    statistics.write_statistics(tmp_path, ["whole", "cut"])
+    found = statistics.read_statistics(tmp_path)
+    for query in "ab":
+        one, other = (found[stage, query] for stage in ("whole", "cut"))
+        assert all(one[name] == other[name] for name in ("documents", "lowest", "highest", "histogram"))
+        assert one["total_absolute"] == pytest.approx(other["total_absolute"], rel=1e-14)
+    assert top.top_pairs(tmp_path, "whole", 4) == top.top_pairs(tmp_path, "cut", 4)
+    for (query, one), (_, other) in zip(
+        *(query_scores(tmp_path, stage, "ab") for stage in ("whole", "cut")), strict=True
+    ):
+        assert one[0].equals(other[0]) and (one[1] == other[1]).all(), query
+
+
+def test_very_many_skipped_documents_are_written_some_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "SKIPPED_AT_ONCE", 3)
+    rows = [(f"d{number}", "why") for number in range(8)]
+    for number in range(2):
+        write(tmp_path, f"b{number}", [], rows[4 * number : 4 * number + 4])
+    parts.write_skipped(tmp_path, ["one"])
+    found = pq.ParquetFile(tmp_path / "skipped.parquet")
+    assert [(row["doc_id"], row["reason"]) for row in found.read().to_pylist()] == rows
+    assert [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)] == [3, 3, 2]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from msif_ray.results import parts
-from msif_ray.results.statistics import BINS, _Sums, read_statistics, write_statistics
+from msif_ray.results.statistics import BINS, _histograms, _moments, _Rows, _Sums, read_statistics, write_statistics
 
 
 def test_they_are_those_of_all_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +43,13 @@ def test_equal_scores_have_no_correlation_and_one_bin(tmp_path: Path) -> None:
     assert row["length_correlation"] is None and row["deviation"] == 0 and sum(row["histogram"]) == 2
 
 
+def add(sums: _Sums, scores: np.ndarray, tokens: int) -> None:
+    """A part with scores of one query, of documents of so many tokens each."""
+    rows = _Rows(["a"], np.array([0]), scores.astype(float), np.full(len(scores), float(tokens)))
+    lowest, highest = (rows.of_each([end]) for end in sums.ends)
+    sums.add(_moments(rows, lowest)[0], _histograms(rows, lowest, highest)[0])
+
+
 @pytest.mark.parametrize("count", [1000, 1_000_003])
 def test_the_deviation_is_not_what_rounding_leaves(count: int) -> None:
     """Of equal scores it is zero, and of those far from zero that of their distances."""
@@ -50,12 +57,12 @@ def test_the_deviation_is_not_what_rounding_leaves(count: int) -> None:
         scores = (123.4 + 1e-5 * np.random.default_rng(0).integers(-spread, spread + 1, count)).astype(np.float32)
         sums = _Sums((float(scores.min()), float(scores.max())))
         for part in np.array_split(scores, 37):
-            sums.add(part, np.full(len(part), 5, np.int32))
+            add(sums, part, 5)
         assert sums.row("s", "a")["deviation"] == pytest.approx(scores.astype(float).std() if spread else 0, abs=1e-15)
 
 
 def test_what_rounding_leaves_of_equal_lengths_is_no_spread() -> None:
     count, tokens = 247_778, 7176  # of which (Σn)²/N is not Σn² in float64
     sums = _Sums((-1.0, 1.0))
-    sums.add(np.random.default_rng(0).standard_normal(count).astype(np.float32), np.full(count, tokens, np.int32))
+    add(sums, np.random.default_rng(0).standard_normal(count).astype(np.float32), tokens)
     assert sums.row("s", "a")["length_correlation"] is None
