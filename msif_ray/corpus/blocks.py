@@ -12,6 +12,9 @@ from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Block, block_id, read_file_blocks
 from msif_ray.errors import UserError
 
+# Under which a block of references has each pair's number: beside it, a document may have any name.
+LOG_RATIOS = "log_ratios"
+
 
 class Blocks(Protocol):
     """The units of one step."""
@@ -102,7 +105,8 @@ class CorpusBlocks:
 def _with_references(block: Block, folder: Path) -> Block:
     from msif_ray.store import read_json  # here: it imports PyTorch, and who reads blocks needs none
 
-    found = read_json(layout.reference_block(folder, block.id))
+    about = read_json(layout.reference_block(folder, block.id))
+    found = about.get(LOG_RATIOS, about)  # that of an earlier version has the pairs alone
     return Block(block.id, tuple(replace(each, reference=found.get(each.id)) for each in block.documents))
 
 
