@@ -105,15 +105,19 @@ def delete_folder(folder: Path, first: str | None = None) -> None:
 
 
 def _delete_objects(folder: Path) -> None:
-    """Deletes every object under a remote folder by its own name: fsspec's `rm` takes one with `*`, `?` or `[` in it
-    for a pattern, and would delete what matches."""
+    """Deletes every object under a remote folder. Many by one request, of which s3fs does not say what it has left;
+    each of that by its own name, which raises. So are names with `*`, `?` or `[` in them: fsspec's `rm` takes one for a
+    pattern, and would delete what matches."""
     files, root = filesystem(folder)
-    names = [f"{root.rstrip('/')}/{below}" for below, _, _ in listing(folder)]
-    plain = [name for name in names if glob.escape(name) == name]
+
+    def names() -> list[str]:
+        return [f"{root.rstrip('/')}/{below}" for below, _, _ in listing(folder)]
+
+    plain = [name for name in names() if glob.escape(name) == name]
     with suppress(FileNotFoundError):  # another process deletes them, too
         if plain:
-            files.rm(plain)  # many by one request
-    for name in set(names).difference(plain):
+            files.rm(plain)
+    for name in names():
         _delete_object(files, name)
 
 
