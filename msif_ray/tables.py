@@ -22,6 +22,8 @@ AGAIN = "delete it, and run `msif run` again"
 # What a footer's checksum (CRC-32) begins with; a footer ends with its own length and the mark of Parquet.
 SEAL = b"crc="
 _SEAL_BYTES, _END_BYTES = len(SEAL) + 4, 8
+# What pyarrow reads of a file at first: of a remote one that is then at hand.
+_TAIL_BYTES = 2**16
 
 FINISH = "finish the run with `msif run`"
 
@@ -80,27 +82,30 @@ def writing(path: str | Path, schema: pa.Schema, **options: Any) -> Iterator[pq.
         with pq.ParquetWriter(temporary, schema, write_page_checksum=True, **options) as writer:
             yield writer
         with open(temporary, "r+b") as file:
-            file.seek(-_footer_bytes(file), os.SEEK_END)
-            footer = file.read()
+            footer = _last(file, _footer_bytes(_last(file, _END_BYTES)))
             file.seek(-len(footer), os.SEEK_END)
             file.write(SEAL + zlib.crc32(footer).to_bytes(4, "little") + footer)
 
 
-def _footer_bytes(file: BinaryIO) -> int:
-    """The length of a file's footer to the end of the file, as its last bytes say."""
-    file.seek(-_END_BYTES, os.SEEK_END)
-    return int.from_bytes(file.read(4), "little") + _END_BYTES
+def _footer_bytes(end: bytes) -> int:
+    """The length of a footer to the end of its file, as the file's last bytes say."""
+    return int.from_bytes(end[-_END_BYTES:][:4], "little") + _END_BYTES
 
 
 def _check_seal(file: BinaryIO) -> None:
     """Raises ValueError for a footer that does not fit its checksum; those of earlier versions have none."""
     size = file.seek(0, os.SEEK_END)
-    if size < _END_BYTES or size < (length := _footer_bytes(file) + _SEAL_BYTES):
+    tail = _last(file, min(size, _TAIL_BYTES))
+    length = _footer_bytes(tail) + _SEAL_BYTES
+    if size < length:
         return  # no Parquet at all, as its reader will say
-    file.seek(-length, os.SEEK_END)
-    found = file.read()
-    if found.startswith(SEAL) and zlib.crc32(found[_SEAL_BYTES:]) != int.from_bytes(
-        found[len(SEAL) : _SEAL_BYTES], "little"
-    ):
+    sealed = tail[-length:] if length <= len(tail) else _last(file, length)
+    checksum, footer = sealed[len(SEAL) : _SEAL_BYTES], sealed[_SEAL_BYTES:]
+    if sealed.startswith(SEAL) and zlib.crc32(footer).to_bytes(4, "little") != checksum:
         raise ValueError("the footer does not fit its checksum")
     file.seek(0)
+
+
+def _last(file: BinaryIO, count: int) -> bytes:
+    file.seek(-count, os.SEEK_END)
+    return file.read()
