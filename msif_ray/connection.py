@@ -2,9 +2,12 @@
 
 import os
 import re
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import ray
 
@@ -39,9 +42,28 @@ def connected() -> Iterator[None]:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
         ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
-        yield
+        with _ended_by_sigterm():
+            yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what is in the context as an exception does, with a line. By the handler that Ray has put in place
+    the process prints a stack of addresses, and aborts in the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit("msif: ended by SIGTERM; run the same command again to go on")
 
 
 def _quieten_core() -> None:

@@ -171,9 +171,18 @@ def _copy(url: str, files: Listing) -> Path:
     with storage(f"{url} (its local copy {folder})", "fetched"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{name}.lock"):
-            if not folder.is_dir():
+            if not _has(folder, files):
+                shutil.rmtree(folder, ignore_errors=True)
                 _fetch(url, files, folder)
     return folder
+
+
+def _has(folder: Path, files: Listing) -> bool:
+    """Whether a copy has all its files at their sizes: one may have been deleted, or cut short by a full disk."""
+    try:
+        return all((folder / name).stat().st_size == size for name, size, _ in files)
+    except OSError:
+        return False
 
 
 def cache_folder() -> Path:

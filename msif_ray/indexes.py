@@ -42,11 +42,15 @@ def whole(folder: Path) -> Iterator[None]:
     try:
         yield
     except DamagedError as error:
-        raise UserError(f"{error}; delete it, and run `msif index` of the run whose index {folder} is") from None
+        raise UserError(f"{error}; {_mend(folder)}") from None
+
+
+def _mend(folder: Path) -> str:
+    return f"delete it, and run `msif index` of the run whose index {folder} is"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = read_json(layout.index_manifest(folder))
+    manifest: dict[str, Any] = read_json(layout.index_manifest(folder), _mend(folder))
     return manifest
 
 

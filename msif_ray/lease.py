@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from msif_ray import layout
-from msif_ray.errors import UserError
+from msif_ray.errors import DamagedError, UserError
 from msif_ray.paths import exists, is_remote, storage
 from msif_ray.store import delete, read_json, write_json
 
@@ -36,10 +36,17 @@ class Lease:
     def __init__(self, path: Path) -> None:
         self.path, self.owner = path, uuid.uuid4().hex
         self._taken: dict[str, Any] = {}
+        self._looked = time.monotonic()
 
     def check(self) -> None:
         """Raises UserError when another driver was found to have the lease: it took this one for dead, which was held
-        up for long, or came at the same moment."""
+        up for long, or came at the same moment.
+
+        One that was held up looks for itself: it may be about to write before `keep` comes to look.
+        """
+        if time.monotonic() - self._looked > EXPIRY_SECONDS:
+            with suppress(UserError):
+                self._look()
         if self._taken:
             raise UserError(f"{_who(self.path, self._taken)} and has taken the lease of this one; leave the run to it")
 
@@ -63,10 +70,16 @@ class Lease:
         beat = 0
         while not (over.wait(RENEW_SECONDS) or self._taken):
             with suppress(UserError):  # a renewal missed now and then does no harm
-                self._taken = self._other()
+                self._look()
                 beat += 1
                 if not self._taken:
                     _renew(self.path, self.owner, beat)
+
+    def _look(self) -> None:
+        try:
+            self._taken = self._taken or self._other()
+        finally:
+            self._looked = time.monotonic()
 
     def _other(self) -> dict[str, Any]:
         """Another driver's lease in the place of this one, or nothing."""
@@ -163,13 +176,18 @@ def _refusal(path: Path, lease: dict[str, Any]) -> UserError:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The lease as it is, empty where there is none or it is not whole."""
+    """The lease as it is, empty where there is none or it is not whole. Raises UserError for a storage that does not
+    say: a driver may have it, and live."""
     if not exists(path):
         return {}
     try:
         found = read_json(path)
-    except UserError:
+    except DamagedError:
         return {}
+    except UserError:
+        if exists(path):
+            raise
+        return {}  # deleted just now
     return found if isinstance(found, dict) else {}
 
 

@@ -169,7 +169,7 @@ def _refuse_unrecorded(run_dir: str) -> None:
 def keep_index(run_dir: str, stage: str, about: dict[str, Any]) -> None:
     """Adds what a finished index is to run.json: rank, type, metric, damping, tokens and bytes."""
     path = layout.run_record(run_dir)
-    record = read_json(path)
+    record = read_record(path)
     write_json(path, record | {"index": record.get("index", {}) | {stage: about}})
 
 

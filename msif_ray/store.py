@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,9 @@ from safetensors.torch import save_file
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.paths import filesystem, is_remote, listing, path_of, storage
 from msif_ray.tensorfile import TensorFile, with_checksums
+
+# Under which a JSON object has the checksum of all else in it: a digit that is flipped is a digit still.
+CHECKSUM = "crc32"
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 LEFTOVER_SECONDS = 3600.0
@@ -101,15 +105,19 @@ def delete_folder(folder: Path, first: str | None = None) -> None:
 
 
 def _delete_objects(folder: Path) -> None:
-    """Deletes every object under a remote folder by its own name: fsspec's `rm` takes one with `*`, `?` or `[` in it
-    for a pattern, and would delete what matches."""
+    """Deletes every object under a remote folder. Many by one request, of which s3fs does not say what it has left;
+    each of that by its own name, which raises. So are names with `*`, `?` or `[` in them: fsspec's `rm` takes one for a
+    pattern, and would delete what matches."""
     files, root = filesystem(folder)
-    names = [f"{root.rstrip('/')}/{below}" for below, _, _ in listing(folder)]
-    plain = [name for name in names if glob.escape(name) == name]
+
+    def names() -> list[str]:
+        return [f"{root.rstrip('/')}/{below}" for below, _, _ in listing(folder)]
+
+    plain = [name for name in names() if glob.escape(name) == name]
     with suppress(FileNotFoundError):  # another process deletes them, too
         if plain:
-            files.rm(plain)  # many by one request
-    for name in set(names).difference(plain):
+            files.rm(plain)
+    for name in names():
         _delete_object(files, name)
 
 
@@ -119,20 +127,36 @@ def _delete_object(files: Any, name: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented JSON. Raises ValueError for a number that JSON cannot hold (NaN, infinity)."""
+    """Writes `value` as indented JSON, an object with a checksum, whose key no object of ours may have itself. Raises
+    ValueError for a number that JSON cannot hold (NaN, infinity)."""
+    if isinstance(value, dict):
+        value = value | {CHECKSUM: _json_checksum(value)}
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomic(path, (text + "\n").encode("utf-8"))
 
 
 def read_json(path: str | Path, mend: str = "delete it, and run the same command again") -> Any:
-    """What `write_json` wrote. Raises UserError, which says how to `mend` it, for a file that is not whole JSON."""
+    """What `write_json` wrote; one of an earlier version has no checksum.
+
+    Raises DamagedError, which says how to `mend` it, for a file that is not whole JSON or does not fit its checksum,
+    and UserError for a storage that cannot be read.
+    """
     with storage(path, "read"):
         data = path_of(path).read_bytes()
     try:
-        return json.loads(data)
+        found = json.loads(data)
     except ValueError as error:
         fault = " ".join(str(error).split())
-        raise UserError(f"{path}: not whole JSON: {fault}; {mend}") from None
+        raise DamagedError(f"{path}: not whole JSON: {fault}; {mend}") from None
+    if isinstance(found, dict) and CHECKSUM in found and found.pop(CHECKSUM) != _json_checksum(found):
+        raise DamagedError(f"{path}: damaged: it does not fit its checksum; {mend}")
+    return found
+
+
+def _json_checksum(value: Any) -> int:
+    """Of what a reader finds, whatever the order of keys and their types here."""
+    found = json.loads(json.dumps(value))
+    return zlib.crc32(json.dumps(found, sort_keys=True).encode())
 
 
 def json_hash(value: Any) -> str:

@@ -91,6 +91,18 @@ def test_what_changes_while_it_is_fetched_is_no_copy(
     assert not [path for path in fetch.cache_folder().iterdir() if path.is_dir()]
 
 
+def test_a_copy_that_has_lost_a_file_or_some_of_it_is_fetched_anew(bucket: str) -> None:
+    content = {"config.json": b"{}", "model.safetensors": b"0123456789"}
+    for name, data in content.items():
+        store.write_atomic(f"s3://{bucket}/m/{name}", data)
+    copy = fetch.fetched(f"s3://{bucket}/m")
+    (copy / "config.json").unlink()
+    assert fetch.fetched(f"s3://{bucket}/m") == copy
+    (copy / "model.safetensors").write_bytes(b"01234")
+    assert fetch.fetched(f"s3://{bucket}/m") == copy
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == content
+
+
 def test_an_object_cannot_lead_out_of_the_cache(bucket: str) -> None:
     boto3.client("s3").put_object(Bucket=bucket, Key="m/../../evil.json", Body=b"{}")
     with pytest.raises(UserError, match=r"'\.\./\.\./evil\.json' cannot be a file"):

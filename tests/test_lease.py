@@ -129,6 +129,28 @@ def test_the_lease_is_renewed_until_another_driver_has_it(tmp_path: Path, monkey
     assert read_json(layout.lease(str(tmp_path))) == taken
 
 
+def test_a_driver_that_was_held_up_looks_before_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may wake in the middle of its work, long before the thread that renews its lease comes to look."""
+    with pytest.raises(UserError, match="has taken the lease"), lease.held(str(tmp_path), quiet) as held:
+        held.check()
+        elsewhere(tmp_path, 7)
+        held.check()  # which reads nothing: it looked a moment ago
+        monkeypatch.setattr(lease, "EXPIRY_SECONDS", 0.0)
+        held.check()
+        raise AssertionError("it went on")
+
+
+def test_a_lease_that_the_storage_does_not_give_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: Path) -> None:
+        raise UserError(f"{path}: cannot be read: Please reduce your request rate.")
+
+    about = elsewhere(tmp_path, 0)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="reduce your request rate"):
+        patch.setattr(lease, "read_json", fails)
+        lease.held(str(tmp_path), quiet).__enter__()
+    assert read_json(layout.lease(str(tmp_path))) == about
+
+
 @pytest.mark.parametrize("locks", [True, False])
 @pytest.mark.parametrize("dead", [True, False])
 def test_of_drivers_that_start_together_one_is_let_in(

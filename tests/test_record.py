@@ -16,7 +16,7 @@ from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
 from msif_ray.record import keep_record
-from msif_ray.store import read_json
+from msif_ray.store import read_json, write_json
 
 __all__ = ["folder", "pair"]  # fixtures
 
@@ -80,7 +80,7 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], Callable[[Path], object], str]] 
     ),
     "reused factors": (
         reusing,
-        lambda f: edit_config(f / "other/factors/pre/manifest.json", documents=3),
+        lambda f: write_json(path := f / "other/factors/pre/manifest.json", read_json(path) | {"documents": 3}),
         r"factors\.pre was ",
     ),
 }

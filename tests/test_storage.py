@@ -55,6 +55,26 @@ def test_files_come_back_and_nothing_else_is_there(
     assert not paths.exists(folder / "a.json") and not list(tmp_path.glob("msif-ray-*"))
 
 
+def test_what_a_request_for_many_does_not_delete_is_deleted_or_said(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def leaves(self: Any, paths: list[str], **options: Any) -> list[str]:
+        return []  # what s3fs makes of a refusal of each key
+
+    def refused(files: Any, name: str) -> None:
+        raise PermissionError("Access Denied")
+
+    folder = paths.path_of(f"s3://{bucket}/run")
+    for name in ("a.json", "deep/b.json"):
+        store.write_atomic(folder / name, b"1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "_bulk_delete", leaves)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"run: cannot be deleted: Access Denied"):
+        patch.setattr(store, "_delete_object", refused)
+        store.delete_folder(folder)
+    store.delete_folder(folder)
+    assert not object_storage.objects(bucket)
+
+
 def test_what_another_process_writes_is_seen(bucket: str) -> None:
     folder = paths.path_of(f"s3://{bucket}/run")
     store.write_atomic(folder / "a.json", b"1")

@@ -1,11 +1,13 @@
 """Files are whole or absent, whatever happens while they are written."""
 
 import errno
+import json
 import math
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
@@ -74,6 +76,22 @@ def tensors_file(tmp_path: Path) -> Path:
     path = tmp_path / "t.safetensors"
     store.save_tensors(path, {"a": torch.tensor([1.5, -2.0]), "b": torch.tensor([[3, 4]])}, {"about": "[1, 2]"})
     return path
+
+
+def test_a_flipped_bit_of_json_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    """A digit that is flipped is a digit still: without a checksum such a file says another number."""
+    path, value = tmp_path / "a.json", {"documents": 256, "maps": {"m": [1.25e-07, "Köln", None]}, 7: 1}
+    store.write_json(path, value)
+    whole, found = path.read_bytes(), json.loads(json.dumps(value))
+    assert json.loads(whole).items() > found.items()  # an object like any other to who reads it
+    for place, bit in product(range(len(whole)), range(3)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        try:
+            assert store.read_json(path).items() >= found.items()  # what is flipped is the checksum's own name
+        except UserError as error:
+            assert str(error).startswith(f"{path}: ") and "; delete it, and run the same command again" in str(error)
+    path.write_text(json.dumps(found))  # of an earlier version
+    assert store.read_json(path) == found
 
 
 def test_other_readers_read_the_same_file(tensors_file: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from msif_ray import layout
@@ -25,7 +24,8 @@ from msif_ray.influence.groups import Shapes, accumulating_bytes
 from msif_ray.influence.queries import carry_back, smaller_form, stays_dense, truncate
 from msif_ray.influence.response import Response
 from msif_ray.paths import all_there, exists
-from msif_ray.store import read_json, replacing, write_json
+from msif_ray.store import read_json, write_json
+from msif_ray.tables import writing
 
 # Bytes that a task takes for the copies of the queries that it carries at once, beside the factors that they meet
 # and the shard that it fills. A single query may take more.
@@ -128,7 +128,7 @@ def _write_energy(path: Path, queries: Sequence[str], done: dict[str, Carried]) 
     schema = pa.schema(
         [("map", pa.string()), ("query_id", pa.string()), ("rank", pa.int32()), ("energy_kept", pa.float64())]
     )
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+    with writing(path, schema) as writer:
         for name, about in done.items():
             columns = [[name] * len(queries), list(queries), about.ranks, about.kept]
             writer.write_table(

@@ -15,7 +15,7 @@ import torch
 
 from msif_ray import layout
 from msif_ray.cluster.fit import Steps
-from msif_ray.cluster.jobs import Work, load_basis
+from msif_ray.cluster.jobs import Work, bases_checksum, load_basis
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
@@ -34,7 +34,7 @@ from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.ordered import in_order
-from msif_ray.paths import exists, names_matching, size_of
+from msif_ray.paths import all_there, exists, names_matching, size_of
 from msif_ray.store import delete_folder, load_tensors, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
@@ -218,6 +218,7 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
     """Builds what is left of an index; its manifest, written last, says that it is finished."""
     if exists(layout.index_manifest(plan.folder)) and not missing_files(plan.folder, plan.blocks):
         return
+    _drop_of_other_bases(plan)
     groups = _groups(plan)
     missing = [name for name in plan.maps if not exists(layout.metric_file(plan.folder, name))]
     itemsize = accumulating_bytes(plan.setup.dtype)
@@ -246,11 +247,24 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
     )
 
 
+def _drop_of_other_bases(plan: IndexPlan) -> None:
+    """Blocks are in the coordinates of the bases that the metrics were made of. Where a metric is lost and the factors
+    have been fitted anew since, no other is that one, and the blocks go with it."""
+    path = layout.groups(plan.folder)
+    if not exists(path) or all_there(layout.metric_file(plan.folder, name) for name in plan.maps):
+        return
+    if read_json(path).get("bases", "") not in ("", bases_checksum(plan.factors, list(plan.maps))):
+        delete_folder(plan.folder, first=layout.index_manifest(plan.folder).name)
+
+
 def _groups(plan: IndexPlan) -> list[list[str]]:
     """The maps of each pass, as they were first decided: by the plan's memory, or else as the factors were fitted."""
     path, manifest = layout.groups(plan.folder), layout.index_manifest(plan.folder)
-    if not exists(path):
-        write_json(path, {"groups": read_json(manifest)["groups"] if exists(manifest) else _decided(plan)})
+    if not exists(path) and exists(manifest):
+        write_json(path, {"groups": read_json(manifest)["groups"]})
+    elif not exists(path):
+        groups = _decided(plan)
+        write_json(path, {"groups": groups, "bases": bases_checksum(plan.factors, list(plan.maps))})
     found: list[list[str]] = read_json(path)["groups"]
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from msif_ray.cluster.outcomes import Counts
-from msif_ray.errors import UserError
+from msif_ray.errors import DamagedError, UserError
 from msif_ray.layout import part_file
 from msif_ray.paths import exists, subfolders
 from msif_ray.store import delete_folder, load_tensors, read_json, write_json
@@ -95,7 +95,8 @@ def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
 
 
 def _read(manifest: Path) -> Partial | None:
-    """A partial, unless it has just been replaced, as a replica of a dead driver may do yet."""
+    """A partial, unless it has just been replaced, as a replica of a dead driver may do yet. Raises UserError for a
+    manifest that is damaged, and for a storage that does not give it."""
     try:
         about = read_json(manifest)
         return Partial(
@@ -108,9 +109,11 @@ def _read(manifest: Path) -> Partial | None:
             tuple((document, reason) for document, reason in about["skipped"]),
             about["inputs"],
         )
-    except (UserError, KeyError, TypeError, ValueError):
+    except (UserError, KeyError, TypeError, ValueError) as error:
         if not exists(manifest):
             return None
+        if isinstance(error, UserError) and not isinstance(error, DamagedError):
+            raise  # the storage did not give it, and it may be whole
         raise UserError(
             f"{manifest}: not the whole manifest of a partial sum; delete the folder {manifest.parent}, and run the "
             "same command again: its blocks are done again"

@@ -141,8 +141,10 @@ class Solver:
                 free = self.pool.free_memory(stage.setup, CovarianceJob(False, ()), lambda why: self.say(waiting + why))
                 memory = int(FREE_SHARE * free)
             each, count = solved_together(self.maps, memory, self._itemsize), len(self.task.queries)
-            write_json(path, [[start, min(start + each, count)] for start in range(0, count, each)])
-        return [(start, stop) for start, stop in read_json(path)]
+            write_json(path, {"queries": [[start, min(start + each, count)] for start in range(0, count, each)]})
+        found = read_json(path)
+        # That of an earlier version is the list alone.
+        return [(start, stop) for start, stop in (found["queries"] if isinstance(found, dict) else found)]
 
     @property
     def _itemsize(self) -> int:

@@ -6,11 +6,11 @@ from statistics import median
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from msif_ray import layout
 from msif_ray.cluster.solve import Record, SolvedStage, Solver
-from msif_ray.store import delete_folder, replacing
+from msif_ray.store import delete_folder
+from msif_ray.tables import write_table
 
 SCHEMA = pa.schema(
     [
@@ -49,9 +49,7 @@ def report_solves(solver: Solver, solved: Sequence[SolvedStage]) -> dict[str, An
         summaries[name] = _summary(records, stage, kept)
         solver.say(_line(name, summaries[name], len(queries)))
     if solved:
-        path = layout.residuals_file(solver.task.folder)
-        with replacing(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, SCHEMA), temporary)
+        write_table(layout.residuals_file(solver.task.folder), pa.Table.from_pylist(rows, SCHEMA))
     return summaries
 
 

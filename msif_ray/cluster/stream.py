@@ -183,6 +183,8 @@ def _told_to_wait(progress: Progress, reason: Callable[[], str | None]) -> Itera
 def quiet_ray_data() -> None:
     """One block of ours is one block of Ray Data's, however small, so that blocks spread and are lost singly."""
     os.environ.setdefault("RAY_DATA_USAGE_DISABLED", "1")  # or it starts a process to count what its users use
+    # Nobody asks for the answers of an actor of its own that counts, and Ray prints a traceback where that is behind.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = 1
     context.enable_progress_bars = False

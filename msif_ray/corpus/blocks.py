@@ -16,6 +16,9 @@ from msif_ray.errors import UserError
 
 Kind = TypeVar("Kind", bound="CorpusBlocks")
 
+# Under which a block of references has each pair's number: beside it, a document may have any name.
+LOG_RATIOS = "log_ratios"
+
 
 class Blocks(Protocol):
     """The units of one step."""
@@ -118,7 +121,8 @@ class CorpusBlocks:
 def _with_references(block: Block, folder: Path) -> Block:
     from msif_ray.store import read_json  # here: it imports PyTorch, and who reads blocks needs none
 
-    found = read_json(layout.reference_block(folder, block.id))
+    about = read_json(layout.reference_block(folder, block.id))
+    found = about.get(LOG_RATIOS, about)  # that of an earlier version has the pairs alone
     return Block(block.id, tuple(replace(each, reference=found.get(each.id)) for each in block.documents))
 
 

@@ -16,7 +16,7 @@ from msif_ray.errors import UserError
 from msif_ray.paths import exists, path_of
 from msif_ray.record import read_record
 from msif_ray.store import read_json
-from msif_ray.tables import read_table
+from msif_ray.tables import AGAIN, read_table
 
 # What is said in place of the scores of a corpus whose documents were all skipped.
 NO_SCORE = "no document has a score; skipped.parquet says why"
@@ -168,7 +168,7 @@ def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Map
 
 def _carried(run: Run, entry: Score) -> dict[str, Any] | None:
     path = layout.directions_manifest(layout.directions(run.run_dir, entry.label))
-    return read_json(path) if exists(path) else None
+    return read_json(path, AGAIN) if exists(path) else None
 
 
 def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
@@ -176,7 +176,7 @@ def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
     path = layout.factors_manifest(layout.factors(stage.factors or run.run_dir, stage.name))
     fitted = None
     if exists(path):
-        found = read_json(path)
+        found = read_json(path, AGAIN if stage.factors is None else f"repeat the run in {stage.factors}")
         fitted = Fitted(found["documents"], found["tokens"], len(found["skipped"]), found["share_covered"])
     return StageFacts(stage.name, stage.model, models[stage.name]["revision"], fitted)
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from msif_ray.ordered import in_order
 from msif_ray.paths import names_matching, path_of
 from msif_ray.store import replacing
-from msif_ray.tables import opened
+from msif_ray.tables import opened, writing
 
 SKIPPED = b"skipped"
 
@@ -188,10 +188,7 @@ def write_part(
     schema = pa.schema([*SCORES_SCHEMA, *details.fields], {**UNITS, **details.metadata, **metadata, **skips})
     order = np.array(sorted(range(len(query_ids)), key=query_ids.__getitem__), dtype=np.int64)
     in_group = max(-(-GROUP_ROWS // max(1, len(doc_ids))), -(-len(order) // GROUPS), 1)
-    with (
-        replacing(path) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True, sorting_columns=[pq.SortingColumn(0)]) as writer,
-    ):
+    with writing(path, schema, sorting_columns=[pq.SortingColumn(0)]) as writer:
         for start in range(0, len(order), in_group):
             some = order[start : start + in_group]
             columns = _columns([query_ids[query] for query in some], doc_ids, scores[:, some], norms, tokens)

@@ -15,8 +15,7 @@ from msif_ray.errors import DamagedError
 from msif_ray.ordered import in_order
 from msif_ray.paths import exists, path_of
 from msif_ray.results.parts import CURVATURE_NORM, SHARES, UNITS, part_files, read_rows
-from msif_ray.store import replacing
-from msif_ray.tables import opened, other_version, table_path
+from msif_ray.tables import opened, other_version, table_path, writing
 
 Side = Literal["highest", "lowest"]
 
@@ -223,10 +222,7 @@ def write_top(run_dir: str | Path, rows: Iterable[Mapping[str, Any]], k: int, cu
     more = CURVATURE_NORM if curvature_norm else {}
     schema = pa.schema([*TOP_SCHEMA, *(pa.field(name, pa.float32()) for name in more)])
     schema = schema.with_metadata({**TOP_SCHEMA.metadata, **more, K: str(k)})
-    with (
-        replacing(path_of(run_dir) / TOP) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True) as writer,
-    ):
+    with writing(path_of(run_dir) / TOP, schema) as writer:
         while some := list(islice(left, ROWS_AT_ONCE)):
             for row in some:
                 if row.keys() != set(schema.names):

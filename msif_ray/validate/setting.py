@@ -14,6 +14,7 @@ from msif_ray.demo.factbook import build_corpus, facts, slug
 from msif_ray.demo.training import Schedule, Sequence, new_model, optimise, train_tokenizer
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.modules import LinearMap, find_linear_maps
+from msif_ray.store import write_atomic
 
 LAYERS, HEADS, CONTEXT = 2, 4, 128
 RATE, WEIGHT_DECAY, TRAINING_TOKENS = 2e-3, 0.01, 2048
@@ -107,6 +108,6 @@ def _trained(
         _, loss = optimise("pretrain", model, sequences, schedule, seed)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        done.write_text(f"{loss}\n")
+        write_atomic(done, f"{loss}\n".encode())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder), float(done.read_text())

@@ -120,8 +120,13 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IndexPlan:
         save_tensors(layout.index_block(task.folder, task.blocks), {"of": torch.tensor(len(task.job.tracked))})
         raise StoppedError
 
-    monkeypatch.setattr(indexing, "for_each_map", lambda *_, **__: None)
+    def metrics(_: Any, maps: list[str], folder: Path, *__: Any, **___: Any) -> None:
+        for name in maps:
+            save_tensors(layout.metric_file(folder, name), {"of": torch.zeros(1)})
+
+    monkeypatch.setattr(indexing, "for_each_map", metrics)
     monkeypatch.setattr(indexing, "stream", stream)
+    monkeypatch.setattr(indexing, "bases_checksum", lambda factors, maps: factors.name)
     setup = cast(Any, type("Setup", (), {"dtype": "float32"}))
     folder, factors = tmp_path / "index", tmp_path / "factors"
     plan = IndexPlan(setup, cast(Any, "first"), folder, factors, MAPS, {}, 4, "float16", ONE_EACH, {})
@@ -148,3 +153,13 @@ def test_a_finished_index_says_what_its_groups_were(plan: IndexPlan, monkeypatch
     monkeypatch.setattr(indexing, "missing_files", lambda *_: True)
     assert begin(replace(plan, memory=10**9), "second") == ["block-first", "block-second"]
     assert read_json(layout.groups(plan.folder)) == {"groups": [["a"], ["b"], ["c"]]}
+
+
+def test_blocks_go_with_a_lost_metric_of_factors_that_were_fitted_anew(plan: IndexPlan) -> None:
+    """They are in the coordinates of its bases, and those of the new ones are others."""
+    anew = replace(plan, factors=plan.folder.parent / "anew")
+    assert begin(anew, "second") == ["block-first", "block-second"]  # with the metrics that it has
+    layout.metric_file(plan.folder, "a").unlink()
+    assert begin(plan, "third") == ["block-first", "block-second", "block-third"]
+    layout.metric_file(plan.folder, "a").unlink()
+    assert begin(anew, "fourth") == ["block-fourth"]

@@ -21,6 +21,7 @@ from cluster.objective_runs import (
 )
 
 from msif_ray.config import parse_run
+from msif_ray.corpus.blocks import LOG_RATIOS
 from msif_ray.run import run
 from msif_ray.store import read_json
 
@@ -91,7 +92,7 @@ def test_of_an_index_the_top_pairs_alone_meet_the_reference_model(folder: Path) 
     read = {path.parent.name: read_json(path) for path in (folder / "asked" / "references").rglob("*.json")}
     assert set(read) == {"score.0", "score.1"}
     of_candidates = [read_json(path) for path in (folder / "asked" / "references" / "score.1").glob("*.json")]
-    assert {name for block in of_candidates for name in block} == {document for _, document in some}
+    assert {name for block in of_candidates for name in block[LOG_RATIOS]} == {document for _, document in some}
 
 
 @pytest.mark.parametrize(("make", "dense", "queries"), KINDS)

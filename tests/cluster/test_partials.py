@@ -91,6 +91,18 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
         partials.read_disjoint(tmp_path)
 
 
+def test_a_manifest_that_the_storage_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
+    """Who deleted it as a damaged one would lose the work."""
+
+    def fails(path):
+        raise UserError(f"{path}: cannot be read: Please reduce your request rate.")
+
+    manifest = write(tmp_path, ["a"], 1.0) / partials.MANIFEST
+    monkeypatch.setattr(partials, "read_json", fails)
+    with pytest.raises(UserError, match=rf"^{manifest}: cannot be read: Please reduce your request rate\.$"):
+        partials.read_disjoint(tmp_path)
+
+
 def test_a_partial_that_is_replaced_while_it_is_read_is_not_there(tmp_path, monkeypatch):
     old, new = write(tmp_path, ["a"], 1.0), write(tmp_path, ["a", "b"], 3.0)
     read_json = partials.read_json
