@@ -91,9 +91,10 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    one, other = one.astype(np.float64), other.astype(np.float64)  # in which differences are finite, too
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
-    return float(np.corrcoef(one.astype(np.float64), other.astype(np.float64))[0, 1])
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def compare_runs(

@@ -86,7 +86,7 @@ def top_pairs(run_dir: str | Path, stage: str, k: int) -> list[TopPair]:
     highest first, then by rank.
 
     A few rows of one part are in memory at a time, and 2k candidates of each query. Equal scores are ordered by
-    document id; a score that is not a number has no rank. With fewer than 2k documents the two
+    document id; a score that is not a number, or infinite, has no rank. With fewer than 2k documents the two
     ends overlap.
     """
     ends: dict[str, _Ends] = {}
@@ -110,6 +110,7 @@ def _merge_part(ends: dict[str, _Ends], part: pa.Table, block: str, k: int) -> N
     if not len(part):
         return
     scores = part["score"].to_numpy()
+    scores = np.where(np.isfinite(scores), scores, np.nan)  # which no comparison finds small
     queries = part["query_id"].combine_chunks().dictionary_encode()
     starts = np.flatnonzero(np.diff(queries.indices.to_numpy(), prepend=-1))
     found = [ends.setdefault(query, _Ends()) for query in queries.take(pa.array(starts)).to_pylist()]

@@ -45,6 +45,13 @@ def test_correlations_are_those_of_polars_over_the_common_documents(seed: int) -
     assert found.pearson == pytest.approx(frame.select(pl.corr("one", "other")).item())
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_largest_scores_have_a_correlation() -> None:
+    largest = float(np.finfo(np.float32).max)
+    ids, one, other = ["a", "b", "c"], np.array([largest, -largest, 0]), np.array([0, largest, -largest])
+    assert compare_scores("q", side(ids, one), side(ids, other)).pearson == pytest.approx(-0.5)
+
+
 def test_ranks_overlap_and_what_moved() -> None:
     ids = [f"d{n}" for n in range(30)]
     one = np.arange(30.0)[::-1]  # d0 is the highest
