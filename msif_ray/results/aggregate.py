@@ -28,6 +28,7 @@ from msif_ray.results.parts import UNITS, part_path, read_rows
 # Values of the column that are printed.
 SHOWN = 30
 NOTHING = "(none)"  # what is printed of documents whose column is null
+ALL_ZERO = "all scores are zero, of which nothing has a share"  # what is printed where they are
 
 SCHEMA = pa.schema(
     [
@@ -45,8 +46,8 @@ SCHEMA = pa.schema(
         "sign": UNITS["sign"],
         "value": "of the column that the documents are grouped by, as text; null: of documents where it is null",
         "mean": "mean score of the group's documents; total: their sum",
-        "share": "the group's sum of |score| over that of all documents",
-        "net_share": "the group's sum of scores over the sum of |score| of all documents",
+        "share": "the group's sum of |score| over that of all documents; null where all scores are zero",
+        "net_share": "the group's sum of scores over the sum of |score| of all documents; null likewise",
         "share_of_documents": "what share would be if all documents had the same |score|",
     },
 )
@@ -147,11 +148,11 @@ def _table(facts: Facts, sums: _Sums) -> pa.Table:
                     "query_id": query.id,
                     "value": value,
                     "documents": int(documents),
-                    "mean": total / documents if documents else 0.0,
+                    "mean": total / documents,
                     "total": total,
-                    "share": absolute / size if size else 0.0,
-                    "net_share": total / size if size else 0.0,
-                    "share_of_documents": documents / count if count else 0.0,
+                    "share": absolute / size if size else None,
+                    "net_share": total / size if size else None,
+                    "share_of_documents": documents / count,
                 }
             )
     return pa.Table.from_pylist(rows, SCHEMA)
@@ -167,11 +168,12 @@ def of_query(table: pa.Table, query: str) -> pa.Table:
 
 def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
     """Prints a query's groups, or the means of their shares over several: shares have no unit, and queries' scores
-    differ in size. Where queries have scores of different documents (candidates), the equal share is a mean, too, and
-    the number of documents the largest."""
+    differ in size. Queries without shares, all of whose scores are zero, take no part. Where queries have scores of
+    different documents (candidates), the equal share is a mean, too, and the number of documents the largest."""
+    asked, table = len(pc.unique(table["query_id"])), table.filter(pc.is_valid(table["share"]))
     queries = len(pc.unique(table["query_id"]))
     if not queries:
-        console.print(Text(NO_SCORE))
+        console.print(Text(ALL_ZERO if asked else NO_SCORE))
         return
     sums = [(name, "sum") for name in ("documents", "share", "net_share", "share_of_documents")]
     found = table.group_by("value").aggregate([("documents", "max"), *sums])
@@ -194,4 +196,5 @@ def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
     differ = any(row["documents_sum"] != queries * row["documents_max"] for row in groups)
     words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
     words += "; documents: of a query at most" if differ else ""
+    words += f"; left out: queries whose scores are all zero, {asked - queries} of {asked}" if queries < asked else ""
     console.print(Text(words, style="dim"))
