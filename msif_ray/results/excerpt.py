@@ -35,18 +35,20 @@ class Excerpt:
 def excerpt(texts: Sequence[str], scores: Sequence[float], limit: int) -> Excerpt:
     """At most about `limit` tokens: the strongest, by |score|, with those around them. Whole where that is enough.
 
-    An empty text belongs to the character of the token before it (`corpus.pieces`), and their scores are added.
+    An empty text belongs to the character of the token before it (`corpus.pieces`): they are shown as one, and their
+    scores are added. What is left out is counted in tokens.
     """
     starts = [place for place, text in enumerate(texts) if text or place == 0]
+    bounds = [*starts, len(texts)]
     merged = [texts[start] for start in starts]
     sums = np.add.reduceat(np.asarray(scores, dtype=np.float64), starts) if starts else np.zeros(0)
     keep = _strongest(np.abs(sums), limit)
     segments, end = [], 0
     for start, stop in _runs(keep):
         shown = [visible(text) for text in merged[start:stop]]
-        segments.append(Segment(start - end, shown, sums[start:stop].tolist()))
-        end = stop
-    return Excerpt(segments, len(merged) - end)
+        segments.append(Segment(bounds[start] - end, shown, sums[start:stop].tolist()))
+        end = bounds[stop]
+    return Excerpt(segments, len(texts) - end)
 
 
 def _strongest(sizes: np.ndarray, limit: int) -> np.ndarray:

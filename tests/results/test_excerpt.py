@@ -17,6 +17,15 @@ def test_tokens_of_one_character_are_one(text: str = "é") -> None:
     assert (segment.texts, segment.scores) == (["x", text, "y"], [1, 4, 5])
 
 
+def test_what_is_left_out_is_counted_in_tokens() -> None:
+    """Not in the characters that several of them make up."""
+    texts, scores = ["字", "", ""] * 200, [0.0] * 600
+    scores[301] = 1.0  # of the hundredth character
+    found = excerpt(texts, scores, 30)
+    assert [(each.before, len(each.texts)) for each in found.segments] == [(0, 13), (3 * 79, 17)]
+    assert 3 * (13 + 79 + 17) + found.after == 600
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_long_one_keeps_its_beginning_and_its_strongest_tokens(seed: int) -> None:
     scores = np.random.default_rng(seed).standard_normal(5000)
