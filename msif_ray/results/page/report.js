@@ -146,8 +146,9 @@
   };
 
   // Layers and maps -------------------------------------------------------
+  const mapAt = new Map(data.maps.cells.map(([layer, kind], map) => [`${layer} ${kind}`, map])); // there may be thousands
   const showHeat = () => {
-    const shares = results().heat[at("heat-side").value], { layers, kinds, cells } = data.maps, place = at("heat");
+    const shares = results().heat[at("heat-side").value], { layers, kinds, whole } = data.maps, place = at("heat");
     if (!shares) return place.replaceChildren(make("p", { class: "none" }, "No document is shown on this side."));
     const largest = Math.max(...shares.map(Math.abs));
     const numbers = layers.length <= 12;
@@ -156,11 +157,11 @@
       let sum = 0;
       const line = make("tr", {}, make("th", { scope: "row" }, kind));
       layers.forEach((layer, column) => {
-        const map = cells.findIndex((cell) => cell[0] === column && cell[1] === row);
-        if (map < 0) return line.append(make("td", { class: "void" }));
-        const share = shares[map] / 1000, text = `${(100 * share).toFixed(share && Math.abs(share) < 0.095 ? 1 : 0).replace("-", "−")}`;
+        const map = mapAt.get(`${column} ${row}`);
+        if (map === undefined) return line.append(make("td", { class: "void" }));
+        const share = shares[map] / whole, text = `${(100 * share).toFixed(share && Math.abs(share) < 0.095 ? 1 : 0).replace("-", "−")}`;
         sum += share;
-        line.append(make("td", { class: shade(share, largest / 1000), title: `${kind}, layer ${layer}: ${text} %` }, numbers ? text : make("span", { class: "hidden-text" }, text)));
+        line.append(make("td", { class: shade(shares[map], largest), title: `${kind}, layer ${layer}: ${text} %` }, numbers ? text : make("span", { class: "hidden-text" }, text)));
       });
       line.append(make("td", { class: "sum" }, (100 * sum).toFixed(0).replace("-", "−")));
       return line;
@@ -170,7 +171,7 @@
   at("heat-side").addEventListener("change", showHeat);
 
   // Documents -------------------------------------------------------------
-  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, `${count.toLocaleString("en")} tokens`);
+  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, `${count.toLocaleString("en")} token${count === 1 ? "" : "s"}`);
   const card = (each, side) => {
     const text = make("p", { class: "text", dir: "auto" });
     const tokens = [];
