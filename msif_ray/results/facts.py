@@ -28,7 +28,8 @@ class Query:
     None where the run directory does not say.
 
     Where it is about the completion `rather_than` another, `log_likelihood` is how much larger its own is than that
-    one's; with a `span` [start, end) of its characters, both numbers are of the tokens that overlap it.
+    one's; with a `span` [start, end) of its characters, both numbers are of the tokens that overlap it. Of a query
+    about a text's class, `is_class`, the completion is its name and counts as one token.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Query:
     tokens: int | None
     rather_than: str | None = None
     span: tuple[int, int] | None = None
+    is_class: bool = False
 
 
 def explained(query: Query) -> tuple[str, str, str]:
@@ -163,6 +165,7 @@ def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Map
         tokens.get(query.id),
         query.other_completion,
         None if query.span is None else (query.span[0], query.span[1]),
+        run.queries.label is not None,
     )
 
 

@@ -74,7 +74,8 @@ def _print(
         margin = query.rather_than is not None
         likelihood = f"log-likelihood {query.log_likelihood:.3g} nats" + (" above the other's" if margin else "")
         if query.tokens and not margin:
-            likelihood += f" ({exp(query.log_likelihood / query.tokens):.0%} per token)"
+            probability = f"{exp(query.log_likelihood / query.tokens):.0%}"
+            likelihood += f" ({probability})" if query.is_class else f" ({probability} per token)"
         about.append(likelihood)
     about.append(
         f"{statistics['documents']:,} documents, deviation {statistics['deviation']:.3g}" if statistics else NO_SCORE

@@ -58,7 +58,7 @@ def find_signals(
     for scored in facts.scored:
         for query in facts.queries:
             key = (scored.label, query.id)
-            found = [*_preferred(query), *_energy(scored, query)]
+            found = [*_preferred(query), *_energy(scored, query), *_numbers(facts, scored, statistics.get(key, {}))]
             found += [*_modules(*module_shares[key])] if key in module_shares else []
             found += [*_length(statistics[key])] if key in statistics else []
             of_queries[key] = found
@@ -97,18 +97,29 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
         # Without a score there is no row.
         done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
         reasons: Mapping[str, int] = facts.skipped.get(scored.label, {})
-        most = most_often(reasons)
-        if not done:
+        skipped, most = sum(reasons.values()), most_often(reasons)
+        if skipped == scored.documents or (scored.candidates is not None and not done):
             yield Signal(
                 f"No document of {scored.label} has a score",
-                f"{sum(reasons.values()):,} were skipped{most}. skipped.parquet names each one.",
+                f"{skipped:,} were skipped{most}. skipped.parquet names each one.",
             )
-        elif scored.candidates is None and 1 - done / scored.documents > SKIPPED_SHARE:
+        elif scored.candidates is None and skipped / scored.documents > SKIPPED_SHARE:
             yield Signal(
                 f"Many documents of {scored.label} were skipped",
-                f"{scored.documents - done:,} of {scored.documents:,} have no score{most}. skipped.parquet names each "
-                "one.",
+                f"{skipped:,} of {scored.documents:,} have no score{most}. skipped.parquet names each one.",
             )
+
+
+def _numbers(facts: Facts, scored: Scored, row: Mapping[str, Any]) -> Iterator[Signal]:
+    """Of candidates it is not known how many scores a query should have."""
+    wanted = scored.documents - sum(facts.skipped.get(scored.label, {}).values())
+    there = row.get("documents", 0)
+    if scored.candidates is None and there < wanted:
+        yield Signal(
+            "Some scores are no numbers",
+            f"{wanted - there:,} of {wanted:,} are infinite or not a number, where the model's gradients overflow. They "
+            "have no rank and are in no sum; compare another `dtype`, or a larger damping.",
+        )
 
 
 def _preferred(query: Query) -> Iterator[Signal]:
@@ -124,7 +135,13 @@ def _preferred(query: Query) -> Iterator[Signal]:
             )
         return
     probability = exp(query.log_likelihood / query.tokens)
-    if probability < LEAST_PROBABILITY:
+    if probability < LEAST_PROBABILITY and query.is_class:
+        yield Signal(
+            "The model did not prefer this class",
+            f"it has a probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What would make an unlikely class "
+            "likelier is another question than why the model chose another; check the label.",
+        )
+    elif probability < LEAST_PROBABILITY:
         yield Signal(
             "The model did not prefer this completion",
             f"its tokens have a geometric mean probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What "

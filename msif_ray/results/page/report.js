@@ -26,6 +26,7 @@
   };
   const signed = (value) => (value > 0 ? "+" : "") + number(value);
   const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : share >= 0.00095 ? (100 * share).toFixed(1) : share > 0 ? "< 0.1" : "0") + "\u00a0%";
+  const tokens = (count) => `${count.toLocaleString("en")} token${count === 1 ? "" : "s"}`;
   // 1 to 8 by size, or nothing where that is next to nothing.
   const shade = (value, largest) => {
     const level = Math.min(8, Math.ceil((8 * Math.abs(value)) / largest - 0.4));
@@ -75,7 +76,10 @@
     if (margin) facts.push(...fact("rather than", query.rather_than));
     if (query.log_likelihood !== null) {
       facts.push(...fact(margin ? "log-likelihood above the other's" : "log-likelihood", `${number(query.log_likelihood)} nats`));
-      if (query.tokens && !margin) facts.push(...fact("mean probability of its tokens", `${percent(Math.exp(query.log_likelihood / query.tokens))}, ${query.tokens} tokens`));
+      if (query.tokens && !margin) {
+        const probability = percent(Math.exp(query.log_likelihood / query.tokens));
+        facts.push(...(data.said === "class" ? fact("probability", probability) : fact("mean probability of its tokens", `${probability}, ${tokens(query.tokens)}`)));
+      }
     }
     if (found.documents) {
       facts.push(...fact("documents scored", found.documents.toLocaleString("en")));
@@ -171,21 +175,21 @@
   at("heat-side").addEventListener("change", showHeat);
 
   // Documents -------------------------------------------------------------
-  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, `${count.toLocaleString("en")} token${count === 1 ? "" : "s"}`);
+  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, tokens(count));
   const card = (each, side) => {
     const text = make("p", { class: "text", dir: "auto" });
-    const tokens = [];
+    const strong = [];
     for (const [before, words, scores] of each.segments) {
       if (before) text.append(gap(before));
       words.forEach((word, index) => {
         const score = (scores[index] * each.largest) / 1000, level = shade(scores[index], 1000);
-        tokens.push([word, score]);
+        strong.push([word, score]);
         if (!level) return text.append(word);
         text.append(make("span", { class: level, title: signed(score) }, word));
       });
     }
     if (each.after) text.append(gap(each.after));
-    const strongest = tokens.sort((one, other) => Math.abs(other[1]) - Math.abs(one[1])).slice(0, 4).filter((token) => token[1]);
+    const strongest = strong.sort((one, other) => Math.abs(other[1]) - Math.abs(one[1])).slice(0, 4).filter((token) => token[1]);
     const line = make("p", { class: "strongest" }, "strongest tokens ");
     strongest.forEach(([word, score], index) => line.append(index ? ", " : "", make("bdi", {}, `“${word}”`), ` ${signed(score)}`));
     const carriers = each.maps.map(([map, share]) => `${data.maps.names[map]} ${percent(Math.abs(share))}`);
@@ -196,7 +200,7 @@
     const score = make("span", { class: "score" }, signed(each.score));
     const node = make("li", { class: side }, make("article", { "aria-label": `rank ${each.rank}, ${each.id}, score ${signed(each.score)}` },
       make("div", { class: "head" }, make("span", { class: "rank" }, String(each.rank)), make("h4", {}, each.id), score),
-      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, `${each.n_tokens.toLocaleString("en")} tokens`), make("span", {}, `norm ${number(each.norm)}`), ...curvature),
+      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, tokens(each.n_tokens)), make("span", {}, `norm ${number(each.norm)}`), ...curvature),
       text, line, maps));
     const mark = (on) => document.querySelector(`[data-mark="${side}-${each.rank}"]`)?.classList.toggle("tick-on", on);
     node.addEventListener("pointerenter", () => mark(true));
