@@ -117,8 +117,8 @@ def _numbers(facts: Facts, scored: Scored, row: Mapping[str, Any]) -> Iterator[S
     if scored.candidates is None and there < wanted:
         yield Signal(
             "Some scores are no numbers",
-            f"{wanted - there:,} of {wanted:,} are infinite or not a number, where the model's gradients overflow. They "
-            "have no rank and are in no sum; compare another `dtype`, or a larger damping.",
+            f"{wanted - there:,} of {wanted:,} are infinite or not a number, where the model's gradients overflow. "
+            "They have no rank and are in no sum; compare another `dtype`, or a larger damping.",
         )
 
 
@@ -138,8 +138,8 @@ def _preferred(query: Query) -> Iterator[Signal]:
     if probability < LEAST_PROBABILITY and query.is_class:
         yield Signal(
             "The model did not prefer this class",
-            f"it has a probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What would make an unlikely class "
-            "likelier is another question than why the model chose another; check the label.",
+            f"it has a probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What would make an unlikely "
+            "class likelier is another question than why the model chose another; check the label.",
         )
     elif probability < LEAST_PROBABILITY:
         yield Signal(
