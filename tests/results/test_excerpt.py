@@ -39,6 +39,16 @@ def test_a_long_one_keeps_its_beginning_and_its_strongest_tokens(seed: int) -> N
     assert sum(segment.before for segment in found.segments) + len(shown) + found.after == 5000
 
 
+def test_where_sequences_of_a_pair_begin_and_a_class_is_shown() -> None:
+    texts = ["[chosen] a", *["b"] * 600, "\n\n[rejected] c", *["d"] * 600, "e\n\n[label: good]"]
+    scores = np.zeros(len(texts))
+    scores[[300, 900]] = 1.0
+    found = excerpt(texts, scores.tolist(), 45)
+    shown = [text for segment in found.segments for text in segment.texts]
+    assert [text for text in shown if len(text) > 1] == ["[chosen] a", "↵↵[rejected] c", "e↵↵[label: good]"]
+    assert found.after == 0 and len(shown) <= 45 and shown.count("d") == 17
+
+
 def test_no_token_and_a_token_of_a_megabyte() -> None:
     assert excerpt([], [], 40).segments == []
     (segment,) = excerpt(["-" * 10**6], [1.0], 40).segments
