@@ -24,7 +24,7 @@ from msif_ray.paths import path_of
 from msif_ray.results.by_stage import Key, Row, by_stage, stages_beside, write_by_stage
 from msif_ray.results.excerpt import Excerpt, excerpt, visible
 from msif_ray.results.facts import Facts, Query, Scored, explained, read_facts
-from msif_ray.results.maps import grid, short_name
+from msif_ray.results.maps import grid, short_names
 from msif_ray.results.signals import Signals, find_signals
 from msif_ray.results.statistics import read_statistics
 from msif_ray.results.top import count_top, read_top
@@ -180,7 +180,7 @@ def _scored(gathered: Gathered, about: Scored) -> Json:
 def _data(gathered: Gathered) -> Json:
     """What the page's script shows."""
     layers, kinds, cells = grid(gathered.modules)
-    names = [short_name(name) for name in gathered.modules]
+    names = short_names(gathered.modules)
     return {
         "said": _said(gathered.facts),
         "queries": [_query(query) for query in gathered.facts.queries],

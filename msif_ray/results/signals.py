@@ -10,7 +10,7 @@ import numpy as np
 from msif_ray.corpus.unusable import most_often
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Fitted, Query, Scored
-from msif_ray.results.maps import short_name
+from msif_ray.results.maps import short_names
 
 # A covariance of dimension d is estimated from tokens, and the eigenvalues in its basis from documents: with fewer
 # tokens than a few times d the smallest eigenvalues, which the response amplifies most, are noise.
@@ -168,7 +168,7 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
     if shares[largest] / total > ONE_MAP:
         yield Signal(
             "One map carries most of the scores",
-            f"{short_name(names[largest])} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
+            f"{short_names(names)[largest]} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
             "very small eigenvalues can do that; compare a larger damping, or leave it out with `modules`.",
         )
 
