@@ -50,6 +50,7 @@ TOP_SCHEMA = pa.schema(
         "tokens": "a character that several tokens make up stands with the first of them; the others are empty; "
         "a document's label stands with its last token, and what tells two sequences apart with their first",
         **SHARES,
+        "index": "where scores are from an index, both kinds of shares are of the exact score, and sum to that",
     },
 )
 
@@ -160,6 +161,12 @@ def has_top(run_dir: str | Path, k: int) -> bool:
             return _is_current(schema.names) and schema.metadata[K] == str(k).encode()
     except DamagedError:  # not Parquet, or without that number: to be written anew
         return False
+
+
+def top_k(run_dir: str | Path) -> int:
+    """The number of documents at each end that `top.parquet` was made for. Raises UserError as `read_top` does."""
+    with _opened(run_dir) as file:
+        return int(file.schema_arrow.metadata[K])
 
 
 def count_top(run_dir: str | Path) -> int:
