@@ -101,7 +101,7 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
 def _corpus(facts: Facts, entry: Score) -> Documents:
     """The entry's corpus where the run read it, whatever directory that was run in; as described where it is gone."""
     documents = facts.run.scored_documents(entry)
-    files = facts.corpora.get(f"score.{facts.run.score.index(entry)}", [])
+    files = list(facts.corpora.get(f"score.{facts.run.score.index(entry)}", {}))
     there = files and all(not is_remote(file) and os.path.exists(file) for file in files)
     return documents.model_copy(update={"path": files}) if there else documents
 

@@ -107,8 +107,8 @@ class Scored:
 
 @dataclass(frozen=True)
 class Facts:
-    """All of it. `corpora` has the files of each corpus where the run read them, as absolute paths and URLs, by its key
-    (`score.<i>` and others); `maps` has the shape `(out, columns)` of every tracked map; `skipped` counts reasons by
+    """All of it. `corpora` has the files of each corpus where the run read them, as absolute paths and URLs, and what
+    tells their contents, by its key (`score.<i>` and others); `maps` has the shape `(out, columns)` of every tracked map; `skipped` counts reasons by
     label."""
 
     run_dir: str
@@ -118,7 +118,7 @@ class Facts:
     queries: list[Query]
     stages: list[StageFacts]
     scored: list[Scored]
-    corpora: dict[str, list[str]]
+    corpora: dict[str, dict[str, Any]]
     maps: dict[str, tuple[int, int]]
     skipped: dict[str, Counter[str]]
 
@@ -150,7 +150,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         queries=[_query(run, query_of(entry), likelihoods, tokens) for entry in identity["queries"]],
         stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
         scored=[_scored(run, entry, identity["documents"][f"score.{i}"], record) for i, entry in enumerate(run.score)],
-        corpora={key: list(files) for key, files in identity.get("corpora", {}).items()},
+        corpora=identity.get("corpora", {}),
         maps={name: (shape[0], shape[1]) for name, shape in identity["maps"].items()},
         skipped=_skipped(run),
     )
