@@ -108,8 +108,8 @@ class Scored:
 @dataclass(frozen=True)
 class Facts:
     """All of it. `corpora` has the files of each corpus where the run read them, as absolute paths and URLs, and what
-    tells their contents, by its key (`score.<i>` and others); `maps` has the shape `(out, columns)` of every tracked map; `skipped` counts reasons by
-    label."""
+    tells their contents, by its key (`score.<i>` and others); `maps` has the shape `(out, columns)` of every tracked
+    map; `skipped` counts reasons by label."""
 
     run_dir: str
     run: Run
