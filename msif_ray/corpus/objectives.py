@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# What is shown before the two sequences of a pair.
-CHOSEN, REJECTED = "\n\n[chosen] ", "\n\n[rejected] "
+# What is shown before the two sequences of a pair, and before a text's class.
+CHOSEN, REJECTED, LABEL = "\n\n[chosen] ", "\n\n[rejected] ", "\n\n[label: "
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def framed(shown: list[str], around: Frame) -> list[str]:
 
 
 def _label(classes: Classes, document: Document) -> str:
-    return f"\n\n[label: {classes.name(document.label)}]"
+    return f"{LABEL}{classes.name(document.label)}]"
 
 
 def _read(value: Any) -> str:

@@ -87,7 +87,8 @@ def _reading(file: CorpusFile, key: str) -> Iterator[None]:
     with storage(f"{key}.path: {file.path}", "read"):
         try:
             yield
-        except (pa.ArrowException, UnicodeDecodeError) as error:  # bytes of a name, of a type or of the whole
+        # bytes of a name, of a type or of the whole; a time beyond Python's
+        except (pa.ArrowException, UnicodeDecodeError, OverflowError) as error:
             raise UserError(f"{key}.path: {file.path} cannot be read: {one_line(error)}") from None
 
 

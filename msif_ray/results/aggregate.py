@@ -27,6 +27,7 @@ from msif_ray.results.parts import UNITS, part_path, read_rows
 # Values of the column that are printed.
 SHOWN = 30
 NOTHING = "(none)"  # what is printed of documents whose column is null
+ALL_ZERO = "all scores are zero, of which nothing has a share"  # what is printed where they are
 
 SCHEMA = pa.schema(
     [
@@ -44,8 +45,8 @@ SCHEMA = pa.schema(
         "sign": UNITS["sign"],
         "value": "of the column that the documents are grouped by, as text; null: of documents where it is null",
         "mean": "mean score of the group's documents; total: their sum",
-        "share": "the group's sum of |score| over that of all documents",
-        "net_share": "the group's sum of scores over the sum of |score| of all documents",
+        "share": "the group's sum of |score| over that of all documents; null where all scores are zero",
+        "net_share": "the group's sum of scores over the sum of |score| of all documents; null likewise",
         "share_of_documents": "what share would be if all documents had the same |score|",
     },
 )
@@ -114,7 +115,7 @@ def aggregate(run_dir: str | Path, column: str, label: str | None = None) -> pa.
 def _corpus(facts: Facts, entry: Score) -> Documents:
     """The entry's corpus where the run read it, whatever directory that was run in; as described where it is gone."""
     documents = facts.run.scored_documents(entry)
-    files = facts.corpora.get(f"score.{facts.run.score.index(entry)}", [])
+    files = list(facts.corpora.get(f"score.{facts.run.score.index(entry)}", {}))
     there = files and all(not is_remote(file) and os.path.exists(file) for file in files)
     return documents.model_copy(update={"path": files}) if there else documents
 
@@ -167,7 +168,7 @@ def _table(facts: Facts, sums: _Sums) -> pa.Table:
             documents.astype(np.int64),
             total / documents,
             total,
-            *(part / size if size else np.zeros(len(order)) for part in (absolute, total)),
+            *(part / size if size else pa.nulls(len(order), pa.float64()) for part in (absolute, total)),
             documents / count,
         ]
         tables.append(pa.table(columns, schema=SCHEMA))
@@ -184,11 +185,12 @@ def of_query(table: pa.Table, query: str) -> pa.Table:
 
 def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
     """Prints a query's groups, or the means of their shares over several: shares have no unit, and queries' scores
-    differ in size. Where queries have scores of different documents (candidates), the equal share is a mean, too, and
-    the number of documents the largest."""
+    differ in size. Queries without shares, all of whose scores are zero, take no part. Where queries have scores of
+    different documents (candidates), the equal share is a mean, too, and the number of documents the largest."""
+    asked, table = len(pc.unique(table["query_id"])), table.filter(pc.is_valid(table["share"]))
     queries = len(pc.unique(table["query_id"]))
     if not queries:
-        console.print(Text(NO_SCORE))
+        console.print(Text(ALL_ZERO if asked else NO_SCORE))
         return
     sums = [(name, "sum") for name in ("documents", "share", "net_share", "share_of_documents")]
     found = table.group_by("value").aggregate([("documents", "max"), *sums])
@@ -211,4 +213,5 @@ def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
     differ = any(row["documents_sum"] != queries * row["documents_max"] for row in groups)
     words = f"share of the sum of |score|{over}; net: supporting less opposing; per document: over an equal share"
     words += "; documents: of a query at most" if differ else ""
+    words += f"; left out: queries whose scores are all zero, {asked - queries} of {asked}" if queries < asked else ""
     console.print(Text(words, style="dim"))

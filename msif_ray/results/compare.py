@@ -93,9 +93,10 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    one, other = one.astype(np.float64), other.astype(np.float64)  # in which differences are finite, too
     if len(one) < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
-    return float(np.corrcoef(one.astype(np.float64), other.astype(np.float64))[0, 1])
+    return float(np.corrcoef(one, other)[0, 1])
 
 
 def compare_runs(
@@ -151,6 +152,9 @@ def compare(
             number = f"{most:,}" if min(counts) == most else f"up to {most:,}"
             words = f"{number} documents of a query have scores in {letter} alone, and are left out."
             console.print(Text(words, style="yellow"))
+    if not _same_documents(*sides):
+        words = "Documents are called by file and row, and the two corpora differ: equal names may be other documents. "
+        console.print(Text(words + "Give them an `id` column to compare by.", style="yellow"))
 
 
 def _side(run: str | Path, label: str | None) -> tuple[Facts, Scored]:
@@ -158,6 +162,17 @@ def _side(run: str | Path, label: str | None) -> tuple[Facts, Scored]:
     scored = facts.scored[0] if label is None else facts.scored_as(label)
     check_complete(facts, scored)
     return facts, scored
+
+
+def _same_documents(*sides: tuple[Facts, Scored]) -> bool:
+    """Whether equal names are of the same documents: where a corpus names its rows, or both have the same content."""
+    contents = []
+    for facts, scored in sides:
+        place = facts.scored.index(scored)
+        if facts.run.scored_documents(facts.run.score[place]).id is not None:
+            return True
+        contents.append(list(facts.corpora.get(f"score.{place}", {}).values()))
+    return contents[0] == contents[1]
 
 
 def _common(one: Facts, other: Facts, query: str | None) -> list[str]:

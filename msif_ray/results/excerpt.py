@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from msif_ray.corpus.objectives import LABEL, REJECTED
+
 # Tokens shown on either side of a strong one.
 AROUND = 8
 # Characters shown of one token: some tokenizers have tokens of a whole line of dashes.
@@ -35,27 +37,32 @@ class Excerpt:
 def excerpt(texts: Sequence[str], scores: Sequence[float], limit: int) -> Excerpt:
     """At most about `limit` tokens: the strongest, by |score|, with those around them. Whole where that is enough.
 
-    An empty text belongs to the character of the token before it (`corpus.pieces`), and their scores are added.
+    An empty text belongs to the character of the token before it (`corpus.pieces`): they are shown as one, and their
+    scores are added. What is left out is counted in tokens. Where a pair's rejected sequence begins, and a text's
+    class, is always shown.
     """
     starts = [place for place, text in enumerate(texts) if text or place == 0]
+    bounds = [*starts, len(texts)]
     merged = [texts[start] for start in starts]
     sums = np.add.reduceat(np.asarray(scores, dtype=np.float64), starts) if starts else np.zeros(0)
-    keep = _strongest(np.abs(sums), limit)
+    marked = [place for place, text in enumerate(merged) if REJECTED in text or LABEL in text]
+    keep = _strongest(np.abs(sums), limit, marked)
     segments, end = [], 0
     for start, stop in _runs(keep):
         shown = [visible(text) for text in merged[start:stop]]
-        segments.append(Segment(start - end, shown, sums[start:stop].tolist()))
-        end = stop
-    return Excerpt(segments, len(merged) - end)
+        segments.append(Segment(bounds[start] - end, shown, sums[start:stop].tolist()))
+        end = bounds[stop]
+    return Excerpt(segments, len(texts) - end)
 
 
-def _strongest(sizes: np.ndarray, limit: int) -> np.ndarray:
-    """Which of the places to show."""
+def _strongest(sizes: np.ndarray, limit: int, marked: Sequence[int]) -> np.ndarray:
+    """Which of the places to show, those `marked` among them."""
     keep = np.zeros(len(sizes), dtype=bool)
     if len(sizes) <= limit:
         keep[:] = True
         return keep
     keep[: min(AROUND, limit)] = True  # how a document begins says what it is
+    keep[list(marked)] = True
     # The strongest `limit` are enough: every one of them adds at least itself.
     for place in np.argsort(-sizes, kind="stable")[:limit].tolist():
         around = slice(max(0, place - AROUND), place + AROUND + 1)

@@ -28,7 +28,8 @@ class Query:
     None where the run directory does not say.
 
     Where it is about the completion `rather_than` another, `log_likelihood` is how much larger its own is than that
-    one's; with a `span` [start, end) of its characters, both numbers are of the tokens that overlap it.
+    one's; with a `span` [start, end) of its characters, both numbers are of the tokens that overlap it. Of a query
+    about a text's class, `is_class`, the completion is its name and counts as one token.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Query:
     tokens: int | None
     rather_than: str | None = None
     span: tuple[int, int] | None = None
+    is_class: bool = False
 
 
 def explained(query: Query) -> tuple[str, str, str]:
@@ -105,9 +107,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Facts:
-    """All of it. `corpora` has the files of each corpus where the run read them, as absolute paths and URLs, by its key
-    (`score.<i>` and others); `maps` has the shape `(out, columns)` of every tracked map; `skipped` counts reasons by
-    label."""
+    """All of it. `corpora` has the files of each corpus where the run read them, as absolute paths and URLs, and what
+    tells their contents, by its key (`score.<i>` and others); `maps` has the shape `(out, columns)` of every tracked
+    map; `skipped` counts reasons by label."""
 
     run_dir: str
     run: Run
@@ -116,7 +118,7 @@ class Facts:
     queries: list[Query]
     stages: list[StageFacts]
     scored: list[Scored]
-    corpora: dict[str, list[str]]
+    corpora: dict[str, dict[str, Any]]
     maps: dict[str, tuple[int, int]]
     skipped: dict[str, Counter[str]]
 
@@ -148,7 +150,7 @@ def read_facts(run_dir: str | Path) -> Facts:
         queries=[_query(run, query_of(entry), likelihoods, tokens) for entry in identity["queries"]],
         stages=[_stage(run, i, identity["models"]) for i in range(len(run.stages))],
         scored=[_scored(run, entry, identity["documents"][f"score.{i}"], record) for i, entry in enumerate(run.score)],
-        corpora={key: list(files) for key, files in identity.get("corpora", {}).items()},
+        corpora=identity.get("corpora", {}),
         maps={name: (shape[0], shape[1]) for name, shape in identity["maps"].items()},
         skipped=_skipped(run),
     )
@@ -163,6 +165,7 @@ def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Map
         tokens.get(query.id),
         query.other_completion,
         None if query.span is None else (query.span[0], query.span[1]),
+        run.queries.label is not None,
     )
 
 

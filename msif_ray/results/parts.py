@@ -68,7 +68,10 @@ SCORES_SCHEMA = pa.schema(
 
 SKIPPED_SCHEMA = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("doc_id", "reason", "stage")],
-    metadata={"reason": "why the document has no score"},
+    metadata={
+        "reason": "why the document has no score",
+        "stage": "what the scores are called; of entries that share a pass over the documents, the first",
+    },
 )
 
 

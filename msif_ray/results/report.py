@@ -7,6 +7,7 @@ whatever a document holds.
 
 import base64
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -23,7 +24,7 @@ from msif_ray.paths import path_of
 from msif_ray.results.by_stage import Key, Row, by_stage, stages_beside, write_by_stage
 from msif_ray.results.excerpt import Excerpt, excerpt, visible
 from msif_ray.results.facts import Facts, Query, Scored, explained, read_facts
-from msif_ray.results.maps import grid, short_name
+from msif_ray.results.maps import grid, short_names
 from msif_ray.results.signals import Signals, find_signals
 from msif_ray.results.statistics import read_statistics
 from msif_ray.results.top import count_top, read_top
@@ -38,6 +39,10 @@ LEAST_TOKENS, MOST_TOKENS = 40, 240
 # Characters shown of a prompt or a completion: of a longer prompt its end, which the completion follows.
 QUERY_CHARACTERS = 2000
 MAPS_NAMED = 3
+# What a map's share is given in: of thousands of experts' maps each has less than a thousandth, which all add up.
+HEAT = 100_000
+# Reasons for skipping that are told: some name a token or a label, and there may be as many as documents.
+REASONS_NAMED = 5
 
 Json = dict[str, Any]
 Statistics = Mapping[Key, Mapping[str, Any]]
@@ -159,10 +164,12 @@ def _scored(gathered: Gathered, about: Scored) -> Json:
     """What the foot of the page says of one entry of `score`."""
     rows = [row for (label, _), row in gathered.statistics.items() if label == about.label]
     kept = about.kept.values()
+    skipped = gathered.facts.skipped.get(about.label, Counter[str]())
     return {
         "about": about,
         "documents": max((row["documents"] for row in rows), default=0),
-        "skipped": gathered.facts.skipped.get(about.label, {}).items(),
+        "skipped": skipped.most_common(REASONS_NAMED),
+        "other_reasons": max(0, len(skipped) - REASONS_NAMED),
         "rank": fmean(each.rank for each in kept) if kept else None,
         "energy": fmean(each.energy for each in kept) if kept else None,
         "least": min((each.least_energy for each in kept), default=None),
@@ -172,11 +179,11 @@ def _scored(gathered: Gathered, about: Scored) -> Json:
 def _data(gathered: Gathered) -> Json:
     """What the page's script shows."""
     layers, kinds, cells = grid(gathered.modules)
-    names = [short_name(name) for name in gathered.modules]
+    names = short_names(gathered.modules)
     return {
         "said": _said(gathered.facts),
         "queries": [_query(query) for query in gathered.facts.queries],
-        "maps": {"layers": layers, "kinds": kinds, "cells": cells, "names": names},
+        "maps": {"layers": layers, "kinds": kinds, "cells": cells, "names": names, "whole": HEAT},
         "scored": [
             {
                 "label": scored.label,
@@ -209,7 +216,7 @@ def _results(gathered: Gathered, scored: Scored, query: str) -> Json:
     for side in SIDES.values():
         shares = shown.by_map.get(side)
         total = 0.0 if shares is None else float(np.abs(shares).sum())
-        heat[side] = np.rint(1000 * shares / total).astype(int).tolist() if total and shares is not None else None
+        heat[side] = np.rint(HEAT * shares / total).astype(int).tolist() if total and shares is not None else None
     return {
         "documents": row.get("documents", 0),
         "histogram": row.get("histogram", []),

@@ -14,7 +14,7 @@ from msif_ray.results.by_stage import Row, by_stage, stages_beside
 from msif_ray.results.excerpt import excerpt, visible
 from msif_ray.results.facts import NO_SCORE, Query, explained, read_facts
 from msif_ray.results.statistics import read_statistics
-from msif_ray.results.top import read_top
+from msif_ray.results.top import read_top, top_k
 
 # Tokens shown of a document, and documents of each side.
 TOKENS = 60
@@ -50,6 +50,10 @@ def show(
     for each in queries:
         own = [shares[label, each.id] for label in beside if (label, each.id) in shares]
         _print(console, each, scored.label, wanted[each.id], statistics.get((scored.label, each.id), {}), own)
+    most = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
+    if (kept := top_k(run_dir)) < min(top, most):
+        words = f"top.parquet has {kept} documents of each side; for more, set `top` in the description and run it"
+        console.print(Text(words, style="dim"))
 
 
 def _more(count: int) -> str:
@@ -74,7 +78,7 @@ def _print(
         margin = query.rather_than is not None
         likelihood = f"log-likelihood {query.log_likelihood:.3g} nats" + (" above the other's" if margin else "")
         if query.tokens and not margin:
-            each = " per token" if query.tokens > 1 else ""  # a class counts as one
+            each = " per token" if query.tokens > 1 and not query.is_class else ""
             likelihood += f" ({exp(query.log_likelihood / query.tokens):.0%}{each})"
         about.append(likelihood)
     about.append(

@@ -10,7 +10,7 @@ import numpy as np
 from msif_ray.corpus.unusable import most_often
 from msif_ray.results.excerpt import visible
 from msif_ray.results.facts import Facts, Fitted, Query, Scored
-from msif_ray.results.maps import short_name
+from msif_ray.results.maps import short_names
 
 # A covariance of dimension d is estimated from tokens, and the eigenvalues in its basis from documents: with fewer
 # tokens than a few times d the smallest eigenvalues, which the response amplifies most, are noise.
@@ -58,7 +58,7 @@ def find_signals(
     for scored in facts.scored:
         for query in facts.queries:
             key = (scored.label, query.id)
-            found = [*_preferred(query, facts.run.queries.label is not None), *_energy(scored, query)]
+            found = [*_preferred(query), *_energy(scored, query), *_numbers(facts, scored, statistics.get(key, {}))]
             found += [*_modules(*module_shares[key])] if key in module_shares else []
             found += [*_length(statistics[key])] if key in statistics else []
             of_queries[key] = found
@@ -97,21 +97,32 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
         # Without a score there is no row.
         done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
         reasons: Mapping[str, int] = facts.skipped.get(scored.label, {})
-        most = most_often(reasons)
-        if not done:
+        skipped, most = sum(reasons.values()), most_often(reasons)
+        if skipped == scored.documents or (scored.candidates is not None and not done):
             yield Signal(
                 f"No document of {scored.label} has a score",
-                f"{sum(reasons.values()):,} were skipped{most}. skipped.parquet names each one.",
+                f"{skipped:,} were skipped{most}. skipped.parquet names each one.",
             )
-        elif scored.candidates is None and 1 - done / scored.documents > SKIPPED_SHARE:
+        elif scored.candidates is None and skipped / scored.documents > SKIPPED_SHARE:
             yield Signal(
                 f"Many documents of {scored.label} were skipped",
-                f"{scored.documents - done:,} of {scored.documents:,} have no score{most}. skipped.parquet names each "
-                "one.",
+                f"{skipped:,} of {scored.documents:,} have no score{most}. skipped.parquet names each one.",
             )
 
 
-def _preferred(query: Query, is_class: bool) -> Iterator[Signal]:
+def _numbers(facts: Facts, scored: Scored, row: Mapping[str, Any]) -> Iterator[Signal]:
+    """Of candidates it is not known how many scores a query should have."""
+    wanted = scored.documents - sum(facts.skipped.get(scored.label, {}).values())
+    there = row.get("documents", 0)
+    if scored.candidates is None and there < wanted:
+        yield Signal(
+            "Some scores are no numbers",
+            f"{wanted - there:,} of {wanted:,} are infinite or not a number, where the model's gradients overflow. "
+            "They have no rank and are in no sum; compare another `dtype`, or a larger damping.",
+        )
+
+
+def _preferred(query: Query) -> Iterator[Signal]:
     if query.log_likelihood is None or not query.tokens:
         return
     if query.rather_than is not None:
@@ -124,15 +135,13 @@ def _preferred(query: Query, is_class: bool) -> Iterator[Signal]:
             )
         return
     probability = exp(query.log_likelihood / query.tokens)
-    if probability >= LEAST_PROBABILITY:
-        return
-    if is_class:
+    if probability < LEAST_PROBABILITY and query.is_class:
         yield Signal(
-            "The model did not choose this class",
-            f"its probability is {probability:.2g} (below {LEAST_PROBABILITY:g}). What would make an unlikely class "
-            "likelier is another question than why the model chose one; check the label.",
+            "The model did not prefer this class",
+            f"it has a probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What would make an unlikely "
+            "class likelier is another question than why the model chose another; check the label.",
         )
-    else:
+    elif probability < LEAST_PROBABILITY:
         yield Signal(
             "The model did not prefer this completion",
             f"its tokens have a geometric mean probability of {probability:.2g} (below {LEAST_PROBABILITY:g}). What "
@@ -159,7 +168,7 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
     if shares[largest] / total > ONE_MAP:
         yield Signal(
             "One map carries most of the scores",
-            f"{short_name(names[largest])} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
+            f"{short_names(names)[largest]} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
             "very small eigenvalues can do that; compare a larger damping, or leave it out with `modules`.",
         )
 

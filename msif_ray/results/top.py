@@ -50,6 +50,7 @@ TOP_SCHEMA = pa.schema(
         "tokens": "a character that several tokens make up stands with the first of them; the others are empty; "
         "a document's label stands with its last token, and what tells two sequences apart with their first",
         **SHARES,
+        "index": "where scores are from an index, both kinds of shares are of the exact score, and sum to that",
     },
 )
 
@@ -86,7 +87,7 @@ def top_pairs(run_dir: str | Path, stage: str, k: int) -> list[TopPair]:
     highest first, then by rank.
 
     A few rows of one part are in memory at a time, and 2k candidates of each query. Equal scores are ordered by
-    document id; a score that is not a number has no rank. With fewer than 2k documents the two
+    document id; a score that is not a number, or infinite, has no rank. With fewer than 2k documents the two
     ends overlap.
     """
     ends: dict[str, _Ends] = {}
@@ -124,6 +125,7 @@ def _take_rows(found: dict[str, _Ends], ends: Mapping[str, _Ends], part: pa.Tabl
     if not len(part):
         return
     scores = part["score"].to_numpy()
+    scores = np.where(np.isfinite(scores), scores, np.nan)  # which no comparison finds small
     queries = part["query_id"].combine_chunks().dictionary_encode()
     starts = np.flatnonzero(np.diff(queries.indices.to_numpy(), prepend=-1))
     names = queries.take(pa.array(starts)).to_pylist()
@@ -184,6 +186,12 @@ def has_top(run_dir: str | Path, k: int) -> bool:
             return _is_current(schema.names) and schema.metadata[K] == str(k).encode()
     except DamagedError:  # not Parquet, or without that number: to be written anew
         return False
+
+
+def top_k(run_dir: str | Path) -> int:
+    """The number of documents at each end that `top.parquet` was made for. Raises UserError as `read_top` does."""
+    with _opened(run_dir) as file:
+        return int(file.schema_arrow.metadata[K])
 
 
 def count_top(run_dir: str | Path) -> int:

@@ -134,6 +134,12 @@ def test_faults_of_paths_name_the_key(tmp_path):
         corpus_files(Documents(path=[], text="text"), "key")
 
 
+def test_a_time_that_python_has_not_is_said(tmp_path):
+    save(tmp_path / "x.parquet", pa.table({"id": ["a"], "text": pa.array([2**50], pa.timestamp("s"))}))
+    with pytest.raises(UserError, match=r"^key\.path: .*x\.parquet cannot be read: .+"):
+        read(tmp_path / "x.parquet")
+
+
 def unchecked(*values):
     """Text as a writer leaves it that does not check its bytes."""
     return pa.array(values, pa.binary()).view(pa.string())

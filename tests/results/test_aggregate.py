@@ -1,6 +1,7 @@
 """Influence by a column of the corpus equals that of all scores at once."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,24 @@ def test_queries_with_other_candidates_have_their_own_equal_shares(
         assert [row[-1] for row in found.values()] == ["1.00×", "1.00×"]
         assert ("documents: of a query at most" in printed) == at_most
         assert [found[value][0] for value in ("web", "books")] == (["6", "6"] if at_most else ["1", "6"])
+
+
+def test_a_query_whose_scores_are_all_zero_has_no_share(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes no part in means of shares."""
+    scores = Finished().scores("pretrain") * np.float32([1, 0])
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    shutil.rmtree(run_dir / "scores")
+    Finished(changes=of_corpus(tmp_path / "corpus.jsonl", 7), skipped=[("skipped", "text is null")]).write(run_dir)
+    rows = aggregate(run_dir, "domain").to_pylist()
+    assert {(row["share"], row["net_share"]) for row in rows if row["query_id"] == "q1"} == {(None, None)}
+    assert [row["share_of_documents"] for row in rows] == pytest.approx([1 / 3] * 6)
+
+    def printed(*more: str) -> list[str]:
+        arguments = ["aggregate", str(run_dir), "--by", "domain", *more]
+        return CliRunner(env={"COLUMNS": "250"}).invoke(app, arguments, catch_exceptions=False).stdout.splitlines()
+
+    assert printed()[:4] == printed("--query", "q0")[:4]
+    assert printed()[-1].endswith("left out: queries whose scores are all zero, 1 of 2")
+    assert printed("--query", "q1") == ["all scores are zero, of which nothing has a share"]

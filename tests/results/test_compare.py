@@ -21,6 +21,7 @@ from msif_ray.results import compare as comparing
 from msif_ray.results import of_queries, parts
 from msif_ray.results.compare import compare, compare_runs, compare_scores
 from msif_ray.results.facts import read_facts
+from msif_ray.store import read_json, write_json
 from msif_ray.tables import write_table
 
 
@@ -45,6 +46,13 @@ def test_correlations_are_those_of_polars_over_the_common_documents(seed: int) -
     assert (found.documents, found.alone) == (50, (10, 0))
     assert found.spearman == pytest.approx(frame.select(pl.corr("one", "other", method="spearman")).item())
     assert found.pearson == pytest.approx(frame.select(pl.corr("one", "other")).item())
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_largest_scores_have_a_correlation() -> None:
+    largest = float(np.finfo(np.float32).max)
+    ids, one, other = ["a", "b", "c"], np.array([largest, -largest, 0]), np.array([0, largest, -largest])
+    assert compare_scores("q", side(ids, one), side(ids, other)).pearson == pytest.approx(-0.5)
 
 
 def test_ranks_overlap_and_what_moved() -> None:
@@ -127,6 +135,24 @@ def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     for runs in ((whole, part), (part, whole)):
         with pytest.raises(UserError, match=r"part: pretrain has scores of 7 of 13 documents; finish the run with"):
             compare(*runs, Console())
+
+
+def test_that_rows_of_two_corpora_may_be_other_documents_is_said(tmp_path: Path) -> None:
+    """Where they have no names of their own."""
+
+    def run(name: str, content: str, **columns: str) -> Path:
+        documents = {"path": "base.jsonl", "text": "text"} | columns
+        stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
+        path = layout.run_record(str(Finished(changes={"stages": stages}).write(tmp_path / name)))
+        record = read_json(path)
+        record["identity"]["corpora"] = {"score.0": {f"/{name}/base.jsonl": content}}
+        write_json(path, record)
+        return path.parent
+
+    one, copied, changed = (run(name, content) for name, content in (("a", "x"), ("b", "x"), ("c", "y")))
+    named = run("d", "z", id="id")
+    for other, said in ((copied, False), (changed, True), (named, False)):
+        assert ("equal names may be other documents" in printed_by("compare", str(one), str(other))) == said
 
 
 # Rows of the candidates' table of a run with two blocks, one candidate in each.

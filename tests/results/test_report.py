@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from results import browser
+from results import browser, finished
 from results.finished import KINDS, MAPS, Finished, page_data
 from typer.testing import CliRunner
 
@@ -108,6 +109,9 @@ def test_a_class_is_called_so(chromium: Any, tmp_path: Path) -> None:
     assert "mean probability" not in shown and page.locator("dt", has_text="probability").count() == 1
     assert "Supports the class" in shown and "the class’s log-likelihood" in shown
     assert "completion" not in shown.replace("completion_tokens", "")
+    assert "probability\n61 %" in page.locator("#query-facts").inner_text().replace("\u00a0", " ")
+    printed = CliRunner().invoke(app, ["show", str(tmp_path)], catch_exceptions=False).stdout
+    assert "log-likelihood -1 nats (61%)," in printed
 
 
 def test_it_asks_for_nothing_and_shows_the_first_query(chromium: Any, large: Path) -> None:
@@ -286,6 +290,53 @@ def test_a_stage_has_no_share_where_no_document_supports(
     shares = seen.page.locator("#stages tbody td:nth-child(2)").all_inner_texts()
     assert [share.strip() for share in shares] == ["–", "–"]
     seen.assert_quiet()
+
+
+def of_many_experts(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose model has 40 experts in each of 48 layers; of many queries, in doubt, and with long tokens."""
+    kinds = ("attention", *(f"mlp.experts.{expert}.up" for expert in range(40)))
+    monkeypatch.setattr(finished, "MAPS", [f"model.layers.{layer}.{kind}" for layer in range(48) for kind in kinds])
+    queries = [(f"query-{number:02d}", "Is it?", " yes") for number in range(60)]
+    run = Finished(queries=queries, top=1, log_likelihood=-20.0, tokens_of=lambda number: ["x" * 79, " " * 79, "."])
+    return write_report(run.write(run_dir))[0]
+
+
+def test_it_fits_the_window_and_ends_with_what_it_shows(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = browser.Watched(chromium, of_many_experts(tmp_path, monkeypatch)).page
+    for width in (1280, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        found = page.evaluate("() => [document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+        end = page.evaluate("() => document.querySelector('footer').getBoundingClientRect().bottom + scrollY")
+        assert found == [width, pytest.approx(end, abs=2)]
+
+
+def test_shares_of_thousands_of_maps_add_up(chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = browser.Watched(chromium, of_many_experts(tmp_path, monkeypatch)).page
+    kept = [("side", "==", "highest"), ("query_id", "==", "query-00")]
+    shares = np.array(pq.read_table(tmp_path / "top.parquet", filters=kept)["module_scores"].to_pylist()).sum(0)
+    expected = 100 * shares.reshape(48, 41).sum(0) / np.abs(shares).sum()
+    shown = [float(text.replace("−", "-")) for text in page.locator("#heat .sum").all_inner_texts()]
+    assert shown == pytest.approx(expected.tolist(), abs=0.55)  # whole numbers are shown
+
+
+def test_on_paper_it_is_light_whole_and_shaded(chromium: Any, large: Path) -> None:
+    page = browser.Watched(chromium, large, color_scheme="dark").page
+    page.emulate_media(media="print")
+    style = "(node, name) => getComputedStyle(node)[name]"
+    assert page.locator("body").evaluate(style, "backgroundColor") == "rgb(246, 247, 249)"
+    assert page.locator(".text .p8").first.evaluate(style, "printColorAdjust") == "exact"
+    assert page.locator("#heat").evaluate(style, "overflowX") == "visible"
+    for name in (".said", ".text"):
+        assert page.locator(name).first.evaluate(style, "maxHeight") == "none"
+
+
+def test_of_many_reasons_the_commonest_are_told(tmp_path: Path) -> None:
+    skipped = [(f"s{number}", f"label {number} is no class") for number in range(900)] + [("t", "text is null")] * 2
+    page = write_report(Finished(skipped=skipped).write(tmp_path))[0].read_text(encoding="utf-8")
+    assert page.count("is no class") == 4 and "896 more reasons, in skipped.parquet" in page
+    assert "2: text is null" in page
 
 
 def test_without_scripts_it_says_where_the_data_is(chromium: Any, large: Path) -> None:

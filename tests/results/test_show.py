@@ -56,6 +56,12 @@ def test_one_query_of_other_scores(run_dir: Path) -> None:
     assert f"{scores.max():+.4g}" in printed and f"{scores.min():+.4g}" in printed
 
 
+def test_that_there_are_no_more_is_said(run_dir: Path) -> None:
+    """The run has three of twelve documents at each end."""
+    said = "top.parquet has 3 documents of each side; for more, set `top`"
+    assert said in shown(str(run_dir), "--top", "4") and said not in shown(str(run_dir), "--top", "3")
+
+
 def test_what_queries_ask_is_shown(tmp_path: Path) -> None:
     run_dir = str(Finished(queries=KINDS).write(tmp_path))
     printed = shown(run_dir, "--query", "margin")

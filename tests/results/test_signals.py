@@ -23,6 +23,20 @@ def found(tmp_path: Path) -> tuple[Facts, dict[Any, Any], dict[Any, Any]]:
     return read_facts(tmp_path), read_statistics(tmp_path), even
 
 
+CLASSES = {
+    "stages": [
+        {"name": "pretrain", "model": "m", "documents": {"path": "base.jsonl", "text": "text"}},
+        {"name": "tune", "model": "n", "objective": "classification"},
+    ],
+    "queries": {"path": "queries.jsonl", "id": "id", "text": "text", "label": "label"},
+}
+
+
+def of_run(run_dir: Path) -> Signals:
+    """Without those of maps."""
+    return find_signals(read_facts(run_dir), read_statistics(run_dir), {})
+
+
 def titles(signals: Signals) -> tuple[list[str], list[str]]:
     return [each.title for each in signals.run], [each.title for each in signals.queries[KEY]]
 
@@ -43,48 +57,53 @@ def test_few_documents_for_the_dimension(found: Any, tokens: int, expected: int)
 
 def test_a_query_that_the_model_did_not_prefer(tmp_path: Path) -> None:
     for likelihood, expected in ((2 * np.log(0.051), False), (2 * np.log(0.049), True)):
-        facts = read_facts(Finished(log_likelihood=float(likelihood)).write(tmp_path / str(expected)))
-        found_titles = titles(find_signals(facts, {}, {}))[1]
+        run = Finished(log_likelihood=float(likelihood))
+        found_titles = titles(of_run(run.write(tmp_path / str(expected))))[1]
         assert found_titles == (["The model did not prefer this completion"] if expected else [])
 
 
-def test_a_class_that_the_model_did_not_choose_has_no_text_to_check(tmp_path: Path) -> None:
-    stages = [
-        {"name": "pretrain", "model": "a", "documents": {"path": "base.jsonl", "text": "text"}},
-        {"name": "tune", "model": "b", "objective": "classification"},
-    ]
-    asked = {"path": "asked.jsonl", "text": "text", "label": "label"}
-    run = Finished(log_likelihood=float(np.log(0.04)), changes={"stages": stages, "queries": asked})
-    facts = read_facts(run.write(tmp_path))
-    of_class = replace(facts.queries[0], tokens=1)
-    (signal,) = find_signals(replace(facts, queries=[of_class]), {}, {}).queries[KEY]
-    assert signal.title == "The model did not choose this class"
-    assert "its probability is 0.04 (below 0.05)" in signal.detail and "completion" not in signal.detail
+def test_a_class_that_the_model_did_not_prefer(tmp_path: Path) -> None:
+    run = Finished(log_likelihood=2 * float(np.log(0.04)), changes=CLASSES)
+    (signal,) = of_run(run.write(tmp_path)).queries[KEY]
+    assert signal.title == "The model did not prefer this class" and "probability of 0.04 " in signal.detail
+    assert "completion" not in signal.detail and "token" not in signal.detail
+
+
+def test_scores_that_are_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not said to be skipped; and of candidates it isn't known how many there should be."""
+    scores = Finished().scores("pretrain")
+    scores[:5, 0] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
+    scores[:, 1] = np.nan
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    found = of_run(Finished(skipped=[("x", "text is null")]).write(tmp_path / "all"))
+    details = [signal.detail for query in ("q0", "q1") for signal in found.queries["pretrain", query]]
+    assert [each[:8] for each in details] == ["5 of 12 ", "12 of 12"]
+    assert titles(found)[0] == ["Many documents of pretrain were skipped"] and "1 of 13" in found.run[0].detail
+    entry = {"stage": "pretrain", "candidates": {"method": "bm25"}}
+    assert titles(of_run(Finished(changes={"score": [entry]}).write(tmp_path / "some"))) == ([], [])
 
 
 def test_a_margin_on_the_wrong_side(tmp_path: Path) -> None:
     queries = (("q0", "Is it?", " yes", {"rather_than": " no"}), ("q1", "Or not?", " no"))
     for likelihood, expected in ((0.1, []), (-0.1, ["The model preferred the other completion"])):
         run = Finished(queries=queries, log_likelihood=likelihood)
-        facts = read_facts(run.write(tmp_path / str(likelihood)))
-        assert titles(find_signals(facts, {}, {}))[1] == expected
+        assert titles(of_run(run.write(tmp_path / str(likelihood))))[1] == expected
     # Half as likely per token as would be doubted of a completion alone.
     run = Finished(queries=queries, log_likelihood=float(2 * np.log(0.02)))
-    (signal,) = find_signals(read_facts(run.write(tmp_path / "far")), {}, {}).queries[KEY]
+    (signal,) = of_run(run.write(tmp_path / "far")).queries[KEY]
     assert signal.title == "The model preferred the other completion" and "7.82 nats below" in signal.detail
 
 
 def test_energy_lost_to_low_rank(tmp_path: Path) -> None:
-    facts = read_facts(Finished(energy=0.7).write(tmp_path))
-    (signal,) = find_signals(facts, {}, {}).queries[KEY]
+    (signal,) = of_run(Finished(energy=0.7).write(tmp_path)).queries[KEY]
     assert signal.title == "Much of the query was lost to low rank" and "70%" in signal.detail
 
 
 def test_one_map_dominates(found: Any) -> None:
-    facts, _, shares = found
+    facts, statistics, shares = found
     largest = np.ones(len(MAPS))
     largest[4] = 20
-    (signal,) = find_signals(facts, {}, shares | {KEY: (MAPS, largest)}).queries[KEY]
+    (signal,) = find_signals(facts, statistics, shares | {KEY: (MAPS, largest)}).queries[KEY]
     assert signal.title == "One map carries most of the scores" and "1.mlp.up has 71%" in signal.detail
 
 
@@ -99,7 +118,7 @@ def test_long_documents_dominate(found: Any, documents: int, expected: int) -> N
 def test_many_are_skipped(tmp_path: Path) -> None:
     run = Finished(skipped=[("x", "text is null"), ("y", "text is null"), ("z", "fewer than two tokens")])
     run_dir = run.write(tmp_path)
-    (signal,) = find_signals(read_facts(run_dir), read_statistics(run_dir), {}).run
+    (signal,) = of_run(run_dir).run
     assert signal.title == "Many documents of pretrain were skipped"
     assert "3 of 15" in signal.detail and "text is null" in signal.detail
 
@@ -109,7 +128,7 @@ def test_none_has_a_score(tmp_path: Path, candidates: dict[str, Any] | None) -> 
     entry = {"stage": "pretrain"} | ({"candidates": candidates} if candidates else {})
     skipped = [("x", "text is null"), ("y", "fewer than two tokens"), ("z", "text is null")]
     run_dir = Finished(documents=0, skipped=skipped, changes={"score": [entry]}).write(tmp_path)
-    lines = signal_lines(find_signals(read_facts(run_dir), read_statistics(run_dir), {}))
+    lines = signal_lines(of_run(run_dir))
     assert lines == [
         "No document of pretrain has a score: 3 were skipped, most often because: text is null. skipped.parquet names "
         "each one."
@@ -120,6 +139,6 @@ def test_lines_name_the_queries_once(tmp_path: Path) -> None:
     queries = [(f"q{n}", "Is it?", " yes") for n in range(9)]
     run = Finished(queries=queries, labels=("one", "two"), log_likelihood=-20.0, skipped=[("x", "text is null")] * 9)
     run_dir = run.write(tmp_path)
-    lines = signal_lines(find_signals(read_facts(run_dir), read_statistics(run_dir), {}))
+    lines = signal_lines(of_run(run_dir))
     assert len(lines) == 3 and "9 of 21" in lines[0] and "9 of 21" in lines[1]
     assert lines[2] == "The model did not prefer this completion: 9 of 9 queries (q0, q1, q2, q3, q4, …)"

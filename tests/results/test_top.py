@@ -55,9 +55,11 @@ def test_norms_in_the_inverse_curvature_are_carried_where_the_scores_have_them(t
         top.write_top(tmp_path, [row(curvature_norm=5.0)], 2)
 
 
-def test_a_score_that_is_not_a_number_has_no_rank(tmp_path: Path) -> None:
-    write(tmp_path, "b", ["x", "y", "z"], np.array([[np.nan], [2.0], [np.nan]]), ("q",))
-    assert {pair.doc_id for pair in top.top_pairs(tmp_path, "s", 2)} == {"y"}
+def test_a_score_that_is_not_a_finite_number_has_no_rank(tmp_path: Path) -> None:
+    scores = np.array([[np.nan], [2.0], [np.inf], [-np.inf]])
+    write(tmp_path, "b", ["w", "x", "y", "z"], scores, ("q",))
+    for k in (1, 2, 9):
+        assert {pair.doc_id for pair in top.top_pairs(tmp_path, "s", k)} == {"x"}
 
 
 def test_no_part_has_no_top(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@
   };
   const signed = (value) => (value > 0 ? "+" : "") + number(value);
   const percent = (share) => (share >= 0.0995 ? (100 * share).toFixed(0) : share >= 0.00095 ? (100 * share).toFixed(1) : share > 0 ? "< 0.1" : "0") + "\u00a0%";
+  const tokens = (count) => `${count.toLocaleString("en")} token${count === 1 ? "" : "s"}`;
   // 1 to 8 by size, or nothing where that is next to nothing.
   const shade = (value, largest) => {
     const level = Math.min(8, Math.ceil((8 * Math.abs(value)) / largest - 0.4));
@@ -75,9 +76,11 @@
     if (margin) facts.push(...fact("rather than", query.rather_than));
     if (query.log_likelihood !== null) {
       facts.push(...fact(margin ? "log-likelihood above the other's" : "log-likelihood", `${number(query.log_likelihood)} nats`));
-      const several = query.tokens > 1; // a class counts as one
-      const probability = percent(Math.exp(query.log_likelihood / query.tokens)) + (several ? `, ${query.tokens} tokens` : "");
-      if (query.tokens && !margin) facts.push(...fact(several ? "mean probability of its tokens" : "probability", probability));
+      if (query.tokens && !margin) {
+        const several = query.tokens > 1 && data.said !== "class";
+        const probability = percent(Math.exp(query.log_likelihood / query.tokens)) + (several ? `, ${tokens(query.tokens)}` : "");
+        facts.push(...fact(several ? "mean probability of its tokens" : "probability", probability));
+      }
     }
     if (found.documents) {
       facts.push(...fact("documents scored", found.documents.toLocaleString("en")));
@@ -148,8 +151,9 @@
   };
 
   // Layers and maps -------------------------------------------------------
+  const mapAt = new Map(data.maps.cells.map(([layer, kind], map) => [`${layer} ${kind}`, map])); // there may be thousands
   const showHeat = () => {
-    const shares = results().heat[at("heat-side").value], { layers, kinds, cells } = data.maps, place = at("heat");
+    const shares = results().heat[at("heat-side").value], { layers, kinds, whole } = data.maps, place = at("heat");
     if (!shares) return place.replaceChildren(make("p", { class: "none" }, "No document is shown on this side."));
     const largest = Math.max(...shares.map(Math.abs));
     const numbers = layers.length <= 12;
@@ -158,11 +162,11 @@
       let sum = 0;
       const line = make("tr", {}, make("th", { scope: "row" }, kind));
       layers.forEach((layer, column) => {
-        const map = cells.findIndex((cell) => cell[0] === column && cell[1] === row);
-        if (map < 0) return line.append(make("td", { class: "void" }));
-        const share = shares[map] / 1000, text = `${(100 * share).toFixed(share && Math.abs(share) < 0.095 ? 1 : 0).replace("-", "−")}`;
+        const map = mapAt.get(`${column} ${row}`);
+        if (map === undefined) return line.append(make("td", { class: "void" }));
+        const share = shares[map] / whole, text = `${(100 * share).toFixed(share && Math.abs(share) < 0.095 ? 1 : 0).replace("-", "−")}`;
         sum += share;
-        line.append(make("td", { class: shade(share, largest / 1000), title: `${kind}, layer ${layer}: ${text} %` }, numbers ? text : make("span", { class: "hidden-text" }, text)));
+        line.append(make("td", { class: shade(shares[map], largest), title: `${kind}, layer ${layer}: ${text} %` }, numbers ? text : make("span", { class: "hidden-text" }, text)));
       });
       line.append(make("td", { class: "sum" }, (100 * sum).toFixed(0).replace("-", "−")));
       return line;
@@ -172,21 +176,21 @@
   at("heat-side").addEventListener("change", showHeat);
 
   // Documents -------------------------------------------------------------
-  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, `${count.toLocaleString("en")} tokens`);
+  const gap = (count) => make("span", { class: "gap", dir: "ltr" }, tokens(count));
   const card = (each, side) => {
     const text = make("p", { class: "text", dir: "auto" });
-    const tokens = [];
+    const strong = [];
     for (const [before, words, scores] of each.segments) {
       if (before) text.append(gap(before));
       words.forEach((word, index) => {
         const score = (scores[index] * each.largest) / 1000, level = shade(scores[index], 1000);
-        tokens.push([word, score]);
+        strong.push([word, score]);
         if (!level) return text.append(word);
         text.append(make("span", { class: level, title: signed(score) }, word));
       });
     }
     if (each.after) text.append(gap(each.after));
-    const strongest = tokens.sort((one, other) => Math.abs(other[1]) - Math.abs(one[1])).slice(0, 4).filter((token) => token[1]);
+    const strongest = strong.sort((one, other) => Math.abs(other[1]) - Math.abs(one[1])).slice(0, 4).filter((token) => token[1]);
     const line = make("p", { class: "strongest" }, "strongest tokens ");
     strongest.forEach(([word, score], index) => line.append(index ? ", " : "", make("bdi", {}, `“${word}”`), ` ${signed(score)}`));
     const carriers = each.maps.map(([map, share]) => `${data.maps.names[map]} ${percent(Math.abs(share))}`);
@@ -198,7 +202,7 @@
     const score = make("span", { class: "score" }, signed(each.score));
     const node = make("li", { class: side }, make("article", { "aria-label": `rank ${each.rank}, ${each.id}, score ${signed(each.score)}` },
       make("div", { class: "head" }, make("span", { class: "rank" }, String(each.rank)), make("h4", {}, each.id), score),
-      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, `${each.n_tokens.toLocaleString("en")} tokens`), ...norms),
+      make("div", { class: "meta" }, make("span", { class: "share", "aria-hidden": "true" }, bar), make("span", {}, `${percent(each.share)} of the whole`), make("span", {}, tokens(each.n_tokens)), ...norms),
       text, line, maps));
     const mark = (on) => document.querySelector(`[data-mark="${side}-${each.rank}"]`)?.classList.toggle("tick-on", on);
     node.addEventListener("pointerenter", () => mark(true));
