@@ -214,7 +214,7 @@ def load_run(path: str | Path) -> Run:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); name a run description in YAML") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {error}; save it as UTF-8") from None
     try:
         description = load_yaml(text)
     except UserError as error:
