@@ -1,6 +1,6 @@
 """Time every step of a run beside a training pass: `python jobs/benchmark.py --help`.
 
-Needs PyTorch and transformers alone, but for `--ray` and `--against`.
+Needs PyTorch, transformers and small packages (docs/performance.md), but for `--ray` and `--against`.
 """
 
 import sys
@@ -54,16 +54,22 @@ def main(
     torch.set_num_threads(threads)
     keep_freed_memory()  # as a rank does
     workload = Workload(SHAPES[size], documents, tokens, ragged, getattr(torch, dtype), device)
+    if against is not None:
+        from msif_ray.benchmark.peers import check_comparable, compare
+
+        check_comparable(workload)
+    if ray:
+        from msif_ray.benchmark.through_ray import check_installed
+        from msif_ray.benchmark.through_ray import compare as through_ray
+
+        check_installed()
     options = Options(tuple(queries), rank, repeats, kept_memory(keep, device, threads), eigh_maps)
     found = machine() | {"size": size, "documents": documents, "longest": tokens, "dtype": dtype, "rank": rank}
     found |= measure(workload, options)
     if against is not None:
-        from msif_ray.benchmark.peers import compare
-
         found[against] = compare(workload, queries[0], options.keep)
+    found["ray_overhead"] = None
     if ray:
-        from msif_ray.benchmark.through_ray import compare as through_ray
-
         job = replace(workload, documents=ray_documents)
         found |= {"ray_documents": ray_documents} | through_ray(job, queries[0], threads, options.keep)
     show(found, Console(width=100))

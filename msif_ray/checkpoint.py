@@ -85,7 +85,7 @@ def check_checkpoint(
     if not files:
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
     config, model = _outline(folder, key, _classifies(stage))
-    maps = {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
+    maps = _maps(model, modules, blocks, key)
     _check_weights(model, folder, key)
     tokenizer, tokenizer_source = folder, source
     if stage.tokenizer is not None:
@@ -106,6 +106,13 @@ def check_checkpoint(
         adapter=adapter,
         switches=switches_of(config),
     )
+
+
+def _maps(model: Any, modules: list[str] | None, blocks: Blocks | None, key: str) -> dict[str, tuple[int, int]]:
+    try:
+        return {name: found.shape for name, found in find_linear_maps(model, modules, blocks).items()}
+    except UserError as error:  # it names `modules` or `blocks`, which are of all stages
+        raise UserError(f"{error} (the model of {key})") from None
 
 
 def _obtain(name: str, revision: str | None, patterns: Sequence[str], key: str) -> tuple[Path, str]:
@@ -185,18 +192,23 @@ def _context(config: Any, model: nn.Module) -> int | None:
 def _check_kind(config: Any, key: str, classifies: bool) -> None:
     """The configuration says itself what its weights are of: another kind's head would be made up at random."""
     names = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    found = (names or config.architectures or ["a model of no named kind"])[0]
+    if config.is_encoder_decoder:
+        raise UserError(f"{key}.model: {found} has an encoder and a decoder; only one stack of blocks is supported")
     if not classifies:
         if names:
             raise UserError(f"{key}.model: {names[0]} has a classification head; set `objective: classification`")
+        if not _sees_no_later_token(config):
+            raise UserError(
+                f"{key}.model: {found} sees the tokens after the one that it predicts; name a model that was trained "
+                "as a causal one"
+            )
         return
     if not names:
-        found = (config.architectures or ["a model of no named kind"])[0]
         raise UserError(
             f"{key}.objective: the model is {found}, which has no classification head; name a classifier, or leave "
             "`objective` out"
         )
-    if config.is_encoder_decoder:
-        raise UserError(f"{key}.model: {names[0]} has an encoder and a decoder; only one stack of blocks is supported")
     if sorted(config.id2label) != list(range(config.num_labels)):
         raise UserError(f"{key}.model: id2label of its config.json does not number its classes from 0")
     named = [str(name) for name in config.id2label.values()]
@@ -208,6 +220,16 @@ def _check_kind(config: Any, key: str, classifies: bool) -> None:
             f"{key}.objective: {names[0]} is of problem_type {problem}; only single_label_classification with two "
             "classes or more is supported"
         )
+
+
+def _sees_no_later_token(config: Any) -> bool:
+    """What transformers builds as a causal language model need not be one: BERT and its like are encoders unless their
+    configuration says that they are decoders, and others (XLM, Gemma's embeddings) have a switch."""
+    text = config.get_text_config()
+    if all(hasattr(type(text), name) for name in ("is_decoder", "add_cross_attention")):
+        return bool(text.is_decoder)
+    both_ways = getattr(text, "use_bidirectional_attention", False) in (True, "all")
+    return not both_ways and all(getattr(text, name, True) is not False for name in ("causal", "is_causal"))
 
 
 def _check_not_quantised(config: Any, folder: Path, key: str) -> None:

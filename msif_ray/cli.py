@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,7 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Description = Annotated[Path, typer.Argument(help="The run description, a YAML file.", show_default=False)]
+# Not a path, which would make one slash of two in an address.
+Description = Annotated[str, typer.Argument(help="The run description, a YAML file.", show_default=False)]
 
 FinishedRun = Annotated[str, typer.Argument(help="The run_dir of a finished run.", show_default=False)]
 

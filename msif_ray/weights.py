@@ -24,6 +24,8 @@ def weight_files(folder: Path, config: Any) -> list[Path]:
     Raises UserError where there are none, and for an index that does not name them or names one that is not there.
     """
     named = getattr(config, "transformers_weights", None)
+    if named is not None and not isinstance(named, str):
+        raise UserError(f"{folder}: transformers_weights of its config.json is {named!r}, not the name of a file")
     names = [named] if named else [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME]
     first = next((folder / name for name in names if (folder / name).is_file()), None)
     if first is None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,20 @@ def job() -> Any:
 def test_the_job_runs_the_command_of_the_readme(job: Any) -> None:
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
-    assert job["spec"]["entrypoint"].endswith("python jobs/attribute.py /mnt/shared/run.yaml")
+    assert job["spec"]["entrypoint"] == "python /mnt/shared/msif_ray/jobs/attribute.py /mnt/shared/run.yaml"
     assert job["spec"]["shutdownAfterJobFinishes"] is True
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["enableInTreeAutoscaling"] is True and cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
+
+
+def test_all_of_the_entrypoint_is_submitted(job: Any) -> None:
+    """KubeRay's submitter runs `bash -ce` on a line that it joins of words, the entrypoint as it is among them."""
+    line = (
+        f'ray() {{ printf "%s " "$@"; }}; if true ; then ray job submit -- {job["spec"]["entrypoint"]} ; fi ; ray logs'
+    )
+    submitted = subprocess.run(["bash", "-ce", line], capture_output=True, text=True)
+    assert (submitted.stdout, submitted.stderr) == (f"job submit -- {job['spec']['entrypoint']} logs ", "")
 
 
 def test_the_jobs_workers_are_spot_gpus_from_zero(job: Any) -> None:

@@ -253,6 +253,26 @@ def test_a_sample_is_random_and_the_same_for_a_seed() -> None:
     assert sample(rows[:5], 9, 1) == rows[:5]
 
 
+def test_every_shard_of_a_mix_is_read_or_named(tmp_path: Path) -> None:
+    """A sample of those that are easy to read would be of other sources than the mix."""
+    read, rows = prepare["olmo2"].read_rows, [{"text": f"{number} é"} for number in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with pytest.raises(SystemExit, match="no files there; name the folder of the shards"):
+        list(read(tmp_path / "none"))
+    (tmp_path / "wiki").mkdir()
+    for name, compression in (("0.json.gz", "gzip"), ("wiki/1.jsonl.zst", "zstd"), ("2.jsonl.zstd", "zstd")):
+        with pa.output_stream(str(tmp_path / name), compression=compression) as stream:
+            stream.write(lines)
+    (tmp_path / "3.jsonl").write_bytes(lines)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "4.parquet")
+    for name in ("README.md", ".gitattributes"):
+        (tmp_path / name).write_text("about")
+    assert [row["text"] for row in read(tmp_path)] == [row["text"] for row in rows] * 5
+    (tmp_path / "5.jsonl.xz").write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"5\.jsonl\.xz is neither JSON lines \(\.gz, \.zst\) nor Parquet; unpack"):
+        list(read(tmp_path))
+
+
 def test_olmo2s_queries_are_as_its_template_writes_a_turn() -> None:
     """The published template, of which this is the part that matters, writes the same text."""
     found = prepare["olmo2"].query("q", "Which sea?", "That one.")

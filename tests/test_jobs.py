@@ -9,6 +9,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from msif_ray.benchmark import peers, through_ray
 from msif_ray.errors import UserError
 
 JOBS = Path(__file__).parents[1] / "jobs"
@@ -27,11 +28,33 @@ def told(job: str, *arguments: str) -> Any:
     [
         pytest.param(["--device", "cuda"], NO_GPU, marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
         (["--device", "foo"], "--device: steps are timed on cpu and on cuda, not on 'foo'"),
+        (["--device", "cuda:1"], "--device: steps are timed on cpu and on cuda, not on 'cuda:1'; CUDA_VISIBLE_DEVICES"),
         (["--json", f"{__file__}/found.json"], f"--json: {__file__}/found.json cannot be written"),
         (["--size", "huge"], "--size: there is no 'huge', only small, wide, pythia-160m, pythia-1b, pythia-2.8b"),
     ],
 )
 def test_what_the_benchmark_cannot_do_is_told_first(options: list[str], message: str) -> None:
+    error = told("benchmark.py", *options).exception
+    assert isinstance(error, UserError) and str(error).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "message"),
+    [
+        ("kronfluence", ["--against", "kronfluence"], "--against: kronfluence is not installed"),
+        ("ray", ["--ray"], "--ray: Ray is not installed"),
+        (
+            None,
+            ["--against", "kronfluence", "--ragged"],
+            "--against: kronfluence is given documents of one length; leave",
+        ),
+    ],
+)
+def test_what_the_benchmark_cannot_compare_is_told_before_anything_is_timed(
+    missing: str | None, options: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (peers, through_ray):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == missing else object())
     error = told("benchmark.py", *options).exception
     assert isinstance(error, UserError) and str(error).startswith(message)
 

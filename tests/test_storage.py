@@ -16,9 +16,11 @@ import s3fs
 import torch
 from datasets import Dataset
 from test_preflight import describe, write_lines
+from typer.testing import CliRunner
 from upath import UPath
 
 from msif_ray import fetch, layout, paths, store
+from msif_ray.cli import app
 from msif_ray.cluster.carry import is_carried
 from msif_ray.cluster.fit import is_fitted
 from msif_ray.config import Documents, parse_run
@@ -30,6 +32,17 @@ from msif_ray.results import parts, top
 from msif_ray.tensorfile import TensorFile
 
 ROWS = [{"id": f"r{i}", "text": f"text {i}", "other": i} for i in range(3000)]
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_description_may_be_there_too(command: str, bucket: str) -> None:
+    address = f"s3://{bucket}/{command}/run.yaml"
+    missing = CliRunner().invoke(app, [command, address])
+    assert (
+        str(missing.exception) == f"{address}: cannot be read (no such file or bucket); name a run description in YAML"
+    )
+    paths.path_of(address).write_text("run_dirr: s3://x/y\n")
+    assert str(CliRunner().invoke(app, [command, address]).exception).startswith(f"{address}: run_dirr: unknown key")
 
 
 def test_files_come_back_and_nothing_else_is_there(

@@ -11,7 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Stage
@@ -90,6 +96,47 @@ def test_the_context_is_what_the_model_takes(kind: str, tmp_path: Path) -> None:
     assert model(torch.full((1, context), 5)).logits.isfinite().all()
     with pytest.raises((IndexError, RuntimeError)):
         model(torch.full((1, context + 1), 5))
+
+
+def masked(kind: str, **changes: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": len(models.VOCABULARY), "pad_token_id": 3, "emb_dim": 8, "n_layers": 1, "n_heads": 2}
+    config = AutoConfig.for_model(kind, **(sizes | families.SIZES | changes))
+    return models.randomise(AutoModelForCausalLM.from_config(config), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *((kind, {}) for kind in ("bert", "roberta", "electra", "xlm")),
+        ("gemma3_text", families.GEMMA | {"use_bidirectional_attention": True}),
+        ("llama", {"is_causal": False}),
+    ],
+)
+def test_a_model_that_sees_later_tokens_is_refused(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """It does: its logits at a token change with what comes after it, so that its loss is no log-likelihood."""
+    model = masked(kind, **changes)
+    one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, 0] for last in (8, 9))
+    assert not torch.allclose(one, other)
+    with pytest.raises(
+        UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; name a"
+    ):
+        check(save(model, tmp_path))
+
+
+def test_so_does_bert_as_a_decoder(tmp_path: Path) -> None:
+    model = masked("bert", is_decoder=True)
+    one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, :3] for last in (8, 9))
+    torch.testing.assert_close(one, other)
+    assert check(save(model, tmp_path)).maps
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(models.VOCABULARY), "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
+    with pytest.raises(
+        UserError, match=r"^stages\.0\.model: T5ForConditionalGeneration has an encoder and a decoder; only"
+    ):
+        check(save(model, tmp_path))
 
 
 SMALL = {"d_model": 8, "n_layers": 1, "n_heads": 2, "n_layer": 1, "n_head": 2, "n_embd": 8, "hidden_size": 8}
@@ -233,6 +280,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         change(cast(torch.int8)),
         rf".*model\.safetensors: the tensor {DOWN} is of I8, as quantised weights are; dequantise the model",
     ),
+    "a number for a file's name": (
+        configure(transformers_weights=3),
+        r"llama: transformers_weights of its config\.json is 3, not the name of a file",
+    ),
     "text for a number": (
         configure(num_hidden_layers="two"),
         r"llama is not a causal language model that loads: .*two",
@@ -267,6 +318,12 @@ def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^stages\.0\.model: .*{message}") as error:
         check(folder)
     assert "\n" not in str(error.value)
+
+
+def test_modules_that_a_model_has_not_say_which_model(tmp_path: Path) -> None:
+    save(models.build_model("llama", 0), tmp_path)
+    with pytest.raises(UserError, match=r"^modules: '\*\.x' matches no linear map; .* \(the model of stages\.0\)$"):
+        check_checkpoint(Stage(name="s", model=str(tmp_path)), ["*.x"], "stages.0")
 
 
 @pytest.mark.parametrize("part", ("experts.1.w1.weight", "experts.1.w3.weight", "block_sparse_moe"))

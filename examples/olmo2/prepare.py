@@ -1,16 +1,19 @@
 """The inputs of the olmo2 example: random samples of each stage's public data, and queries in its chat format."""
 
 import argparse
-import gzip
+import io
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 Row = Mapping[str, Any]
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 
 def sample(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
@@ -52,17 +55,33 @@ def query(name: str, question: str, answer: str) -> dict[str, str]:
 
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """Of JSON lines, compressed or not, and Parquet under a folder."""
-    for path in sorted(folder.rglob("*")):
-        if path.suffix == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches():
-                yield from batch.to_pylist()
-        elif path.suffixes[-2:] == [".json", ".gz"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+    """Of JSON lines, compressed or not, and Parquet under a folder.
+
+    Ends the program for a folder without such files, and for a file that is none: a sample of the others would not be
+    one of the mix.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _is_about(path, folder)]
+    if not files:
+        sys.exit(f"{folder}: no files there; name the folder of the shards")
+    for path in files:
+        yield from _rows(path)
+
+
+def _is_about(path: Path, folder: Path) -> bool:
+    """Whether it is a file about the others, as the hub's client leaves some."""
+    return path.suffix == ".md" or any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+        return
+    compression = COMPRESSIONS.get(path.suffix)
+    if (path.with_suffix("") if compression else path).suffix not in (".json", ".jsonl"):
+        sys.exit(f"{path} is neither JSON lines (.gz, .zst) nor Parquet; unpack it, or move it out of the folder")
+    with pa.input_stream(str(path), compression=compression) as stream:
+        yield from map(json.loads, io.TextIOWrapper(stream, encoding="utf-8"))
 
 
 def write_lines(path: Path, rows: Iterable[Row]) -> None:

@@ -15,6 +15,15 @@ from msif_ray.benchmark.workload import Workload
 from msif_ray.errors import UserError
 
 
+def check_comparable(workload: Workload) -> None:
+    """Raises UserError where Kronfluence is not installed, or would be given padded documents, which it has no room
+    for here: nothing is timed for a comparison that cannot be made."""
+    if find_spec("kronfluence") is None:
+        raise UserError("--against: kronfluence is not installed; pip install kronfluence==1.0.1")
+    if workload.ragged:
+        raise UserError("--against: kronfluence is given documents of one length; leave out --ragged")
+
+
 def compare(workload: Workload, queries: int, keep: int) -> dict[str, float]:
     """Our seconds and Kronfluence's for the fit and the scores, one after the other, and how far the scores differ.
 
@@ -48,12 +57,7 @@ def compare(workload: Workload, queries: int, keep: int) -> dict[str, float]:
 
 def kronfluence(steps: Steps, queries: int, ours: Tensor) -> dict[str, float]:
     """Seconds of its covariances, eigendecompositions, corrected eigenvalues and pairwise scores, and `difference`: the
-    largest of the scores `[documents, queries]` from `ours`, relative to the largest score.
-
-    Raises UserError where it is not installed.
-    """
-    if find_spec("kronfluence") is None:
-        raise UserError("--against: kronfluence is not installed; pip install kronfluence==1.0.1")
+    largest of the scores `[documents, queries]` from `ours`, relative to the largest score."""
     from kronfluence import Analyzer, FactorArguments, ScoreArguments, prepare_model
 
     task = make_task(list(steps.maps))

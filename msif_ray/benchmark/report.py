@@ -1,9 +1,11 @@
 """All steps of one workload timed, as a table and as JSON."""
 
 import json
+import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,7 +167,7 @@ def show(found: Mapping[str, Any], console: Console) -> None:
             f"kronfluence: {name}", f"{value / found['train_s']:.3f}" if name.endswith("_s") else f"{value:.2g}", ""
         )
     for name in ("ray_overhead", "ray_overhead_two_replicas", "replica_scaling"):
-        if name in found:
+        if found.get(name) is not None:
             table.add_row(f"{name.replace('_', ' ')} ({found['ray_documents']:,} documents)", f"{found[name]:.3f}", "")
     table.add_row("kept of the covariances' pass", f"{found['kept_mib']:,.0f} MiB", "")
     table.add_row("peak memory", f"{found['peak_rss_mib']:,.0f} MiB", "")
@@ -184,22 +186,36 @@ def _scores(name: str, rank: int) -> str:
 
 
 def check_device(device: str) -> None:
-    """Raises UserError for a device that nothing is timed on, or that is not there."""
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"--device: steps are timed on cpu and on cuda, not on {device!r}")
-    if kind == "cuda" and not torch.cuda.is_available():
+    """Raises UserError for a device that nothing is timed on, or that is not there. The clock is that of the process's
+    one GPU, so none is chosen by number."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(
+            f"--device: steps are timed on cpu and on cuda, not on {device!r}; CUDA_VISIBLE_DEVICES chooses a GPU"
+        )
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: PyTorch has no CUDA GPU here; name cpu")
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder of a file that is to be written after all is measured. Raises UserError where it cannot be."""
-    try:
+    """Makes the folder of a file that is to be written after all is measured, and no file yet. Raises UserError where
+    it cannot be written."""
+    there = os.path.lexists(path)
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise UserError(f"--json: {path} cannot be written: {error.strerror}") from None
+        if not there:
+            path.unlink()
 
 
 def write(found: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    """The figures as JSON. Raises UserError where the file cannot be written."""
+    with _writing(path):
+        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--json: {path} cannot be written: {error.strerror}") from None

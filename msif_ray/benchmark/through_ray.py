@@ -5,6 +5,7 @@ import os
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
@@ -19,8 +20,13 @@ from transformers import PreTrainedTokenizerFast
 from msif_ray import heap
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.workload import Workload
+from msif_ray.errors import UserError
 
-END = "<end>"
+
+def check_installed() -> None:
+    """Raises UserError where Ray is missing, before anything is timed."""
+    if find_spec("ray") is None:
+        raise UserError("--ray: Ray is not installed; pip install -c constraints.txt -e .")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ hold one model together.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msif_ray.cluster.jobs import FitJob, Job, Parts, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
+from msif_ray.cluster.model_faults import told
 from msif_ray.cluster.outcomes import Passed
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.batches import pack
@@ -247,7 +248,9 @@ class Rank:
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> list[list[bool]]:
         """Adds batches to the work, unless a loss is not finite; gives whether each window's is."""
         work = self._started()
-        with self._memory("used for a batch"), Capture(self.model, self._tracked) as capture:
+        # Of shards not: when a rank is lost, the others fail in the model's code.
+        sound = told(named(self.setup.model), self.setup.dtype) if self.place.world == 1 else nullcontext()
+        with self._memory("used for a batch"), sound, Capture(self.model, self._tracked) as capture:
             finite = [torch.isfinite(self._add(work, capture, to_batch(windows))).tolist() for windows in batches]
             for _ in range(empty_steps):
                 capture.run(to_batch([empty_window(self.setup.objective)]).to(self.device))

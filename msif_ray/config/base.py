@@ -1,6 +1,6 @@
 """What every part of a run description is made of."""
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -14,9 +14,24 @@ Locations = Annotated[str | list[str], AfterValidator(check_location)]
 
 
 class Strict(BaseModel):
-    """Immutable; an unknown key is an error."""
+    """Immutable; an unknown key is an error, and so is a truth value for a number, which Python takes for 0 or 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            kinds = _kinds(cls.model_fields[name].annotation) if name in cls.model_fields else set()
+            if isinstance(value, bool) and bool not in kinds and any(issubclass(kind, int | float) for kind in kinds):
+                raise ValueError(f"give `{name}` a number, not {str(value).lower()}")
+        return given
+
+
+def _kinds(annotation: Any) -> set[type]:
+    """The classes that an annotation's unions are made of."""
+    inside = {kind for each in get_args(annotation) for kind in _kinds(each)}
+    return inside | ({annotation} if isinstance(annotation, type) else set())
 
 
 class Strength(Strict):

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ByteSize, Field, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from msif_ray.config.base import Strict
 
@@ -14,7 +14,7 @@ class Replicas(Strict):
     @model_validator(mode="before")
     @classmethod
     def _fixed(cls, value: Any) -> Any:
-        if isinstance(value, str | float | list):
+        if isinstance(value, str | float | list | bool):
             raise ValueError(f"give a number, or a mapping of min and max, not {value!r}")
         return {"min": value, "max": value} if isinstance(value, int) else value
 
@@ -45,7 +45,7 @@ class Cluster(Strict):
 
     replicas: Replicas = Replicas()
     ranks_per_replica: Annotated[int, Field(ge=1)] = 1
-    gpus_per_rank: Annotated[float, Field(ge=0)] | None = None
+    gpus_per_rank: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     cpus_per_rank: Annotated[int, Field(ge=1)] = 1
     offload: bool = False
     factor_memory: Annotated[ByteSize, Field(gt=0)] | None = None
@@ -54,3 +54,10 @@ class Cluster(Strict):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     tokens_per_batch: Annotated[int, Field(ge=1)] = 8192
     documents_per_block: Annotated[int, Field(ge=1)] = 256
+
+    @field_validator("gpus_per_rank")
+    @classmethod
+    def _as_ray_counts(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"{gpus:g} is over 1 and no whole number; a rank has a part of one GPU, or whole ones")
+        return gpus

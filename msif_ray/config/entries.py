@@ -39,7 +39,7 @@ class Queries(Strict):
     def _usual_columns(cls, value: Any) -> Any:
         if not isinstance(value, dict) or any(value.get(name) is not None for name in ("messages", "text", "label")):
             return value
-        columns = {name: value.get(name) or name for name in ("prompt", "completion")}
+        columns = {name: name for name in ("prompt", "completion") if value.get(name) is None}
         return value | columns
 
     @model_validator(mode="after")

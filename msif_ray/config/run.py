@@ -22,7 +22,7 @@ from msif_ray.config.stage import (
     UnrolledResponse,
 )
 from msif_ray.errors import UserError
-from msif_ray.paths import path_of
+from msif_ray.paths import is_storage_fault, path_of, reason
 
 
 class Run(Strict):
@@ -221,13 +221,18 @@ def parse_run(description: Mapping[str, Any], source: str = "run description") -
 
 
 def load_run(path: str | Path) -> Run:
-    """The run described by a YAML file. Raises UserError for a file that cannot be read or is not valid."""
+    """The run described by a YAML file, local or on object storage.
+
+    Raises UserError for a file that cannot be read or is not valid.
+    """
     try:
         text = path_of(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a run description in YAML") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        raise UserError(f"{path}: not valid YAML: {error}; save it as UTF-8") from None
+    except Exception as error:
+        if not is_storage_fault(error):
+            raise
+        raise UserError(f"{path}: cannot be read ({reason(error)}); name a run description in YAML") from None
     try:
         description = load_yaml(text)
     except UserError as error:

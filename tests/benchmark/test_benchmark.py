@@ -11,9 +11,10 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msif_ray.benchmark.report import Options, measure
+from msif_ray.benchmark.report import Options, check_writable, measure, write
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.workload import Shape, Workload
+from msif_ray.errors import UserError
 from msif_ray.influence.directions import DenseDirections
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +82,19 @@ def test_a_training_pass_has_the_operations_that_pytorch_counts(ragged: bool) ->
     assert found["train_tflops"] * 1e12 * found["train_s"] == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_a_file_is_there_with_its_figures_and_not_before(tmp_path: Path) -> None:
+    path, there = tmp_path / "new" / "found.json", tmp_path / "there.json"
+    check_writable(path)
+    assert path.parent.is_dir() and not path.exists()
+    write({"train_s": 1.0}, path)
+    assert json.loads(path.read_text()) == {"train_s": 1.0}
+    there.write_text("{}")
+    check_writable(there)
+    assert there.read_text() == "{}"
+    with pytest.raises(UserError, match=f"^--json: {tmp_path} cannot be written: Is a directory"):
+        write({}, tmp_path)
+
+
 def test_the_job_writes_json_and_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(['ray', 'deepspeed', 'datasets'])); "
     blocked += "import runpy; runpy.run_path('jobs/benchmark.py', run_name='__main__')"
@@ -90,4 +104,5 @@ def test_the_job_writes_json_and_needs_neither_ray_nor_deepspeed(tmp_path: Path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "training pass" in done.stdout
-    assert json.loads(written.read_text())["size"] == "small"
+    found = json.loads(written.read_text())
+    assert found["size"] == "small" and found["ray_overhead"] is None  # not timed

@@ -159,6 +159,31 @@ def test_a_full_gpu_is_said_with_the_key_to_lower(setup: ModelSetup, monkeypatch
     assert "\n" not in str(refused.value)
 
 
+def test_what_a_model_s_own_code_fails_at_is_one_line(setup: ModelSetup, tmp_path: Path) -> None:
+    """XGLM makes a number of float64's range as a float32."""
+    sizes = {"vocab_size": len(models.VOCABULARY), "d_model": 8, "ffn_dim": 12, "num_layers": 1, "attention_heads": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xglm", **sizes))
+    folder = str(models.save(models.randomise(model, 0), models.build_tokenizer(), tmp_path / "xglm"))
+    single, one = (
+        Rank(replace(setup, model=folder, tokenizer=folder, dtype=dtype)) for dtype in ("float32", "float64")
+    )
+    for each in (single, one):
+        each.start(CovarianceJob(False))
+    assert not single.process(documents(2)).not_finite
+    with pytest.raises(UserError, match=r"^cluster\.dtype: .* fails on documents in float64 \(RuntimeError: .*; try"):
+        one.process(documents(2))
+
+
+def test_what_fails_outside_of_the_model_s_code_is_no_fault_of_it(
+    setup: ModelSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Rank(setup)
+    one.start(CovarianceJob(False))
+    monkeypatch.setattr(Capture, "_captured", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        one.process(documents(2))
+
+
 @pytest.mark.parametrize("name", [
     "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError", "NodeDiedError", "ObjectLostError",
     "OwnerDiedError", "OutOfMemoryError",
