@@ -125,7 +125,9 @@ def test_the_job_runs_the_command_of_the_readme(job: Any) -> None:
 
 def test_all_of_the_entrypoint_is_submitted(job: Any) -> None:
     """KubeRay's submitter runs `bash -ce` on a line that it joins of words, the entrypoint as it is among them."""
-    line = f'ray() {{ printf "%s " "$@"; }}; if true ; then ray job submit -- {job["spec"]["entrypoint"]} ; fi ; ray logs'
+    line = (
+        f'ray() {{ printf "%s " "$@"; }}; if true ; then ray job submit -- {job["spec"]["entrypoint"]} ; fi ; ray logs'
+    )
     submitted = subprocess.run(["bash", "-ce", line], capture_output=True, text=True)
     assert (submitted.stdout, submitted.stderr) == (f"job submit -- {job['spec']['entrypoint']} logs ", "")
 

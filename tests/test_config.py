@@ -275,7 +275,10 @@ def test_a_file_is_the_same_run_as_its_mapping(tmp_path: Path) -> None:
     [
         (None, "cannot be read (No such file or directory)"),
         (b"a: [", "not valid YAML"),
-        (b"\xff\xfe\xfa", "not valid YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; save"),
+        (
+            b"\xff\xfe\xfa",
+            "not valid YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; ",
+        ),
         (b"- a", "not a run description"),
         (b"", "not a run description"),
         (b"!!python/object/apply:os.getcwd []", "not valid YAML"),

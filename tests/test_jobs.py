@@ -43,7 +43,11 @@ def test_what_the_benchmark_cannot_do_is_told_first(options: list[str], message:
     [
         ("kronfluence", ["--against", "kronfluence"], "--against: kronfluence is not installed"),
         ("ray", ["--ray"], "--ray: Ray is not installed"),
-        (None, ["--against", "kronfluence", "--ragged"], "--against: kronfluence is given documents of one length; leave"),
+        (
+            None,
+            ["--against", "kronfluence", "--ragged"],
+            "--against: kronfluence is given documents of one length; leave",
+        ),
     ],
 )
 def test_what_the_benchmark_cannot_compare_is_told_before_anything_is_timed(

@@ -38,7 +38,9 @@ ROWS = [{"id": f"r{i}", "text": f"text {i}", "other": i} for i in range(3000)]
 def test_a_description_may_be_there_too(command: str, bucket: str) -> None:
     address = f"s3://{bucket}/{command}/run.yaml"
     missing = CliRunner().invoke(app, [command, address])
-    assert str(missing.exception) == f"{address}: cannot be read (no such file or bucket); name a run description in YAML"
+    assert (
+        str(missing.exception) == f"{address}: cannot be read (no such file or bucket); name a run description in YAML"
+    )
     paths.path_of(address).write_text("run_dirr: s3://x/y\n")
     assert str(CliRunner().invoke(app, [command, address]).exception).startswith(f"{address}: run_dirr: unknown key")
 

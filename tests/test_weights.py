@@ -117,7 +117,9 @@ def test_a_model_that_sees_later_tokens_is_refused(kind: str, changes: dict[str,
     model = masked(kind, **changes)
     one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, 0] for last in (8, 9))
     assert not torch.allclose(one, other)
-    with pytest.raises(UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; name a"):
+    with pytest.raises(
+        UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; "
+    ):
         check(save(model, tmp_path))
 
 
@@ -131,7 +133,9 @@ def test_so_does_bert_as_a_decoder(tmp_path: Path) -> None:
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
     sizes = {"vocab_size": len(models.VOCABULARY), "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **sizes))
-    with pytest.raises(UserError, match=r"^stages\.0\.model: T5ForConditionalGeneration has an encoder and a decoder; only"):
+    with pytest.raises(
+        UserError, match=r"^stages\.0\.model: T5ForConditionalGeneration has an encoder and a decoder; only"
+    ):
         check(save(model, tmp_path))
 
 
@@ -314,6 +318,15 @@ def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^stages\.0\.model: .*{message}") as error:
         check(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    """It would be in run.json as what was scored."""
+    save(models.build_model("llama", 0), tmp_path)
+    with pytest.raises(
+        UserError, match=rf"^stages\.0\.revision: {tmp_path} is not of the hub and has no revisions; "
+    ):
+        check(tmp_path, revision="main")
 
 
 def test_modules_that_a_model_has_not_say_which_model(tmp_path: Path) -> None:

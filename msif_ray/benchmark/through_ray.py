@@ -23,7 +23,6 @@ from msif_ray.benchmark.workload import Workload
 from msif_ray.errors import UserError
 
 
-
 def check_installed() -> None:
     """Raises UserError where Ray is missing, before anything is timed."""
     if find_spec("ray") is None:

@@ -162,7 +162,9 @@ def test_what_a_model_s_own_code_fails_at_is_one_line(setup: ModelSetup, tmp_pat
     sizes = {"vocab_size": len(models.VOCABULARY), "d_model": 8, "ffn_dim": 12, "num_layers": 1, "attention_heads": 2}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("xglm", **sizes))
     folder = str(models.save(models.randomise(model, 0), models.build_tokenizer(), tmp_path / "xglm"))
-    single, one = (Rank(replace(setup, model=folder, tokenizer=folder, dtype=dtype)) for dtype in ("float32", "float64"))
+    single, one = (
+        Rank(replace(setup, model=folder, tokenizer=folder, dtype=dtype)) for dtype in ("float32", "float64")
+    )
     for each in (single, one):
         each.start(CovarianceJob(False))
     assert not single.process(documents(2)).not_finite
