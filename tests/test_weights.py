@@ -117,9 +117,7 @@ def test_a_model_that_sees_later_tokens_is_refused(kind: str, changes: dict[str,
     model = masked(kind, **changes)
     one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, 0] for last in (8, 9))
     assert not torch.allclose(one, other)
-    with pytest.raises(
-        UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; "
-    ):
+    with pytest.raises(UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; "):
         check(save(model, tmp_path))
 
 
@@ -323,9 +321,7 @@ def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     """It would be in run.json as what was scored."""
     save(models.build_model("llama", 0), tmp_path)
-    with pytest.raises(
-        UserError, match=rf"^stages\.0\.revision: {tmp_path} is not of the hub and has no revisions; "
-    ):
+    with pytest.raises(UserError, match=rf"^stages\.0\.revision: {tmp_path} is not of the hub and has no revisions; "):
         check(tmp_path, revision="main")
 
 
