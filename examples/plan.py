@@ -7,10 +7,10 @@ The stand-in's shapes are those of the example's `configs/`; its corpora have th
 `stand_in.json`. Zeros are sparse files, so this takes no room; nothing is measured, so there are no hours.
 """
 
+import argparse
 import json
 import os
 import struct
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,4 +134,11 @@ def main(example: str, changes: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("example", choices=sorted(path.parent.name for path in EXAMPLES.glob("*/run.yaml")))
+    parser.add_argument("changes", nargs="?", help="a file of the example's configs/changes, without .json")
+    asked = parser.parse_args()
+    there = sorted(path.stem for path in (EXAMPLES / asked.example / "configs" / "changes").glob("*.json"))
+    if asked.changes is not None and asked.changes not in there:
+        parser.error(f"{asked.example} has no changes {asked.changes!r}, only {', '.join(there) or 'none'}")
+    main(asked.example, asked.changes)

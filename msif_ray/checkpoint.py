@@ -15,7 +15,7 @@ from msif_ray.adapters import find_base, merge_into
 from msif_ray.config import Stage
 from msif_ray.corpus.switches import Switches, switches_of
 from msif_ray.errors import UserError, one_line
-from msif_ray.fetch import MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
+from msif_ray.fetch import HUB, MODEL_FILES, TOKENIZER_FILES, TOKENIZER_IDENTITY, folder_revision, obtain
 from msif_ray.influence.blocks import Blocks
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.loading import auto_class
@@ -68,6 +68,8 @@ def check_checkpoint(
     its tensors, is of an unknown kind or quantised, or holds a number that is not finite.
     """
     folder, source = _obtain(stage.model, stage.revision, MODEL_FILES, f"{key}.model")
+    if stage.revision is not None and not source.startswith(HUB):
+        raise UserError(f"{key}.revision: {stage.model} is not of the hub and has no revisions; leave it out")
     revision, adapter = stage.revision or folder_revision(folder), None
     if is_adapter(folder):
         folder, source, adapter = _merge(stage, folder, source, earlier, key)

@@ -284,7 +284,7 @@ def test_a_file_is_the_same_run_as_its_mapping(tmp_path: Path) -> None:
         (b"a: [", "not valid YAML"),
         (
             b"\xff\xfe\xfa",
-            "not valid YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; save",
+            "not valid YAML: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte; ",
         ),
         (b"- a", "not a run description"),
         (b"", "not a run description"),

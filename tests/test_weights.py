@@ -117,9 +117,7 @@ def test_a_model_that_sees_later_tokens_is_refused(kind: str, changes: dict[str,
     model = masked(kind, **changes)
     one, other = (model(torch.tensor([[5, 6, 7, last]])).logits[0, 0] for last in (8, 9))
     assert not torch.allclose(one, other)
-    with pytest.raises(
-        UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; name a"
-    ):
+    with pytest.raises(UserError, match=r"^stages\.0\.model: \w+ sees the tokens after the one that it predicts; "):
         check(save(model, tmp_path))
 
 
@@ -318,6 +316,13 @@ def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^stages\.0\.model: .*{message}") as error:
         check(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    """It would be in run.json as what was scored."""
+    save(models.build_model("llama", 0), tmp_path)
+    with pytest.raises(UserError, match=rf"^stages\.0\.revision: {tmp_path} is not of the hub and has no revisions; "):
+        check(tmp_path, revision="main")
 
 
 def test_modules_that_a_model_has_not_say_which_model(tmp_path: Path) -> None:
