@@ -99,6 +99,14 @@ def test_a_change_under_the_same_run_dir_is_refused(folder: Path, case: str) -> 
     assert "\n" not in str(error.value)
 
 
+def test_a_longer_list_that_begins_alike_is_told_by_its_length(folder: Path) -> None:
+    description = describe(folder)
+    keep(description)
+    (entry,) = description["score"]
+    with pytest.raises(UserError, match=r"another run: score had 1 entries and has 2; name a new run_dir"):
+        keep(description | {"score": [entry, entry | {"name": "again"}]})
+
+
 def test_what_no_score_depends_on_may_change(folder: Path) -> None:
     keep(describe(folder))
     edit_config(folder / "stage1/generation_config.json", max_length=7)
