@@ -53,6 +53,8 @@ class Carrying:
                 task = CarryTask(variant, index, factors, ids, folders[entry.label], tuple(cut))
                 self._carry_entry(task, gradients)
                 self.reporter.say(f"queries: carried back to {entry.label}")
+        for folder in folders.values():
+            drop_solves(folder)  # of a driver that died when it had written the manifest
         strengths, solvers = (
             {name: about(folder) for name, folder in folders.items()} for about in (carried_strengths, carried_solvers)
         )

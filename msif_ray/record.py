@@ -274,7 +274,12 @@ def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return next((d for i, (o, n) in pairs if (d := _first_difference(o, n, f"{key}.{i}"))), None)
-    return None if old == new else f"{key.removeprefix('run.')} was {_short(old)} and is {_short(new)}"
+    if old == new:
+        return None
+    where, was, now = key.removeprefix("run."), _short(old), _short(new)
+    if was == now and isinstance(old, list):
+        return f"{where} had {len(old)} entries and has {len(new)}"
+    return f"{where} was {was} and is {now}"
 
 
 def _short(value: Any) -> str:

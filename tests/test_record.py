@@ -107,6 +107,14 @@ def test_norms_may_not_be_left_out_half_way_and_earlier_records_have_them(folder
         keep(description | {"detail": {"tokens": True, "norm": False}})
 
 
+def test_a_longer_list_that_begins_alike_is_told_by_its_length(folder: Path) -> None:
+    description = describe(folder)
+    keep(description)
+    (entry,) = description["score"]
+    with pytest.raises(UserError, match=r"another run: score had 1 entries and has 2; name a new run_dir"):
+        keep(description | {"score": [entry, entry | {"name": "again"}]})
+
+
 def test_what_no_score_depends_on_may_change(folder: Path) -> None:
     keep(describe(folder))
     edit_config(folder / "stage1/generation_config.json", max_length=7)

@@ -14,6 +14,7 @@ import torch
 from cluster import runs
 
 from msif_ray import layout
+from msif_ray.cluster.iterates import ANSWER, save_answer
 from msif_ray.config import parse_run
 from msif_ray.progress import Reporter, Step
 from msif_ray.run import run
@@ -144,6 +145,16 @@ def test_residuals_against_time_are_reported(resumed: tuple[str, Watching, Watch
     assert set(record["strengths"]["pretrain"]) == {"pretrain.damping", "tune.alpha"}
     assert any(line.startswith("queries: pretrain: ") and "relative residual from" in line for line in second.lines)
     assert not layout.solves(folder).exists()
+
+
+def test_what_a_solve_kept_goes_though_its_driver_ended_before_that(
+    folder: Path, resumed: tuple[str, Watching, Watching]
+) -> None:
+    run_dir, _, _ = resumed
+    solves = layout.solves(layout.directions(run_dir, "pretrain"))
+    save_answer(solves / "tune" / "000000-000002", ANSWER, "a.map", torch.zeros(2, 3, 4))
+    run(parse_run(described(folder, "run", SOLVER)), until="score")
+    assert not solves.exists()
 
 
 @pytest.mark.timeout(600)
