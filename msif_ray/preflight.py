@@ -10,7 +10,7 @@ from msif_ray.checkpoint import Checkpoint, check_checkpoint, load_tokenizer
 from msif_ray.config import Documents, Run
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.candidates import SCHEMA
-from msif_ray.corpus.census import Census, take_census
+from msif_ray.corpus.census import Census, Say, take_census
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.listed import by_list
 from msif_ray.corpus.objectives import Objective, encode_for
@@ -70,14 +70,15 @@ class Resolved:
         return {key: sum(rows) for key, rows in self.rows.items()}
 
 
-def check(run: Run) -> Resolved:
-    """Checks a run against the storage, corpora, queries and models it names.
+def check(run: Run, say: Say = lambda _: None) -> Resolved:
+    """Checks a run against the storage, corpora, queries and models it names; `say` is told how far it is where that
+    takes long.
 
     Raises UserError: one line with the key, the file or the row at fault.
     """
     run = run.model_copy(update={"run_dir": _writable(run.run_dir)})
     wanted = _wanted_corpora(run)
-    corpora = _read_corpora(wanted)
+    corpora = _read_corpora(wanted, say)
     queries = _read_queries(run)
     checkpoints: list[Checkpoint] = []
     for index, stage in enumerate(run.stages):
@@ -150,14 +151,14 @@ def _wanted_corpora(run: Run) -> dict[str, Documents]:
     return wanted
 
 
-def _read_corpora(wanted: dict[str, Documents]) -> dict[str, Census]:
+def _read_corpora(wanted: dict[str, Documents], say: Say) -> dict[str, Census]:
     """Each corpus read through once, however many keys name it. How documents end is none of its concern."""
     found: dict[str, Census] = {}
     censuses = {}
     for key, documents in wanted.items():
         read = documents.model_copy(update={"append_eos": None}).model_dump_json()
         if read not in found:
-            found[read] = take_census(documents, f"{key}.documents")
+            found[read] = take_census(documents, f"{key}.documents", say)
         censuses[key] = found[read]
     return censuses
 

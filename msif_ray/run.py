@@ -56,7 +56,7 @@ def run(config: Run, until: Until | None = None, reporter: Reporter | None = Non
     reporter = reporter or Reporter(observe=publish)
     if until == "index" and not config.index:
         raise UserError("index: the run describes none; name a stage there")
-    resolved = check(config)
+    resolved = check(config, reporter.say)
     with connected():
         cluster = decide_gpus(resolved.run.cluster)
         resolved = Resolved(**{**vars(resolved), "run": resolved.run.model_copy(update={"cluster": cluster})})

@@ -1,10 +1,11 @@
 """A corpus seen once before a run: its files, their rows and what is in them, and ids that differ."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import numpy
 import xxhash
@@ -25,6 +26,13 @@ from msif_ray.paths import is_remote, listing, path_of, storage
 HASH_BYTES = 2**20
 # Repeated hashes whose ids are looked at; a corpus with so many has a repeated id among them.
 LOOKED_AT = 100_000
+SECONDS_BETWEEN_LINES = 60.0
+
+Say = Callable[[str], None]
+"""Tells the user one line."""
+
+
+def _nobody(_: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,15 +44,20 @@ class Census:
     contents: tuple[str, ...]
 
 
-def take_census(documents: Documents, key: str) -> Census:
+def take_census(documents: Documents, key: str, say: Say = _nobody) -> Census:
     """Reads a corpus through, once: the id column, where there is one, or of JSON lines all there is to read.
 
     Raises UserError, naming `key`, file and row, for a column that is not there, an id that is missing or repeated,
-    what cannot be read, and a corpus without a document.
+    what cannot be read, and a corpus without a document. `say` is told how far it is, once a minute.
     """
     files = corpus_files(documents, key)
-    ids, rows, contents = _Ids(), [], []
-    for file in files:
+    ids, told = _Ids(), monotonic()
+    rows: list[int] = []
+    contents: list[str] = []
+    for number, file in enumerate(files):
+        if monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = monotonic()
+            say(f"{key}: {number:,} of {len(files):,} files are checked, {sum(rows):,} documents")
         contents.append(fingerprint(path_of(file.path)))
         rows.append(_count(file, documents, key, ids))
     if sum(rows) == 0:

@@ -87,6 +87,17 @@ def test_a_corpus_without_ids_is_counted_and_not_read(tmp_path: Path, monkeypatc
         assert len(read) == 1, "the first rows, to see that the columns are there"
 
 
+def test_it_says_how_far_it_is_where_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, first in (("a", 0), ("b", 5), ("c", 10)):
+        write(tmp_path / f"{name}.parquet", rows(first, 5))
+    said: list[str] = []
+    take_census(documents(tmp_path / "*.parquet"), "key", said.append)
+    assert said == []
+    monkeypatch.setattr(census, "SECONDS_BETWEEN_LINES", -1.0)
+    take_census(documents(tmp_path / "*.parquet"), "key", said.append)
+    assert said[1:] == [f"key: {n} of 3 files are checked, {5 * n} documents" for n in (1, 2)]
+
+
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ""])
 def test_another_content_of_the_same_size_is_another_fingerprint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
