@@ -115,8 +115,6 @@ def test_a_strength_is_absolute_or_a_multiple_of_the_mean_eigenvalue(strength: S
         ("cluster.dtype", "float16", "cluster.dtype: "),
         ("cluster.offload", True, "cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica`"),
         ("cluster", {"offload": True, "ranks_per_replica": 0}, "cluster.ranks_per_replica: "),
-        ("cluster.gpus_per_rank", 1.5, "cluster.gpus_per_rank: a rank has a share of one GPU or whole ones, not 1.5"),
-        ("cluster.gpus_per_rank", float("inf"), "cluster.gpus_per_rank: "),
         (
             "cluster",
             {"gpus_per_rank": 0.5, "ranks_per_replica": 2},

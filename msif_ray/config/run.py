@@ -85,8 +85,6 @@ class Run(Strict):
         sharded, gpus = self.cluster.ranks_per_replica > 1, self.cluster.gpus_per_rank or 0.0
         if self.cluster.offload and not sharded:
             raise ValueError("cluster.offload: only a sharded model can be offloaded; set `ranks_per_replica` over 1")
-        if gpus > 1 and not gpus.is_integer():
-            raise ValueError(f"cluster.gpus_per_rank: a rank has a share of one GPU or whole ones, not {gpus:g}")
         if sharded and 0 < gpus < 1:
             raise ValueError(
                 f"cluster.gpus_per_rank: ranks that hold one model together need a GPU each, not {gpus:g}; set it to 1 "

@@ -109,9 +109,9 @@ def test_a_class_is_called_so(chromium: Any, tmp_path: Path) -> None:
     assert "mean probability" not in shown and page.locator("dt", has_text="probability").count() == 1
     assert "Supports the class" in shown and "the class’s log-likelihood" in shown
     assert "completion" not in shown.replace("completion_tokens", "")
-    assert "probability\n61 %" in page.locator("#query-facts").inner_text().replace("\u00a0", " ")
+    assert "probability\n37 %" in page.locator("#query-facts").inner_text().replace("\u00a0", " ")
     printed = CliRunner().invoke(app, ["show", str(tmp_path)], catch_exceptions=False).stdout
-    assert "log-likelihood -1 nats (61%)," in printed
+    assert "log-likelihood -1 nats (37%)," in printed
 
 
 def test_it_asks_for_nothing_and_shows_the_first_query(chromium: Any, large: Path) -> None:

@@ -1,6 +1,5 @@
 """The retraining experiment: its attributions against the dense reference, its trainings kept, what it writes."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from influence import pipeline as one_process
 
 from msif_ray.errors import UserError
+from msif_ray.store import read_json
 from msif_ray.validate import attributions as methods
 from msif_ray.validate import retraining_report
 from msif_ray.validate.attributions import Attribution, Attributions, Strengths
@@ -202,7 +202,7 @@ def test_the_experiment_writes_its_tables_and_trains_nothing_twice(
     )
     found = Retraining(trainings, budget, lambda line: None).run()
     retraining_report.write_retraining(tmp_path, found)
-    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert read_json(tmp_path / "results.json") == found
     predicted = pq.read_table(tmp_path / "predicted.parquet").to_pylist()
     named = {row["method"] for row in predicted if row["kind"] == ADAMW}
     assert {methods.TWO_STAGES, methods.SINGLE, methods.BM25, methods.RANDOM, methods.ORACLE, "random"} <= named

@@ -1,6 +1,5 @@
 """The compared methods against dense float64 matrices, on a tiny random model, and what the experiment writes."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from msif_ray.corpus.windows import Encoded
 from msif_ray.errors import UserError
 from msif_ray.influence.conjugate import State, solve
 from msif_ray.influence.modules import find_linear_maps
+from msif_ray.store import read_json
 from msif_ray.validate import methods, report, similarity
 from msif_ray.validate.agreement import agreement
 from msif_ray.validate.experiment import Budget, Experiment
@@ -218,7 +218,7 @@ def test_an_experiment_writes_its_tables_and_does_nothing_twice(problem: Problem
 
     found: dict[str, Any] = run(experiment()) | {"machine": report.machine(1)}
     report.write_solvers(tmp_path, found)
-    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert read_json(tmp_path / "results.json") == found
     compared = {row["method"]: row for row in pq.read_table(tmp_path / "compared.parquet").to_pylist()}
     assert {"EK-FAC, MLP only", "K-FAC, all maps", "CKA of hidden states", "TRAK, dimension 3"} < set(compared)
     separates = pq.read_table(tmp_path / "separates.parquet").to_pylist()
