@@ -81,7 +81,7 @@ class CandidateBlocks(CorpusBlocks):
 @dataclass(frozen=True)
 class Chosen:
     """The pairs to be scored: `rows` (`doc_id`, `query_id`) in the order of blocks, and the `places` of each block's,
-    from the first row to before the last's next. Some thirty bytes a pair, since every process that reads has them."""
+    from the first row to before the last's next. Some fifty bytes a pair, since every process that reads has them."""
 
     rows: pa.Table
     places: Mapping[str, tuple[int, int]]

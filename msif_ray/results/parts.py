@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from msif_ray.ordered import in_order
 from msif_ray.paths import names_matching, path_of
-from msif_ray.store import replacing
 from msif_ray.tables import opened, writing
 
 SKIPPED = b"skipped"
@@ -229,10 +228,7 @@ def write_skipped(run_dir: str | Path, stages: Iterable[str]) -> None:
         for found in in_order(skipped_of, (part for _, part in part_files(run_dir, stage)))
         for document, reason in found
     )
-    with (
-        replacing(path) as temporary,
-        pq.ParquetWriter(temporary, SKIPPED_SCHEMA, write_page_checksum=True) as writer,
-    ):
+    with writing(path, SKIPPED_SCHEMA) as writer:
         while some := list(islice(rows, SKIPPED_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist(some, SKIPPED_SCHEMA))
 

@@ -17,6 +17,7 @@ from datasets import load_dataset
 from msif_ray.errors import UserError
 from msif_ray.results import parts, statistics, top
 from msif_ray.results.of_queries import query_scores
+from msif_ray.tables import SEAL
 
 
 def write(run_dir: Path, block: str, documents: list[str], skipped: list[tuple[str, str]], stage: str = "one") -> Path:
@@ -67,6 +68,7 @@ def test_skipped_documents_of_all_stages_are_gathered(tmp_path: Path) -> None:
         {"doc_id": "c", "reason": "text is null", "stage": "one"},
         {"doc_id": "ä", "reason": "text is empty", "stage": "two"},
     ]
+    assert SEAL in (tmp_path / "skipped.parquet").read_bytes()  # as in all of a run's Parquet
 
 
 def test_no_skipped_document_is_an_empty_table_of_the_same_columns(tmp_path: Path) -> None:
