@@ -113,7 +113,7 @@ def _stream(task: BlockTask, pool: ReplicaPool, done: frozenset[str], progress: 
         BlockReader(task.blocks, done),
         batch_size=1,
         # A file's reader costs nothing that Ray Data counts, so it would start one for every file, each a process.
-        compute=ray.data.TaskPoolStrategy(size=replicas.max + 1),
+        compute=ray.data.TaskPoolStrategy(size=min(len(files), replicas.max + 1)),
         num_cpus=0,
         memory=1,
     )

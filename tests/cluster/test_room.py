@@ -43,7 +43,7 @@ class Streamed:
         return []
 
 
-def steps(monkeypatch: pytest.MonkeyPatch, files: int = 0, **about: Any) -> list[dict[str, Any]]:
+def steps(monkeypatch: pytest.MonkeyPatch, files: int = 1, **about: Any) -> list[dict[str, Any]]:
     """What is asked for the readers and for the replicas of a stream over an index."""
     streamed = Streamed()
     monkeypatch.setattr(streaming.ray.data, "from_items", lambda *_, **__: streamed)
@@ -63,3 +63,5 @@ def test_readers_are_as_many_as_replicas_want_and_not_one_for_every_file(monkeyp
     """Ray Data limits by what a task asks for, and a reader asks for nothing."""
     readers, _ = steps(monkeypatch, files=1000, replicas={"min": 1, "max": 3})
     assert readers["compute"].size == 4
+    readers, _ = steps(monkeypatch, files=2, replicas={"min": 1, "max": 3})
+    assert readers["compute"].size == 2, "Ray Data warns of more than there is work for"
