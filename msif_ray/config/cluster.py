@@ -28,7 +28,7 @@ class Replicas(Strict):
 class Cluster(Strict):
     """The machines: replicas, each of one or more ranks that hold one model.
 
-    `gpus_per_rank` is a share of one GPU, or 1; several ranks that hold one model need a GPU each.
+    `gpus_per_rank` is a share of one GPU, or a whole number; several ranks that hold one model need one each at least.
     `factor_memory` (bytes, or a text such as 8GiB) is what a rank may use for the factors that it fits; what
     does not fit at once takes several passes. By default it is a share of what is free once the model is loaded. Scores
     with `detail.curvature_norm` hold a stage's factors in it, by default in what directions leave of that share, half
