@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +37,10 @@ def connected() -> Iterator[None]:
     if address is not None:
         _join(address)
     else:
+        _quieten_core()
         # Ray ends processes that have been idle for a second; each new one imports torch for some.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
-        with _quiet_core():
-            ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
         with _ended_by_sigterm():
             yield
@@ -67,23 +66,13 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise SystemExit("msif: ended by SIGTERM; run the same command again to go on")
 
 
-@contextmanager
-def _quiet_core() -> Iterator[None]:
-    """The core's own log lines are for Ray's developers; what fails here is raised. Told so, it says that first, on the
-    terminal, past Python: while it starts, this process's standard error goes nowhere."""
-    if LOG_LEVEL in os.environ:
-        yield
-        return
-    os.environ[LOG_LEVEL] = "fatal"
-    sys.stderr.flush()
-    terminal = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
+def _quieten_core() -> None:
+    """The core's own log lines are for Ray's developers; what fails here is raised."""
+    if LOG_LEVEL not in os.environ:
+        os.environ[LOG_LEVEL] = "fatal"
+        # The core begins with a line on the terminal that says so, in this process alone: the processes that Ray starts
+        # have copies of `os.environ`, which this leaves as it is.
+        os.unsetenv(LOG_LEVEL)
 
 
 def _join(address: str) -> None:
