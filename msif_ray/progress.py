@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from threading import Event, Thread
 from time import monotonic
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from msif_ray.columns import print_table
+from msif_ray.repeated import repeated
 
 SECONDS_BETWEEN_LINES = 60.0
 SECONDS_BETWEEN_WAITS = 20.0
@@ -172,7 +172,8 @@ class Reporter:
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             step = Step(name, total, self.console, bar, self.observe)
-            with _each_minute(step):
+            # Where the step stands, even while nothing is done.
+            with repeated(step.tell, SECONDS_BETWEEN_LINES / 10):
                 yield step
             self.finished.append(step.close())
 
@@ -201,21 +202,3 @@ def _print_line(console: Console, line: str) -> None:
 
 def _of(seconds: float, total: float) -> tuple[str, str]:
     return f"{seconds:,.0f}", f"{seconds / max(total, 1e-9):.0%}"
-
-
-@contextmanager
-def _each_minute(step: Step) -> Iterator[None]:
-    """Lets the step tell where it stands, even while nothing is done, until the context is left."""
-    ended = Event()
-
-    def tell() -> None:
-        while not ended.wait(SECONDS_BETWEEN_LINES / 10):
-            step.tell()
-
-    teller = Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()

@@ -7,9 +7,8 @@ actor that computed it: a block is all there or not at all, and none is there tw
 import gc
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from threading import Event, Thread
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import ClassVar, Protocol
 
@@ -22,6 +21,7 @@ from msif_ray.cluster.told import Progress
 from msif_ray.cluster.workers import BlockReader, BlockReplica, ModelReplica
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.errors import UserError, one_line
+from msif_ray.repeated import repeated
 
 # Ray Data does not say which of its actors are alive: those are that have done a block within so many seconds.
 ALIVE_SECONDS = 300.0
@@ -161,23 +161,14 @@ class _Seen:
         )
 
 
-@contextmanager
-def _told_to_wait(progress: Progress, reason: Callable[[], str | None]) -> Iterator[None]:
+def _told_to_wait(progress: Progress, reason: Callable[[], str | None]) -> AbstractContextManager[None]:
     """Tells the reason for waiting now and then, while there is one."""
-    ended = Event()
 
     def tell() -> None:
-        while not ended.wait(WAIT_SECONDS):
-            if (why := reason()) is not None:
-                progress.wait(why)
+        if (why := reason()) is not None:
+            progress.wait(why)
 
-    teller = Thread(target=tell, daemon=True)
-    teller.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        teller.join()
+    return repeated(tell, WAIT_SECONDS)
 
 
 def quiet_ray_data() -> None:
