@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from msif_ray.paths import path_of
+from msif_ray.paths import names_matching, path_of
 
 
 def run_record(run_dir: str) -> Path:
@@ -90,6 +90,11 @@ def directions_manifest(folder: Path) -> Path:
 def references(run_dir: str, corpus: str) -> Path:
     """What a reference model made of a corpus of preferences."""
     return path_of(run_dir) / "references" / corpus
+
+
+def block_names(folder: Path, suffix: str) -> set[str]:
+    """The ids of the blocks of which `folder` has a file of that suffix: a `reference_block` or an `index_block`."""
+    return {Path(name).stem.removeprefix("block-") for name in names_matching(folder, f"block-*{suffix}")}
 
 
 def reference_block(folder: Path, block: str) -> Path:

@@ -34,7 +34,7 @@ from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.ordered import in_order
-from msif_ray.paths import all_there, exists, names_matching, size_of
+from msif_ray.paths import all_there, exists, size_of
 from msif_ray.store import delete_folder, load_tensors, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
@@ -160,7 +160,7 @@ class IndexTask:
         return ModelReplica
 
     def done(self) -> set[str]:
-        return {Path(name).stem.removeprefix("block-") for name in names_matching(self.folder, "block-*.safetensors")}
+        return layout.block_names(self.folder, ".safetensors")
 
     def write(self, block: Block, outcome: Outcome, taken: Sequence[IndexedBatch]) -> None:
         """Raises UserError, naming the document, for a gradient that is not finite."""

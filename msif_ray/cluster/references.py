@@ -20,7 +20,6 @@ from msif_ray.corpus.blocks import LOG_RATIOS, CorpusBlocks
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Block
 from msif_ray.influence.capture import Captured
-from msif_ray.paths import names_matching
 from msif_ray.store import write_json
 
 Loss = tuple[str, int, float]
@@ -81,7 +80,7 @@ class ReferenceTask:
         return ModelReplica
 
     def done(self) -> set[str]:
-        written = {Path(name).stem.removeprefix("block-") for name in names_matching(self.folder, "block-*.json")}
+        written = layout.block_names(self.folder, ".json")
         return written if self.wanted is None else written | (self.blocks.ids - self.wanted)
 
     def write(self, block: Block, outcome: Outcome, taken: Sequence[Loss]) -> None:
