@@ -29,7 +29,7 @@ from msif_ray.errors import UserError
 from msif_ray.fetch import named
 from msif_ray.indexes import missing_files, whole
 from msif_ray.influence.capture import Captured
-from msif_ray.influence.compress import Metric, Packed, compress, side_by_side, together, truncate_tokens
+from msif_ray.influence.compress import Metric, Packed, compress, joined_rows, together, truncate_tokens
 from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
@@ -101,7 +101,7 @@ class _IndexWork:
             # What overflows is refused by its norm when the block is written; a decomposition would raise here.
             gradients = torch.where(squares.isfinite()[:, None, None], gradients, 0.0)
             parts = [
-                compress(metric, side_by_side(activations, rows), side_by_side(gradients, rows), self.job.rank)
+                compress(metric, joined_rows(activations, rows), joined_rows(gradients, rows), self.job.rank)
                 for _, rows in groups
             ]
             packed[name] = Packed.join([Packed.of(*part, self.job.working_dtype) for part in parts]).to("cpu")
@@ -190,7 +190,7 @@ class IndexTask:
         activations, gradients = found.to(device).unpack(found.scales.dtype)
         parts, names = [], []
         for group, lists in together(owners):
-            tokens = side_by_side(activations, lists), side_by_side(gradients, lists)
+            tokens = joined_rows(activations, lists), joined_rows(gradients, lists)
             if tokens[0].shape[1] > self.job.rank:
                 tokens = truncate_tokens(*tokens, self.job.rank)
             parts.append(Packed.of(*tokens, self.job.dtype).to("cpu"))

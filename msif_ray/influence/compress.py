@@ -120,7 +120,7 @@ def together(owners: Sequence[str]) -> list[tuple[list[str], list[list[int]]]]:
     return list(groups.values())
 
 
-def side_by_side(tokens: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+def joined_rows(tokens: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
     """Some rows' tokens `[rows, tokens, size]` one after the other: `[lists of rows, all tokens, size]`."""
     return tokens[torch.tensor(rows, device=tokens.device)].flatten(1, 2)
 
