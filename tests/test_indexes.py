@@ -8,7 +8,9 @@ from typing import Any
 import models
 import pytest
 import torch
-from test_preflight import BASE, QUERIES, TUNING, describe, resolve, write_lines
+from corpora import write_lines
+from descriptions import Description
+from test_preflight import BASE, QUERIES, TUNING, describe, resolve
 
 from msif_ray import layout
 from msif_ray.config import parse_run
@@ -18,8 +20,6 @@ from msif_ray.plan.make import make_plan
 from msif_ray.preflight import Resolved
 from msif_ray.record import keep_record
 from msif_ray.store import read_json, write_atomic, write_json
-
-Description = dict[str, Any]
 
 
 @pytest.fixture(scope="module")

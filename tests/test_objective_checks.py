@@ -1,6 +1,5 @@
 """Stages with an objective: what is wrong with their description or their files is one line, before any work."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,19 +7,15 @@ from typing import Any
 
 import models
 import pytest
+from corpora import write_lines
+from descriptions import Description, changed, edit_config
 from safetensors.torch import load_file, save_file
 
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.preflight import check
 
-Description = dict[str, Any]
 NAMES = {0: "negative", 1: "positive"}
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +58,6 @@ def describe(folder: Path) -> Description:
         "queries": {"path": str(folder / "asked.jsonl"), "text": "text", "label": "label", "id": "id"},
         "score": [{"stage": "pre"}, {"stage": "tune"}],
     }
-
-
-def changed(description: Description, key: str, value: Any) -> Description:
-    *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
-    target: Any = description
-    for parent in parents:
-        target = target[parent]
-    if value is ...:
-        del target[last]
-    else:
-        target[last] = value
-    return description
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_classifier_shares_its_backbone_s_maps_and_has_classes(folder: Path) -> None:

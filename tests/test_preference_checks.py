@@ -8,7 +8,8 @@ from typing import Any
 
 import models
 import pytest
-from test_objective_checks import Description, changed, describe, edit_config, folder, saved
+from descriptions import Description, changed, edit_config
+from test_objective_checks import describe, folder, saved
 
 from msif_ray import layout, store
 from msif_ray.cluster.references import ReferenceJob, ReferenceTask

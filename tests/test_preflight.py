@@ -1,6 +1,5 @@
 """Whatever is wrong with a run is said in one line before any replica is asked for."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from corpora import write_lines
+from descriptions import Description, changed, edit_config
 from safetensors.torch import load_file, save_file
 
 from msif_ray.config import parse_run
@@ -18,14 +19,9 @@ from msif_ray.corpus import reader
 from msif_ray.errors import UserError
 from msif_ray.preflight import Resolved, check
 
-Description = dict[str, Any]
 BASE = models.random_documents(1, 4, prefix="base")
 TUNING = models.random_documents(2, 3, completions=True, prefix="tune")
 QUERIES = models.random_documents(3, 2, (3, 6), completions=True, prefix="query")
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="session")
@@ -109,10 +105,6 @@ def spoil_tensor(path: Path, value: float) -> None:
 
 def rename(path: Path, name: str) -> None:
     path.rename(path.parent / name)
-
-
-def edit_config(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def other_stage(folder: Path, **options: int) -> None:
@@ -219,14 +211,6 @@ def test_a_fault_in_a_file_is_one_line(folder: Path, case: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def set_in(description: Description, key: str, value: Any) -> None:
-    *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
-    target: Any = description
-    for parent in parents:
-        target = target[parent]
-    target[last] = value
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -248,7 +232,7 @@ def set_in(description: Description, key: str, value: Any) -> None:
 def test_a_fault_in_the_description_is_one_line(folder: Path, key: str, value: Any, message: str) -> None:
     description = describe(folder)
     value = value.replace("{folder}", str(folder)) if isinstance(value, str) else value
-    set_in(description, key, value)
+    changed(description, key, value)
     with pytest.raises(UserError, match=f"^{message}") as error:
         resolve(description)
     assert "\n" not in str(error.value)

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 import torch
-from datasets import Dataset
-from test_preflight import describe, write_lines
+from corpora import write_lines, write_rows
+from test_preflight import describe
 from typer.testing import CliRunner
 from upath import UPath
 
@@ -117,13 +117,7 @@ def test_an_interrupted_write_puts_nothing(bucket: str) -> None:
 def test_a_corpus_reads_as_it_does_locally(bucket: str, tmp_path: Path, name: str) -> None:
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for place in ("in/deep/", "in/"):
-        path = tmp_path / f"{place}{name}"
-        if path.suffix == ".parquet":
-            pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=1000)
-        elif path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        else:
-            Dataset.from_list(ROWS).save_to_disk(path)
+        write_rows(tmp_path / f"{place}{name}", ROWS, row_group_size=1000)
     url = object_storage.put_folder(tmp_path / "in", bucket, "in")
     local, remote = ([f"{root}/{name}", f"{root}/*/{name}"] for root in (str(tmp_path / "in"), url))
     found = []

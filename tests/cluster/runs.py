@@ -1,6 +1,5 @@
 """Small runs on disk and what they should have said, by the dense reference."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import pytest
 import ray
 import reference
 import torch
+from corpora import write_lines
 
 Pair = tuple[str, str]
 TESTS = Path(__file__).parents[1]
@@ -45,11 +45,6 @@ BASE = [
 # Enough targets that no covariance is rank-deficient: an eigenbasis of a null space is anyone's choice.
 TUNING = models.random_documents(2, 24, (3, 14), completions=True, prefix="tune")
 QUERIES = models.random_documents(3, 3, (3, 6), completions=True, prefix="query")
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def two_stages(folder: Path, run_dir: str, dtype: str = "float64", **cluster: Any) -> dict[str, Any]:

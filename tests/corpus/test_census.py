@@ -1,6 +1,5 @@
 """A corpus is counted, hashed and its ids compared in one pass, with few bytes for each document."""
 
-import json
 import os
 import re
 import tracemalloc
@@ -10,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from corpora import write_rows
 
 from msif_ray.config import Documents
 from msif_ray.corpus import census, reader
@@ -24,15 +23,6 @@ def rows(first: int, count: int) -> Rows:
     return [{"id": f"r{first + i}", "text": f"text {i}"} for i in range(count)]
 
 
-def write(path: Path, rows: Rows) -> None:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        Dataset.from_list(rows).save_to_disk(path)
-
-
 def documents(path: Path, **columns: Any) -> Documents:
     return Documents(path=str(path), **({"text": "text", "id": "id"} | columns))
 
@@ -40,22 +30,22 @@ def documents(path: Path, **columns: Any) -> Documents:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ""])
 def test_rows_are_counted_and_a_repeated_id_is_named_with_both_places(tmp_path: Path, suffix: str) -> None:
     for name, first in (("a", 0), ("b", 5)):
-        write(tmp_path / f"{name}{suffix}", rows(first, 5))
+        write_rows(tmp_path / f"{name}{suffix}", rows(first, 5))
     found = take_census(documents(tmp_path / f"?{suffix}"), "key")
     assert [file.name for file in found.files] == [f"a{suffix}", f"b{suffix}"] and found.rows == (5, 5)
     assert len(set(found.contents)) == 2
     assert take_census(documents(tmp_path / f"?{suffix}", id=None), "key").rows == (5, 5)
-    write(tmp_path / f"c{suffix}", [*rows(20, 3), {"id": "r3", "text": ""}, {"id": "r7", "text": ""}])
+    write_rows(tmp_path / f"c{suffix}", [*rows(20, 3), {"id": "r3", "text": ""}, {"id": "r7", "text": ""}])
     message = f"key.id: {tmp_path}/c{suffix} row 3 has the id 'r3' of {tmp_path}/a{suffix} row 3; ids must differ"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         take_census(documents(tmp_path / f"?{suffix}"), "key")
 
 
 def test_ids_that_only_share_a_hash_are_no_repeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path / "a.jsonl", rows(0, 50))
+    write_rows(tmp_path / "a.jsonl", rows(0, 50))
     monkeypatch.setattr(census, "hash", lambda text: len(text), raising=False)
     assert take_census(documents(tmp_path / "a.jsonl"), "key").rows == (50,)
-    write(tmp_path / "a.jsonl", [*rows(0, 50), rows(7, 1)[0]])
+    write_rows(tmp_path / "a.jsonl", [*rows(0, 50), rows(7, 1)[0]])
     with pytest.raises(UserError, match=r"row 50 has the id 'r7' of .* row 7"):
         take_census(documents(tmp_path / "a.jsonl"), "key")
 
@@ -80,7 +70,7 @@ def test_an_id_takes_few_bytes(tmp_path: Path) -> None:
 
 def test_a_corpus_without_ids_is_counted_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.parquet", "b"):
-        write(tmp_path / name, rows(0, 100))
+        write_rows(tmp_path / name, rows(0, 100))
         read: list[int] = []
         monkeypatch.setattr(reader, "python_rows", lambda some, read=read: read.append(len(some)) or some.to_pylist())
         assert take_census(documents(tmp_path / name, id=None), "key").rows == (100,)
@@ -89,7 +79,7 @@ def test_a_corpus_without_ids_is_counted_and_not_read(tmp_path: Path, monkeypatc
 
 def test_it_says_how_far_it_is_where_it_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, first in (("a", 0), ("b", 5), ("c", 10)):
-        write(tmp_path / f"{name}.parquet", rows(first, 5))
+        write_rows(tmp_path / f"{name}.parquet", rows(first, 5))
     said: list[str] = []
     take_census(documents(tmp_path / "*.parquet"), "key", said.append)
     assert said == []
@@ -101,7 +91,7 @@ def test_it_says_how_far_it_is_where_it_takes_long(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ""])
 def test_another_content_of_the_same_size_is_another_fingerprint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
-    write(path, rows(0, 5))
+    write_rows(path, rows(0, 5))
     before = census.fingerprint(path)
     assert census.fingerprint(path) == before
     file = next(path.glob("*.arrow")) if path.is_dir() else path
@@ -113,9 +103,9 @@ def test_another_content_of_the_same_size_is_another_fingerprint(tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["cache-2024.jsonl", ".hidden.parquet"])
 def test_a_file_that_is_named_counts_whatever_it_is_called(tmp_path: Path, name: str) -> None:
-    write(tmp_path / name, rows(0, 5))
+    write_rows(tmp_path / name, rows(0, 5))
     before = census.fingerprint(tmp_path / name)
-    write(tmp_path / name, rows(1, 5))
+    write_rows(tmp_path / name, rows(1, 5))
     assert census.fingerprint(tmp_path / name) != before
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=rf"{re.escape(name)}: cannot be read: No such file"):
@@ -123,7 +113,7 @@ def test_a_file_that_is_named_counts_whatever_it_is_called(tmp_path: Path, name:
 
 
 def test_what_datasets_keeps_beside_a_saved_corpus_is_not_its_content(tmp_path: Path) -> None:
-    write(tmp_path / "a", rows(0, 5))
+    write_rows(tmp_path / "a", rows(0, 5))
     before = census.fingerprint(tmp_path / "a")
     (tmp_path / "a" / "cache-0123.arrow").write_bytes(b"x")
     assert census.fingerprint(tmp_path / "a") == before

@@ -3,11 +3,10 @@
 import json
 
 import models
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import reference
 import torch
+from corpora import write_rows
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -193,12 +192,8 @@ def test_a_conversation_that_cannot_be_scored_is_skipped_with_its_reason(case):
 
 @pytest.mark.parametrize("kind", ("jsonl", "parquet"))
 def test_conversations_are_read_and_shown(tmp_path, kind):
-    rows, path = [{"id": "a", "talk": TALK}, {"id": "b", "talk": None}], tmp_path / f"chat.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    documents = Documents(path=str(path), messages="talk", id="id")
+    path = write_rows(tmp_path / f"chat.{kind}", [{"id": "a", "talk": TALK}, {"id": "b", "talk": None}])
+    documents = Documents(path=path, messages="talk", id="id")
     assert not documents.ends_with_eos
     first, second = read_documents(corpus_files(documents, "k")[0], documents, "k")
     assert first == Document("a", None, TALK, is_chat=True) and second.text is None

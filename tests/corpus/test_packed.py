@@ -6,10 +6,8 @@ from typing import Any
 
 import models
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from corpora import write_rows
 from results.finished import Finished
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -140,15 +138,6 @@ ROWS = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        Dataset.from_list(rows).save_to_disk(path)
-
-
 def corpus(path: Path, **columns: Any) -> Documents:
     return Documents(path=str(path), packed=packed(lengths="n"), **columns)
 
@@ -156,7 +145,7 @@ def corpus(path: Path, **columns: Any) -> Documents:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ""])
 def test_documents_are_read_counted_and_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
-    write(path, ROWS)
+    write_rows(path, ROWS, row_group_size=2)
     names = {
         "name": ["a:0", "a:1", "a:2", "b", "c:0", "c:1"],
         "of": ["x", "y", "z", f"rows{suffix}:1", "v", "w"],
@@ -181,20 +170,20 @@ def test_documents_are_read_counted_and_named(tmp_path: Path, suffix: str) -> No
 def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     for of, said in ((["x", "y"], "has 2 ids for 3 documents"), (["x", None, "z"], "has an empty id")):
-        write(path, [ROWS[2], ROWS[0] | {"of": of}])
+        write_rows(path, [ROWS[2], ROWS[0] | {"of": of}])
         with pytest.raises(UserError, match=rf"^key\.id: .*rows\.jsonl row 1: 'of' {said}"):
             take_census(corpus(path, id="of"), "key")
-    write(path, [ROWS[0], ROWS[2] | {"of": ["v", "y"]}])
+    write_rows(path, [ROWS[0], ROWS[2] | {"of": ["v", "y"]}])
     with pytest.raises(UserError, match=r"^key\.id: .* row 1 has the id 'y' of .*rows\.jsonl row 0; ids must differ"):
         take_census(corpus(path, id="of"), "key")
-    write(path, [ROWS[0] | {"of": ["x", "y", "\ud800"]}])
+    write_rows(path, [ROWS[0] | {"of": ["x", "y", "\ud800"]}])
     with pytest.raises(UserError, match=r"^key\.id: .*rows\.jsonl row 0: 'of' is not valid Unicode"):
         take_census(corpus(path, id="of"), "key")
 
 
 def test_bm25_searches_each_documents_own_text(tmp_path: Path) -> None:
     words = TOKENIZER("the sea. a green stone.", add_special_tokens=False)["input_ids"]
-    write(tmp_path / "rows.jsonl", [{"ids": words, "n": [3, 4]}])
+    write_rows(tmp_path / "rows.jsonl", [{"ids": words, "n": [3, 4]}])
     documents = corpus(tmp_path / "rows.jsonl")
     census = take_census(documents, "key")
     blocks = CorpusBlocks(tuple(census.files), census.rows, documents, 8, "key")
@@ -205,7 +194,7 @@ def test_bm25_searches_each_documents_own_text(tmp_path: Path) -> None:
 
 def test_scores_are_summed_by_a_rows_value_or_by_each_documents_own(tmp_path: Path) -> None:
     rows = [{"ids": [5, 6, 7, 8], "n": [2, 2], "from": "web", "by": [f"{n % 3}", f"{n}"]} for n in range(6)]
-    write(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     documents = {"path": str(tmp_path / "rows.jsonl"), "packed": packed(lengths="n")}
     stages = [{"name": "pretrain", "model": "m", "documents": documents}, {"name": "tune", "model": "n"}]
     changes = {"stages": stages, "cluster": {"documents_per_block": 6}}
@@ -220,7 +209,7 @@ def test_scores_are_summed_by_a_rows_value_or_by_each_documents_own(tmp_path: Pa
 
 
 def test_an_index_of_rows_read_otherwise_is_another(tmp_path: Path) -> None:
-    write(tmp_path / "rows.jsonl", ROWS)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
     documents = corpus(tmp_path / "rows.jsonl")
     census = take_census(documents, "key")
     found = corpus_identity(documents, census, 64)
@@ -253,8 +242,8 @@ def test_columns_that_do_not_go_together(columns: dict[str, Any], message: str) 
 
 def resolve(folder: Path, **documents: Any) -> Resolved:
     models.save(models.build_model("gpt_neox", 0), TOKENIZER, folder / "model")
-    write(folder / "rows.jsonl", ROWS)
-    write(folder / "queries.jsonl", [{"prompt": "the", "completion": " sea"}])
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "queries.jsonl", [{"prompt": "the", "completion": " sea"}])
     stage = {"name": "a", "model": str(folder / "model"), "documents": {"path": str(folder / "rows.jsonl")} | documents}
     queries = {"path": str(folder / "queries.jsonl")}
     return check(

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import models
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from corpora import write_lines, write_rows
 from corpus.test_chat import MARKED, PLAIN, RUN_TOGETHER, TALK, by_hand, tokenizer_of
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -151,12 +150,8 @@ def test_queries_are_read_and_recorded_as_they_were_asked(tmp_path: Path, kind: 
         {"id": "b", "talk": TALK, "other": "the old", "part": None},
         {"id": "c", "talk": TALK[:3], "other": None, "part": None},
     ]
-    path = tmp_path / f"queries.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    queries = Queries(path=str(path), id="id", messages="talk", rather_than="other", span="part")
+    path = write_rows(tmp_path / f"queries.{kind}", rows)
+    queries = Queries(path=path, id="id", messages="talk", rather_than="other", span="part")
     assert not queries.documents.ends_with_eos
     found = list(read_queries(corpus_files(queries.documents, "queries")[0], queries, "queries"))
     assert found == [
@@ -175,11 +170,10 @@ def test_queries_are_read_and_recorded_as_they_were_asked(tmp_path: Path, kind: 
 def description(folder: Path, rows: list[dict[str, Any]], **queries: Any) -> dict[str, Any]:
     models.save(models.build_model("gpt_neox", 0), tokenizer_of(PLAIN), folder / "model")
     (folder / "base.jsonl").write_text('{"text": "the old king"}\n')
-    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "run_dir": str(folder / "run"),
         "stages": [{"name": "tune", "model": str(folder / "model"), "documents": {"path": str(folder / "base.jsonl")}}],
-        "queries": {"path": str(folder / "queries.jsonl"), "id": "id"} | queries,
+        "queries": {"path": write_lines(folder / "queries.jsonl", rows), "id": "id"} | queries,
         "score": [{"stage": "tune"}],
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from cluster import runs
 from cluster.objective_runs import preferring
+from descriptions import changed
 
 from msif_ray.config import Run, parse_run
 from msif_ray.plan.make import make_plan
@@ -53,14 +54,6 @@ def described(folder: Path) -> dict[str, Any]:
     return description | {"index": [{"stage": "pretrain"}], "score": score}
 
 
-def set_in(description: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
-    target: Any = description
-    for parent in parents:
-        target = target[parent]
-    target[last] = value
-
-
 def test_every_bounded_key_is_tried() -> None:
     schema = Run.model_json_schema()
     bounded = {
@@ -80,13 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_value_is_planned(folder: Path, name: str) -> None:
     description = described(folder)
-    set_in(description, *SMALLEST[name])
+    changed(description, *SMALLEST[name])
     assert all(each.bytes > 0 for each in make_plan(parse_run(description), measured=False).stored)
 
 
 def test_the_smallest_values_of_other_documents_are_planned(tmp_path: Path) -> None:
     preferences = preferring(tmp_path, "preferring")
-    set_in(preferences, "stages.2.objective", {"kind": "dpo", "beta": TINY})
+    changed(preferences, "stages.2.objective", {"kind": "dpo", "beta": TINY})
     packed = runs.two_stages(tmp_path, "packed")
     rows = [{"ids": [3, 4, 5, 0, 6, 7, 0]}]
     documents = {"path": runs.write_lines(tmp_path / "rows.jsonl", rows)}
@@ -100,5 +93,5 @@ def test_all_of_them_at_once_are_measured(folder: Path) -> None:
     description = described(folder)
     for name, (key, value) in SMALLEST.items():
         if name not in ("Queries.energy", "Replicas.min"):  # which exclude another
-            set_in(description, key, value)
+            changed(description, key, value)
     assert all(step.hours is not None and step.hours > 0 for step in make_plan(parse_run(description)).steps)

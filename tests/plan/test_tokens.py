@@ -4,7 +4,7 @@ from pathlib import Path
 
 import models
 import pytest
-from cluster.runs import write_lines
+from corpora import write_lines
 
 from msif_ray.config import Documents
 from msif_ray.corpus.files import corpus_files
