@@ -13,7 +13,8 @@ import reference
 import reference_solve
 import torch
 from cluster import runs, spy
-from corpus.test_chat import PLAIN, by_hand, tokenizer_of
+from cluster.questions import BAD, GOOD, OTHER_TALK, PROMPT, TALK, completed, last_turn, only
+from corpus.test_chat import PLAIN, tokenizer_of
 from results.finished import page_data
 
 from msif_ray.config import parse_run
@@ -22,21 +23,14 @@ from msif_ray.store import read_json
 
 FLOAT32 = 2e-7
 TOKENIZER = tokenizer_of(PLAIN)
-PROMPT, GOOD, BAD = "the king of Ulm", " was old.", " is a green stone in the sea."
 QUERIES = [
     {"id": "plain", "prompt": PROMPT, "completion": GOOD, "rejected": None, "part": None},
     {"id": "margin", "prompt": PROMPT, "completion": GOOD, "rejected": BAD, "part": None},
     {"id": "span", "prompt": PROMPT, "completion": BAD, "rejected": None, "part": [6, 11]},
 ]
-TALK = [
-    {"role": "user", "content": "the sea"},
-    {"role": "assistant", "content": "was old"},
-    {"role": "user", "content": "green"},
-    {"role": "assistant", "content": "the river of the north"},
-]
 TALKS = [
     {"id": "talk", "chosen": TALK, "rejected": None},
-    {"id": "other", "chosen": TALK, "rejected": [*TALK[:3], {"role": "assistant", "content": "a market"}]},
+    {"id": "other", "chosen": TALK, "rejected": OTHER_TALK},
 ]
 
 
@@ -64,27 +58,15 @@ def packed_by_hand() -> list[dict[str, Any]]:
     return found
 
 
-def completed(completion: str, *chosen: int) -> tuple[list[int], list[bool]]:
-    """A completion after the prompt; of its tokens those numbered are targets, or all with the EOS."""
-    ids, targets = reference.tokenise(TOKENIZER, {"prompt": PROMPT, "completion": completion})
-    own = [place for place, target in enumerate(targets) if target]
-    return ids, [place in ([own[each] for each in chosen] or own) for place in range(len(ids))]
-
-
-def last_turn(talk: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    ids, targets = by_hand(talk)
-    begins = len(by_hand(talk[:-1])[0])
-    return list(ids), [target and place >= begins for place, target in enumerate(targets)]
-
-
+SAID_OLD, SAID_GREEN = (completed(TOKENIZER, PROMPT, completion) for completion in (GOOD, BAD))
 ASKED = [
-    {"id": "plain", "windows": [(1.0, *completed(GOOD))]},
-    {"id": "margin", "windows": [(1.0, *completed(GOOD)), (-1.0, *completed(BAD))]},
-    {"id": "span", "windows": [(1.0, *completed(BAD, 2))]},  # green
+    {"id": "plain", "windows": [(1.0, *SAID_OLD)]},
+    {"id": "margin", "windows": [(1.0, *SAID_OLD), (-1.0, *SAID_GREEN)]},
+    {"id": "span", "windows": [(1.0, *only(SAID_GREEN, 2))]},  # green
 ]
 SAID = [
     {"id": "talk", "windows": [(1.0, *last_turn(TALK))]},
-    {"id": "other", "windows": [(1.0, *last_turn(TALK)), (-1.0, *last_turn(TALKS[1]["rejected"]))]},
+    {"id": "other", "windows": [(1.0, *last_turn(TALK)), (-1.0, *last_turn(OTHER_TALK))]},
 ]
 
 
@@ -198,7 +180,7 @@ def test_conversations_on_two_ranks_that_shard_the_weights(folder: Path, asked: 
     found = runs.read_scores(description["run_dir"], "pretrain")
     assert runs.largest_error(found, expected(specs, fits, SAID)) < 1e-5
     asked_for = read_json(Path(description["run_dir"]) / "run.json")["identity"]["queries"]
-    assert asked_for == [["talk", None, TALK], ["other", None, TALK, {"rather_than": TALKS[1]["rejected"]}]]
+    assert asked_for == [["talk", None, TALK], ["other", None, TALK, {"rather_than": OTHER_TALK}]]
 
 
 @pytest.mark.long

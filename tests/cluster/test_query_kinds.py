@@ -8,7 +8,8 @@ import pytest
 import reference
 import runs
 import torch
-from corpus.test_chat import PLAIN, by_hand
+from cluster.questions import BAD, GOOD, OTHER_TALK, PROMPT, TALK, completed, last_turn, only
+from corpus.test_chat import PLAIN
 
 from msif_ray.cluster import partials
 from msif_ray.cluster.jobs import QueryJob
@@ -19,14 +20,6 @@ from msif_ray.cluster.sharding import RankGroup
 from msif_ray.corpus.queries import Query
 from msif_ray.influence.queries import truncate
 
-PROMPT, GOOD, BAD = "the king of Ulm", " was old.", " is a green stone in the sea."
-TALK = [
-    {"role": "user", "content": "the sea"},
-    {"role": "assistant", "content": "was old"},
-    {"role": "user", "content": "green"},
-    {"role": "assistant", "content": "the river of the north"},
-]
-OTHER_TALK = [*TALK[:3], {"role": "assistant", "content": "a market"}]
 PLAIN_QUERY, MARGIN = Query("plain", PROMPT, GOOD, True), Query("margin", PROMPT, GOOD, True, rather_than=BAD)
 SPAN, LONG = Query("span", PROMPT, BAD, True, span=[6, 11]), Query("long", "", BAD, True, rather_than=GOOD)
 CHAT, CHAT_MARGIN = (
@@ -34,22 +27,6 @@ CHAT, CHAT_MARGIN = (
     Query("b", None, TALK, is_chat=True, rather_than="a market"),
 )
 CHAT_SPAN = Query("c", None, TALK, is_chat=True, span=[4, 9])
-
-
-def completed(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
-    return reference.tokenise(tokenizer, {"prompt": prompt, "completion": completion})
-
-
-def last_turn(talk: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    ids, targets = by_hand(talk)
-    begins = len(by_hand(talk[:-1])[0])
-    return list(ids), [target and place >= begins for place, target in enumerate(targets)]
-
-
-def only(window: tuple[list[int], list[bool]], *places: int) -> tuple[list[int], list[bool]]:
-    """The same with the targets at these places among its targets alone."""
-    targets = [place for place, target in enumerate(window[1]) if target]
-    return window[0], [place in [targets[which] for which in places] for place in range(len(window[0]))]
 
 
 def written_by_hand(tokenizer: Any) -> dict[str, list[tuple[float, list[int], list[bool]]]]:
