@@ -1,7 +1,6 @@
 """kill -9 of ranks, replicas, nodes and the driver, at random moments in every step."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,6 @@ DOCUMENTS = 30
 KILLS = 5
 # For every change: a node and the driver.
 FEW_KILLS, FEW_SEED = 2, 1
-
-
-@pytest.fixture(scope="module")
-def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
-    with chaos.machines(nodes=2, cpus=1) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,6 @@ from cluster import chaos, objective_runs, runs
 
 STEP = "prefer:ReferenceJob"
 KINDS = ("rank", "driver", "node", "replica")
-
-
-@pytest.fixture(scope="module")
-def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
-    with chaos.machines(nodes=2, cpus=1) as found:
-        yield found
 
 
 def job(folder: Path, name: str, machines: chaos.Machines) -> chaos.Job:

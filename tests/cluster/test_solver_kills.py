@@ -1,7 +1,6 @@
 """kill -9 of the driver, of replicas and of a task that writes vectors, in the middle of a solve."""
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,6 @@ from msif_ray import layout
 from msif_ray.store import load_tensors
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(2000)]
-
-
-@pytest.fixture(scope="module")
-def machines(no_shared_cluster: None) -> Iterator[chaos.Machines]:
-    with chaos.machines(nodes=2, cpus=1) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
