@@ -182,24 +182,30 @@ def _device(resolved: Resolved) -> str:
     return "cuda" if resolved.run.cluster.gpus_per_rank else "cpu"
 
 
-def _identity(resolved: Resolved) -> dict[str, Any]:
-    run = resolved.run.model_dump(mode="json", exclude={"run_dir", "top"})
+def _description(run: Run) -> dict[str, Any]:
+    """The run's description without what changes no score, and without later versions' keys where they are not set: a
+    run without such a key is the run that it was before there was one."""
+    found = run.model_dump(mode="json", exclude={"run_dir", "top"})
     for key in _PLACEMENT:
-        run["cluster"].pop(key)
+        found["cluster"].pop(key)
     for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
-        if run[key] == unset:
-            run.pop(key)  # a run without is the run that it was before there was such a key
-    detail = run.get("detail", {})
+        if found[key] == unset:
+            found.pop(key)
+    detail = found.get("detail", {})
     for key in ("curvature_norm", "norm"):
         if detail.get(key) == getattr(Detail(), key):
-            detail.pop(key)  # likewise
-    for entry in run["score"]:
+            detail.pop(key)
+    for entry in found["score"]:
         entry.pop("out_of")
-    for stage in run["stages"]:
+    for stage in found["stages"]:
         if stage["base"] is None:
             stage.pop("base")
         if stage["solver"]["kind"] == "ekfac":
-            stage.pop("solver")  # likewise
+            stage.pop("solver")
+    return found
+
+
+def _identity(resolved: Resolved) -> dict[str, Any]:
     indexes = {
         f"score.{i}": _index_identity(read_manifest(index_folder(entry)))
         for i, entry in enumerate(resolved.run.score)
@@ -220,7 +226,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     }
     optional = {"indexes": indexes, "candidates": listed, "references": references}
     return {key: found for key, found in optional.items() if found} | {
-        "run": run,
+        "run": _description(resolved.run),
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
             | ({"adapter": stage.adapter} if stage.adapter else {})
