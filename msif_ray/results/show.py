@@ -1,6 +1,6 @@
 """A finished run in the terminal: each query with the documents that support and oppose it most."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -75,37 +75,43 @@ def _print(
         console.print(Text.assemble(("rather than ", "dim"), (visible(query.rather_than, None), "underline")))
     about = [f"scores of {label}"]
     if query.log_likelihood is not None:
-        margin = query.rather_than is not None
-        likelihood = f"log-likelihood {query.log_likelihood:.3g} nats" + (" above the other's" if margin else "")
-        if query.tokens and not margin:
-            each = " per token" if query.tokens > 1 and not query.is_class else ""
-            likelihood += f" ({exp(query.log_likelihood / query.tokens):.0%}{each})"
-        about.append(likelihood)
+        about.append(_likelihood(query, query.log_likelihood))
     about.append(
         f"{statistics['documents']:,} documents, deviation {statistics['deviation']:.3g}" if statistics else NO_SCORE
     )
     console.print(Text(", ".join(about), style="dim"))
     if parts := [f"{row.stage} {row.share:.0%}" for row in shares if row.share is not None]:
         console.print(Text(f"support by stage: {', '.join(parts)}", style="dim"))
-    total = statistics.get("total_absolute") or 0.0
     for side in ("highest", "lowest"):
-        table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
-        table.add_column(TITLES[side], justify="right", style=STYLES[side], no_wrap=True)
-        table.add_column("share", justify="right", style="dim", no_wrap=True)
-        per_norm = any("curvature_norm" in row for row in rows)
-        if per_norm:
-            table.add_column("per curvature norm", justify="right", style="dim", no_wrap=True)
-        table.add_column("document", ratio=1)
-        for row in (row for row in rows if row["side"] == side):
-            share = f"{abs(row['score']) / total:.1%}" if total else ""
-            name = Text(visible(row["doc_id"], None), style="bold")
-            divided = (
-                [f"{row['score'] / row['curvature_norm']:+.3g}" if row["curvature_norm"] else ""] if per_norm else []
-            )
-            table.add_row(f"{row['score']:+.4g}", share, *divided, Group(name, _tokens(row)))
-        if not table.row_count:
-            table.add_row("–", "", *[""] * per_norm, Text("no document has a score on this side", style="dim"))
-        console.print(table)
+        console.print(_side(side, rows, statistics.get("total_absolute") or 0.0))
+
+
+def _likelihood(query: Query, nats: float) -> str:
+    margin = query.rather_than is not None
+    found = f"log-likelihood {nats:.3g} nats" + (" above the other's" if margin else "")
+    if query.tokens and not margin:
+        each = " per token" if query.tokens > 1 and not query.is_class else ""
+        found += f" ({exp(nats / query.tokens):.0%}{each})"
+    return found
+
+
+def _side(side: str, rows: Sequence[Mapping[str, Any]], total: float) -> Table:
+    """The documents of one side among a query's rows; `total` is the sum of all |score| of the query."""
+    table = Table(box=None, padding=(0, 1), show_header=True, header_style="dim")
+    table.add_column(TITLES[side], justify="right", style=STYLES[side], no_wrap=True)
+    table.add_column("share", justify="right", style="dim", no_wrap=True)
+    per_norm = any("curvature_norm" in row for row in rows)
+    if per_norm:
+        table.add_column("per curvature norm", justify="right", style="dim", no_wrap=True)
+    table.add_column("document", ratio=1)
+    for row in (row for row in rows if row["side"] == side):
+        share = f"{abs(row['score']) / total:.1%}" if total else ""
+        name = Text(visible(row["doc_id"], None), style="bold")
+        divided = [f"{row['score'] / row['curvature_norm']:+.3g}" if row["curvature_norm"] else ""] if per_norm else []
+        table.add_row(f"{row['score']:+.4g}", share, *divided, Group(name, _tokens(row)))
+    if not table.row_count:
+        table.add_row("–", "", *[""] * per_norm, Text("no document has a score on this side", style="dim"))
+    return table
 
 
 def _tokens(row: Mapping[str, Any]) -> Text:
