@@ -19,6 +19,8 @@ os.environ |= {
     "RAY_DEDUP_LOGS": "0",
     # Ray ends processes that have been idle for a second; each new one imports torch for some, and runs follow runs.
     "RAY_idle_worker_killing_time_threshold_ms": "300000",
+    # Or Ray's processes, which the longest tests wait for, would leave the cores to the tests in the other process.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 sys.path.insert(0, str(Path(__file__).parent))
