@@ -29,19 +29,19 @@ class Budget:
     the comparison, and the others are tried with `few_queries`. `rows` are those of the truth's preconditioner
     (`joint.py`), `iterations` its own, and `few_iterations` those of the package's solver."""
 
-    dampings: tuple[float, ...] = (0.1, 1.0, 0.01, 0.001)
-    tolerance: float = 1e-4
-    iterations: int = 200
-    few_queries: int = 2
-    few_iterations: int = 96
-    block_iterations: int = 24
-    lissa: int = 10_000
-    lissa_documents: int = 2
-    arnoldi: int = 60
-    trak: int = 512
-    trak_documents: int = 1024
-    draws: int = 16
-    rows: int = 8000
+    dampings: tuple[float, ...]
+    tolerance: float
+    iterations: int
+    few_queries: int
+    few_iterations: int
+    block_iterations: int
+    lissa: int
+    lissa_documents: int
+    arnoldi: int
+    trak: int
+    trak_documents: int
+    draws: int
+    rows: int
 
 
 @dataclass(frozen=True)
