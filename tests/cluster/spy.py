@@ -5,7 +5,13 @@ An event is a JSON line in the file that MSIF_TEST_EVENTS names: the step, the u
 
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from typing import Any
 
 EVENTS = "MSIF_TEST_EVENTS"
@@ -17,25 +23,25 @@ KEPT_WHOLE = 50
 
 def install() -> None:
     """Ray's worker_process_setup_hook."""
-    from msif_ray.cluster import carry, fit, rank, replica, solve_tasks
-
     shard_small_weights()
-    wrap_rank(rank.Rank)
-    wrap_replica(replica.Replica)
+    when_imported("rank", lambda rank: wrap_rank(rank.Rank))
+    when_imported("replica", lambda replica: wrap_replica(replica.Replica))
     for module, name, step in (
-        (fit, "write_basis", "eigendecomposition"),
-        (fit, "write_eigenvalues", "eigenvalues"),
-        (carry, "write_directions", "carry"),
-        (solve_tasks, "write_next", "iterate"),
+        ("fit", "write_basis", "eigendecomposition"),
+        ("fit", "write_eigenvalues", "eigenvalues"),
+        ("carry", "write_directions", "carry"),
+        ("solve_tasks", "write_next", "iterate"),
     ):
-        wrap_task(module, name, step)
+        when_imported(module, partial(wrap_task, name=name, step=step))
 
 
 def shard_small_weights() -> None:
     """A worker_process_setup_hook of its own: ranks that hold one model do shard a small one, too, or fail."""
-    from msif_ray.cluster import rank, sharding
+    when_imported("sharding", lambda sharding: setattr(sharding, "_KEPT_WHOLE", KEPT_WHOLE))
+    when_imported("rank", check_shards)
 
-    sharding._KEPT_WHOLE = KEPT_WHOLE
+
+def check_shards(rank: Any) -> None:
     load = rank.load_sharded
 
     def checked(*arguments: Any) -> Any:
@@ -48,6 +54,44 @@ def shard_small_weights() -> None:
         return model
 
     rank.load_sharded = checked
+
+
+class Changes(MetaPathFinder):
+    """Changes a module when it has been imported, and not before: most of Ray's workers are none of ours, and would
+    take seconds to import PyTorch."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, list[Callable[[Any], None]]] = {}
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        changes = self.waiting.pop(name, None)
+        spec = None if changes is None else find_spec(name)
+        if changes is None or spec is None:
+            return None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def executed(module: Any) -> None:
+            execute(module)
+            for change in changes:
+                change(module)
+
+        loader.exec_module = executed
+        return spec
+
+
+CHANGES = Changes()
+
+
+def when_imported(module: str, change: Callable[[Any], None]) -> None:
+    """Changes a module of msif_ray.cluster once it is there; one that is there already, at once."""
+    name = f"msif_ray.cluster.{module}"
+    if name in sys.modules:
+        change(sys.modules[name])
+        return
+    if CHANGES not in sys.meta_path:
+        sys.meta_path.insert(0, CHANGES)
+    CHANGES.waiting.setdefault(name, []).append(change)
 
 
 def say(step: str, unit: str, role: str) -> None:
