@@ -17,6 +17,8 @@ from corpora import write_lines
 
 Pair = tuple[str, str]
 TESTS = Path(__file__).parents[1]
+# Scores are written as float32, whatever they were computed in.
+FLOAT32 = 2e-7
 
 
 def start_cluster(hook: Callable[[], None] | None = None) -> None:

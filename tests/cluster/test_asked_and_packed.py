@@ -21,7 +21,6 @@ from msif_ray.config import parse_run
 from msif_ray.run import run
 from msif_ray.store import read_json
 
-FLOAT32 = 2e-7
 TOKENIZER = tokenizer_of(PLAIN)
 QUERIES = [
     {"id": "plain", "prompt": PROMPT, "completion": GOOD, "rejected": None, "part": None},
@@ -123,7 +122,7 @@ def asked(folder: Path) -> Path:
 
 def test_scores_equal_the_dense_reference(asked: Path, specs: Any, fits: Any) -> None:
     found = runs.read_scores(str(asked), "pretrain")
-    assert runs.largest_error(found, expected(specs, fits, ASKED)) < FLOAT32
+    assert runs.largest_error(found, expected(specs, fits, ASKED)) < runs.FLOAT32
     skipped = pq.read_table(asked / "skipped.parquet").to_pylist()
     reason = "seq_lengths are not the lengths of documents that input_ids consists of"
     assert [(row["doc_id"], row["reason"]) for row in skipped] == [("packed.parquet:5", reason)]

@@ -15,7 +15,6 @@ from msif_ray.run import run
 from msif_ray.store import load_tensors, read_json
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-FLOAT32 = 2e-7  # scores are written as float32
 OTHERS = models.random_documents(8, 4, (2, 8), completions=True, prefix="other")
 
 
@@ -118,8 +117,8 @@ def test_new_queries_are_scored_from_it_without_its_documents(folder: Path, buil
     run_dir = description["run_dir"]
     for exact, indexed in (("pretrain", "indexed"), ("single", "single-indexed")):
         found = runs.read_scores(run_dir, indexed)
-        assert runs.largest_error(found, runs.read_scores(run_dir, exact)) < FLOAT32
-        assert runs.largest_error(modules(run_dir, indexed), modules(run_dir, exact)) < FLOAT32
+        assert runs.largest_error(found, runs.read_scores(run_dir, exact)) < runs.FLOAT32
+        assert runs.largest_error(modules(run_dir, indexed), modules(run_dir, exact)) < runs.FLOAT32
     parts = sorted((Path(run_dir) / "scores" / "stage=indexed").glob("part-*"))
     assert len(parts) == 4  # of the index's blocks
     schemas = [pq.read_schema(part) for part in (parts[0], next(Path(run_dir).glob("scores/stage=pretrain/part-*")))]

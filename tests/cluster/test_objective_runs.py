@@ -27,8 +27,6 @@ from msif_ray.run import run
 from msif_ray.store import read_json
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-# Scores are written as float32, whatever they were computed in.
-FLOAT32 = 2e-7
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def classified(folder: Path) -> str:
 def test_scores_of_a_class_equal_the_dense_reference(folder: Path, classified: str, stage: str, scored: int) -> None:
     stages = dense_classifying(folder)
     expected = reference_objectives.scores(stages, ASKED, stages[scored].documents, scored)
-    assert runs.largest_error(runs.read_scores(classified, stage), expected) < FLOAT32
+    assert runs.largest_error(runs.read_scores(classified, stage), expected) < runs.FLOAT32
 
 
 def test_texts_that_cannot_be_read_are_skipped_with_a_reason(classified: str) -> None:
@@ -93,7 +91,7 @@ def test_scores_with_preferences_equal_the_dense_reference(
 ) -> None:
     stages = dense_preferring(folder)
     expected = reference_objectives.scores(stages, runs.QUERIES, stages[scored].documents, scored)
-    assert runs.largest_error(runs.read_scores(preferred, stage), expected) < FLOAT32
+    assert runs.largest_error(runs.read_scores(preferred, stage), expected) < runs.FLOAT32
 
 
 def test_what_is_no_pair_is_skipped_with_a_reason(preferred: str) -> None:
@@ -111,7 +109,7 @@ def test_shares_of_a_pair_sum_to_its_score(preferred: str) -> None:
     for row in rows:
         assert len(row["token_scores"]) == row["n_tokens"]
         for shares in (row["token_scores"], row["module_scores"]):
-            assert sum(shares) == pytest.approx(row["score"], abs=FLOAT32 * 4 * sum(map(abs, shares)))
+            assert sum(shares) == pytest.approx(row["score"], abs=runs.FLOAT32 * 4 * sum(map(abs, shares)))
     top = pq.read_table(f"{preferred}/top.parquet").to_pylist()
     shown = {(row["query_id"], row["doc_id"]): row["token_scores"] for row in top if row["stage"] == "prefer"}
     scored = {(row["query_id"], row["doc_id"]): row["token_scores"] for row in rows}

@@ -21,9 +21,6 @@ from msif_ray.errors import UserError
 from msif_ray.run import run
 from msif_ray.store import read_json
 
-# Scores are written as float32, whatever they were computed in.
-FLOAT32 = 2e-7
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -46,7 +43,7 @@ def one_process(folder: Path) -> str:
 @pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
 def test_scores_equal_the_dense_reference(folder: Path, one_process: str, stage: str, scored: int) -> None:
     found = runs.read_scores(one_process, stage)
-    assert runs.largest_error(found, runs.expected(folder, scored)) < FLOAT32
+    assert runs.largest_error(found, runs.expected(folder, scored)) < runs.FLOAT32
 
 
 def test_bad_documents_are_skipped_with_a_reason(one_process: str) -> None:
@@ -147,13 +144,13 @@ def test_shares_equal_the_dense_reference_and_sum_to_the_score(
     rows = pq.read_table(path, partitioning=None).to_pylist()
     names = json.loads(pq.read_schema(next(path.glob("*.parquet"))).metadata[b"modules"])
     assert {(row["query_id"], row["doc_id"]) for row in rows} == wanted.keys()
-    close = FLOAT32 * max(abs(share) for by_map, _ in wanted.values() for share in by_map.values())
+    close = runs.FLOAT32 * max(abs(share) for by_map, _ in wanted.values() for share in by_map.values())
     for row in rows:
         by_map, by_token = wanted[row["query_id"], row["doc_id"]]
         assert dict(zip(names, row["module_scores"], strict=True)) == pytest.approx(by_map, abs=close)
         assert row["token_scores"] == pytest.approx(by_token, abs=close)
         for shares in (row["module_scores"], row["token_scores"]):
-            assert math.fsum(shares) == pytest.approx(row["score"], abs=FLOAT32 * sum(map(abs, shares)))
+            assert math.fsum(shares) == pytest.approx(row["score"], abs=runs.FLOAT32 * sum(map(abs, shares)))
     detail = read_json(Path(two_replicas) / "run.json")["identity"]["run"]["detail"]
     assert detail == {"tokens": True, "modules": True, "curvature_norm": True, "normalised": False}
 
@@ -161,7 +158,7 @@ def test_shares_equal_the_dense_reference_and_sum_to_the_score(
 @pytest.mark.parametrize(("stage", "scored"), [("pretrain", 0), ("tune", 1)])
 def test_curvature_norms_equal_the_dense_reference(folder: Path, two_replicas: str, stage: str, scored: int) -> None:
     found, wanted = runs.read_curvature_norms(two_replicas, stage), runs.expected_curvature_norms(folder, scored)
-    assert found == pytest.approx(wanted, rel=FLOAT32)
+    assert found == pytest.approx(wanted, rel=runs.FLOAT32)
     assert "(H + c)^-1" in read_json(Path(two_replicas) / "run.json")["meaning"]["curvature_norm"]
 
 
@@ -250,7 +247,7 @@ def test_factors_are_reused_and_responses_compared_in_one_pass(folder: Path, one
     description["stages"][1]["response"] = {"kind": "proximal", "alpha": {"relative": 1e12}}
     run(parse_run(description), until="score")
     infinite, own, single = (runs.read_scores(description["run_dir"], name) for name in ("pretrain", "own", "single"))
-    assert runs.largest_error(infinite, single) < FLOAT32
+    assert runs.largest_error(infinite, single) < runs.FLOAT32
     assert own == runs.read_scores(one_process, "pretrain")
     assert runs.largest_error(infinite, own) > 0.01
     assert not (folder / "reused" / "factors").exists()
@@ -281,7 +278,7 @@ def test_candidates_alone_are_scored_with_normalised_columns(folder: Path, one_p
     norms = runs.expected_curvature_norms(folder, 0)
     for label in ("pretrain", "single"):  # of one pass: a document's norm is the same for both
         of_chosen = runs.read_curvature_norms(str(run_dir), label)
-        assert of_chosen == pytest.approx({document: norms[document] for _, document in pairs}, rel=FLOAT32)
+        assert of_chosen == pytest.approx({document: norms[document] for _, document in pairs}, rel=runs.FLOAT32)
     top = pq.read_table(run_dir / "top.parquet").to_pylist()
     assert {(row["query_id"], row["doc_id"]) for row in top} == pairs
     assert "were skipped" not in (run_dir / "report.html").read_text(encoding="utf-8")
