@@ -27,23 +27,22 @@ def logs(no_shared_cluster: None, s3_port: int, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.timeout(600)
-def test_scores_equal_the_local_run_s_and_no_file_holds_the_secret(logs: Path, bucket: str, tmp_path: Path) -> None:
+def test_scores_equal_the_dense_reference_and_no_file_holds_the_secret(logs: Path, bucket: str, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     local = runs.two_stages(tmp_path / "in", "run")
     url = object_storage.put_folder(tmp_path / "in", bucket, "in")
     remote = json.loads(json.dumps(local).replace(str(tmp_path / "in"), url))
     assert remote["run_dir"] == f"{url}/run" and remote["stages"][0]["model"] == f"{url}/stage0"
     run(parse_run(remote))
-    run(parse_run(local))
     written = object_storage.objects(bucket, "in/run/")
     for key, content in written.items():
         path = tmp_path / "fetched" / key.removeprefix("in/run/")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         assert object_storage.SECRET.encode() not in content, key
-    for stage in ("pretrain", "tune"):
+    for scored, stage in enumerate(("pretrain", "tune")):
         found = runs.read_scores(str(tmp_path / "fetched"), stage)
-        assert found == runs.read_scores(local["run_dir"], stage)
+        assert runs.largest_error(found, runs.expected(tmp_path / "in", scored)) < runs.FLOAT32
     record = json.loads(written["in/run/run.json"])
     assert record["identity"]["run"]["stages"][0]["model"] == f"{url}/stage0"
     assert {"in/run/top.parquet", "in/run/skipped.parquet"} <= written.keys()
