@@ -42,6 +42,7 @@ def connected() -> Iterator[None]:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
         ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     try:
+        _have_the_core_warn()
         with _ended_by_sigterm():
             yield
     finally:
@@ -73,6 +74,26 @@ def _quieten_core() -> None:
         # The core begins with a line on the terminal that says so, in this process alone: the processes that Ray starts
         # have copies of `os.environ`, which this leaves as it is.
         os.unsetenv(LOG_LEVEL)
+
+
+class _Restarted:
+    def __init__(self, given: None) -> None: ...
+
+
+def _have_the_core_warn() -> None:
+    """Once in a process Ray's core says on the terminal that an actor was given references and may be restarted when
+    they are gone. Ray Data makes all actors so, with references that last as long as this process, and the core says it
+    of the first one, whatever the user does (ray-project/ray#57733). Here it says it of one that nobody needs, in the
+    call itself, while standard error goes nowhere; what it says later is heard."""
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        actor = ray.remote(_Restarted).options(num_cpus=0, max_restarts=1).remote(ray.put(None))
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
+    ray.kill(actor)
 
 
 def _join(address: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
-from msif_ray.config import Detail, Run
+from msif_ray.config import Detail, EkfacSolver, Run
 from msif_ray.corpus.census import fingerprint
 from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.queries import asked
@@ -48,6 +48,12 @@ _IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "q
 # What an identity says that a record of an earlier version does not: of an index its manifest, of a reference model its
 # configuration.
 _LATER = {"indexes": "manifest", "references": "files"}
+
+# Keys of a run, of its `detail` and of a stage that a record does not name where they are as they are by default: a run
+# without is the run that it was before there were such keys.
+_UNNAMED: dict[str, Any] = {"index": [], "detail": Detail().model_dump(), "blocks": None}
+_UNNAMED_DETAIL = Detail().model_dump(include={"curvature_norm", "norm"})
+_UNNAMED_STAGE = {"base": None, "solver": EkfacSolver().model_dump()}
 
 # Results that a run takes for its own where they are there; what it writes in any case is not among them.
 _BELIEVED = ("factors", "references", "index", "candidates", "queries", "scores", TOP, STATISTICS)
@@ -115,7 +121,8 @@ def check_record(resolved: Resolved) -> dict[str, Any] | None:
         _refuse_unrecorded(run_dir)
         return None
     record, device = read_record(path), _device(resolved)
-    difference = _first_difference(record["identity"], _comparable(_identity(resolved), record["identity"]))
+    kept = record["identity"]
+    difference = _first_difference(_named(kept), _named(_comparable(_identity(resolved), kept)))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -188,20 +195,12 @@ def _description(run: Run) -> dict[str, Any]:
     found = run.model_dump(mode="json", exclude={"run_dir", "top"})
     for key in _PLACEMENT:
         found["cluster"].pop(key)
-    for key, unset in (("index", []), ("detail", Detail().model_dump()), ("blocks", None)):
-        if found[key] == unset:
-            found.pop(key)
-    detail = found.get("detail", {})
-    for key in ("curvature_norm", "norm"):
-        if detail.get(key) == getattr(Detail(), key):
-            detail.pop(key)
+    _unname(found, _UNNAMED)
+    _unname(found.get("detail", {}), _UNNAMED_DETAIL)
     for entry in found["score"]:
         entry.pop("out_of")
     for stage in found["stages"]:
-        if stage["base"] is None:
-            stage.pop("base")
-        if stage["solver"]["kind"] == "ekfac":
-            stage.pop("solver")
+        _unname(stage, _UNNAMED_STAGE)
     return found
 
 
@@ -241,6 +240,18 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
+
+
+def _unname(found: dict[str, Any], unnamed: Mapping[str, Any]) -> None:
+    for key in [key for key, default in unnamed.items() if found.get(key) == default]:
+        found.pop(key, None)
+
+
+def _named(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity that names those keys, too, to tell what they were."""
+    run = _UNNAMED | identity["run"]
+    stages = [_UNNAMED_STAGE | stage for stage in run.get("stages", [])]
+    return identity | {"run": run | {"detail": _UNNAMED["detail"] | run["detail"], "stages": stages}}
 
 
 def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -103,8 +103,33 @@ def test_norms_may_not_be_left_out_half_way_and_earlier_records_have_them(folder
     description = describe(folder) | {"detail": {"tokens": True}}
     keep(description)
     assert "norm" not in read_json(layout.run_record(description["run_dir"]))["identity"]["run"]["detail"]
-    with pytest.raises(UserError, match=r"detail\.norm was None and is False"):
+    with pytest.raises(UserError, match=r"detail\.norm was True and is False"):
         keep(description | {"detail": {"tokens": True, "norm": False}})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({}, {"detail": {"tokens": True}}, r"detail\.tokens was False and is True"),
+        ({"detail": {"norm": False}}, {}, r"detail\.norm was False and is True"),
+        ({}, {"index": [{"stage": "pre"}]}, r"another run: index was \[\] and is \["),
+        ({}, {"blocks": "heads"}, r"blocks was None and is 'heads'"),
+        ({}, {"solver": {"kind": "cg", "iterations": 3}}, r"stages\.0\.solver\.kind was 'ekfac' and is 'cg'"),
+    ],
+)
+def test_what_was_not_said_is_told_as_the_default_that_it_was(
+    folder: Path, before: dict[str, Any], after: dict[str, Any], message: str
+) -> None:
+    def described(change: dict[str, Any]) -> dict[str, Any]:
+        description = describe(folder)
+        if "solver" in change:
+            description["stages"][0] |= change
+            return description
+        return description | change
+
+    keep(described(before))
+    with pytest.raises(UserError, match=message):
+        keep(described(after))
 
 
 def test_a_longer_list_that_begins_alike_is_told_by_its_length(folder: Path) -> None:

@@ -34,6 +34,10 @@ def first_fault(error: ValidationError, model: Model) -> str:
         key, message = [*key, "kind"], f"is missing; give one of {', '.join(_kinds(types))}"
     elif fault["type"] == "union_tag_invalid":
         key, message = [*key, "kind"], f"give one of {', '.join(_kinds(types))}, not {_shown(context['tag'])}"
+    elif fault["type"] == "too_short" and not value:
+        message = "is empty; give one at least"
+    elif fault["type"].startswith("byte_size"):
+        message = f"give bytes, or a size as 8GiB, not {_shown(value)}"
     elif fault["type"] in _OTHER_KIND:
         wanted = f"give {_wanted(types, value)}"
         message = f"is empty; {wanted}" if value is None else f"{wanted}, not {_shown(value)}"

@@ -61,7 +61,7 @@ def encoder(resolved: Resolved, index: int, setup: ModelSetup) -> Encode:
     """What stage `index`'s model is given of a document, or why the run skips it."""
     checkpoint = resolved.stages[index]
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, f"stages.{index}.tokenizer")
-    return lambda document: within(setup.encode(tokenizer, document), checkpoint.vocabulary)
+    return lambda document: within(setup.encode(tokenizer, document), checkpoint.vocabulary, checkpoint.switches)
 
 
 def tally(found: Iterable[Encoded | Skipped], max_tokens: int | None) -> Tally:

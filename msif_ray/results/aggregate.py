@@ -204,8 +204,7 @@ def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
         share, equal = row["share_sum"] / queries, row["share_of_documents_sum"] / queries
         ratio = f"{share / equal:.2f}×" if equal else ""
         net = f"{row['net_share_sum'] / queries:+.1%}"
-        value = Text(NOTHING, style="dim") if row["value"] is None else Text(visible(row["value"]))
-        shown.add_row(value, f"{row['documents_max']:,}", f"{share:.1%}", net, ratio)
+        shown.add_row(_shown(row["value"]), f"{row['documents_max']:,}", f"{share:.1%}", net, ratio)
     console.print(shown)
     if len(groups) > SHOWN:
         console.print(Text(f"and {len(groups) - SHOWN:,} more values", style="dim"))
@@ -215,3 +214,10 @@ def print_aggregate(table: pa.Table, column: str, console: Console) -> None:
     words += "; documents: of a query at most" if differ else ""
     words += f"; left out: queries whose scores are all zero, {asked - queries} of {asked}" if queries < asked else ""
     console.print(Text(words, style="dim"))
+
+
+def _shown(value: str | None) -> Text:
+    """A group's name; one that would leave its place blank in quotes."""
+    if value is None or not value.strip():
+        return Text(NOTHING if value is None else repr(value), style="dim")
+    return Text(visible(value))

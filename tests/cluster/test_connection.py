@@ -6,7 +6,10 @@ import sys
 RUN = """
 import os, ray, signal, time
 from msif_ray.connection import connected
+class Restarted:
+    def __init__(self, given): ...
 with connected():
+    actor = ray.remote(Restarted).options(num_cpus=0, max_restarts=1).remote(ray.put(1))  # as Ray Data's are
     level = ray.remote(lambda: os.environ["RAY_BACKEND_LOG_LEVEL"])
     print(ray.get(level.options(num_cpus=0).remote()))
     try:

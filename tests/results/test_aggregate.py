@@ -127,18 +127,18 @@ def test_an_unfinished_run_is_refused(run_dir: Path) -> None:
         aggregate(run_dir, "domain")
 
 
-def test_brackets_are_text_and_null_is_a_group_of_its_own(tmp_path: Path) -> None:
-    values = ["[deleted]", "[/link]", ":smile:", "(none)", None]
+def test_brackets_are_text_and_null_and_the_empty_text_are_groups_of_their_own(tmp_path: Path) -> None:
+    values = ["[deleted]", "[/link]", ":smile:", "(none)", "", None]
     corpus = tmp_path / "corpus.parquet"
-    columns = {"id": [f"doc-{n:02d}" for n in range(10)], "text": ["x"] * 10, "an[a]": values * 2}
+    columns = {"id": [f"doc-{n:02d}" for n in range(12)], "text": ["x"] * 12, "an[a]": values * 2}
     pq.write_table(pa.table(columns), corpus)
-    run_dir = Finished(documents=10, changes=of_corpus(corpus, 5)).write(tmp_path / "run")
+    run_dir = Finished(documents=12, changes=of_corpus(corpus, 6)).write(tmp_path / "run")
     found = {row["value"]: row["documents"] for row in aggregate(run_dir, "an[a]").to_pylist()}
     assert found == dict.fromkeys(values, 2)
     result = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["aggregate", str(run_dir), "--by", "an[a]"])
     lines = result.stdout.splitlines()
     assert result.exit_code == 0 and lines[0].split()[0] == "an[a]"
-    assert sorted(line.split()[0] for line in lines[1:6]) == sorted(value or "(none)" for value in values)
+    assert sorted(line.split()[0] for line in lines[1:7]) == sorted([*values[:4], "''", "(none)"])
 
 
 def test_queries_with_other_candidates_have_their_own_equal_shares(
