@@ -25,7 +25,7 @@ from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.rank import Rank
-from msif_ray.cluster.score_jobs import ScoreJob, load_directions
+from msif_ray.cluster.score_jobs import ScoreJob
 from msif_ray.config import Index, load_run
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block, Document
@@ -146,8 +146,7 @@ def indexed_scores(case: Case, folder: Path, opening: Clock, asking: Clock) -> n
     maps = list(case.rank.maps)
     found: dict[str, torch.Tensor] = {}
     with opening.running():
-        cpu = torch.device("cpu")
-        scorers = indexed_scorers(load_directions((case.directions,), maps, cpu, None), folder, cpu)
+        scorers = indexed_scorers((case.directions,), maps, torch.device("cpu"), None, folder)
     for block in case.blocks:
         with asking.running():
             index = IndexBlock(folder, [maps], block.id, torch.float32)

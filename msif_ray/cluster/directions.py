@@ -5,7 +5,7 @@ Under a folder of directions there is a folder for each shard with a file for ea
 shards there are and what form each has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from msif_ray import layout
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
+from msif_ray.influence.compress import Metric
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, join, laid_out
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
@@ -38,6 +39,9 @@ STREAM_SHARE = 0.5
 
 Shard = tuple[int, int]
 """The queries from the first number to before the second."""
+
+Metrics = Callable[[str], Metric]
+"""A map's metric in an index; read when asked for."""
 
 
 def shards(queries: int, shapes: Shapes, rank: int | None, itemsize: int, memory: int | None) -> list[Shard]:
@@ -141,10 +145,12 @@ def entries(queries: int, shape: tuple[int, int], vectors: int | None) -> int:
 
 @dataclass
 class _Lazy(Mapping[str, Directions]):
-    """The directions of some shards by map: those in `resident`, and others read from `files` each time."""
+    """The directions of some shards by map: those in `resident`, and others read from `files` each time; as they are,
+    or in the coordinates of `metrics`."""
 
     files: dict[str, list[ShardFile]]
     device: torch.device
+    metrics: Metrics | None = None
     resident: dict[str, Directions] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Directions:
@@ -157,7 +163,11 @@ class _Lazy(Mapping[str, Directions]):
         return len(self.files)
 
     def read(self, name: str) -> Directions:
-        return join([file.load(self.device) for file in self.files[name]])
+        shards = (file.load(self.device) for file in self.files[name])
+        if self.metrics is None:
+            return join(list(shards))
+        metric = self.metrics(name)
+        return join([metric.directions(shard) for shard in shards])  # one by one, since that takes copies of its own
 
 
 @dataclass(frozen=True)
@@ -171,10 +181,16 @@ class LoadedDirections:
 
 
 def load(
-    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int, norms: bool = True
+    folders: Sequence[Path],
+    maps: Sequence[str],
+    device: torch.device,
+    memory: int,
+    norms: bool = True,
+    metrics: Metrics | None = None,
 ) -> LoadedDirections:
     """The directions of several folders as one list of queries, folder after folder, within `memory` bytes. With
-    `norms` the first scorer alone gives the windows': no other forms gradients for them.
+    `norms` the first scorer alone gives the windows': no other forms gradients for them. With `metrics` they meet
+    the pseudo-tokens of an index in place of windows.
 
     Where they take more, half of the memory is for what is streamed: as many shards are scored together as let
     any map's be in it; at the least it is one shard. Raises UserError for a file that is damaged or missing.
@@ -182,7 +198,7 @@ def load(
     stored = [each for folder in folders for each in stored_shards(folder, maps)]
     total = sum(sum(each.bytes.values()) for each in stored)
     if total <= memory:
-        everything = _lazy(stored, maps, device)
+        everything = _lazy(stored, maps, device, metrics)
         directions = {name: laid_out(everything.read(name)) for name in maps}
         scorer = Scorer(directions, kept_entries(total, memory, _itemsize(directions)), norms)
         return LoadedDirections([scorer], [sum(map(len, stored))], 0)
@@ -194,7 +210,7 @@ def load(
     scorers: list[Scorer] = []
     streamed = 0
     for group in groups:
-        lazy = _lazy(group, maps, device)
+        lazy = _lazy(group, maps, device, metrics)
         for name in maps:
             size = _bytes(group, name)
             if size <= left:
@@ -211,9 +227,9 @@ def kept_entries(total: int, memory: int, itemsize: int) -> int:
     return max(0, min(DENSE_ENTRIES, (memory - total) // itemsize))
 
 
-def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device) -> _Lazy:
+def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device, metrics: Metrics | None) -> _Lazy:
     files = {name: [ShardFile(layout.direction_file(each.folder, name, each.shard)) for each in group] for name in maps}
-    return _Lazy(files, device)
+    return _Lazy(files, device, metrics)
 
 
 def _itemsize(directions: Mapping[str, Any]) -> int:
