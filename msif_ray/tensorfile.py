@@ -86,6 +86,13 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def check(self, key: str, wanted: str) -> None:
+        """Raises DamagedError for a file that was written as another: its metadata say of `key` what is not `wanted`.
+        One of an earlier version may say nothing."""
+        found = self.metadata.get(key, wanted)
+        if found != wanted:
+            raise self._damaged(f"is in the wrong place: its {key} is {found}, not {wanted}")
+
     def tensor(self, name: str, verify: bool = True) -> Tensor:
         """One tensor, on the CPU, in memory of its own; without `verify` its checksum is not compared."""
         entry = self._entries[name]

@@ -8,7 +8,7 @@ shards there are and what form each has.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +59,11 @@ def direction_entries(shape: tuple[int, int], rank: int | None) -> int:
     return out * columns if rank is None or stays_dense(rank, out, columns) else rank * (out + columns)
 
 
+def shard_metadata(map_name: str, shard: Shard) -> dict[str, str]:
+    """What a shard's file says of itself."""
+    return {"map": map_name, "queries": f"{shard[0]}-{shard[1]}"}
+
+
 def save_shard(path: Path, directions: Directions, ranks: Tensor, kept: Tensor, metadata: Mapping[str, str]) -> None:
     """Writes one map's shard with the rank of each query and the share of its squared norm that is kept."""
     if isinstance(directions, DenseDirections):
@@ -70,9 +75,11 @@ def save_shard(path: Path, directions: Directions, ranks: Tensor, kept: Tensor, 
 
 @dataclass
 class ReadAgain:
-    """A file of tensors that is read many times. Checksums are compared when one is first read, and not again."""
+    """A file of tensors that is read many times. Checksums are compared when one is first read, and not again; `about`
+    is what its metadata are to say."""
 
     path: Path
+    about: Mapping[str, str] = field(default_factory=dict)
     _file: TensorFile | None = None
     _verified: set[str] = field(default_factory=set)
 
@@ -80,7 +87,10 @@ class ReadAgain:
         """A tensor of the file, on the CPU. Raises UserError, which says what to do, for a damaged file."""
         try:
             if self._file is None:
-                self._file = TensorFile(self.path)
+                file = TensorFile(self.path)
+                for key, wanted in self.about.items():
+                    file.check(key, wanted)
+                self._file = file
             tensor = self._file.tensor(name, verify=name not in self._verified)
         except DamagedError as error:
             raise UserError(f"{error}; delete it, and run the same command again") from None
@@ -91,6 +101,10 @@ class ReadAgain:
 @dataclass
 class ShardFile(ReadAgain):
     """One map's shard on storage."""
+
+    @classmethod
+    def of(cls, folder: Path, map_name: str, shard: Shard) -> Self:
+        return cls(layout.direction_file(folder, map_name, shard), shard_metadata(map_name, shard))
 
     def load(self, device: torch.device) -> Directions:
         if self.dense:
@@ -228,7 +242,7 @@ def kept_entries(total: int, memory: int, itemsize: int) -> int:
 
 
 def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device, metrics: Metrics | None) -> _Lazy:
-    files = {name: [ShardFile(layout.direction_file(each.folder, name, each.shard)) for each in group] for name in maps}
+    files = {name: [ShardFile.of(each.folder, name, each.shard) for each in group] for name in maps}
     return _Lazy(files, device, metrics)
 
 

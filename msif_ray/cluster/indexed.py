@@ -22,6 +22,7 @@ from msif_ray.cluster.workers import BlockReplica, Counted
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.corpus.windows import Skipped
+from msif_ray.errors import DamagedError
 from msif_ray.indexes import read_manifest, whole
 from msif_ray.influence.compress import Packed
 from msif_ray.influence.scoring import Scorer
@@ -31,7 +32,7 @@ from msif_ray.tensorfile import TensorFile
 class IndexBlock:
     """One block of an index: pseudo-tokens in place of a captured batch's tokens, read from storage when asked for.
 
-    Raises UserError, saying what to delete, for a file that is missing or damaged.
+    Raises UserError, saying what to delete, for a file that is missing, damaged or of other documents or maps.
     """
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]], block: str, dtype: torch.dtype) -> None:
@@ -40,10 +41,14 @@ class IndexBlock:
         self.device = torch.device("cpu")
         with whole(folder):
             opened = [TensorFile(layout.index_block(layout.index_group(folder, i), block)) for i in range(len(groups))]
-            for file, maps in zip(opened, groups, strict=True):
-                self._files |= dict.fromkeys(maps, file)
             first = opened[0]
             self.documents: list[str] = json.loads(first.metadata["documents"])
+            for file, maps in zip(opened, groups, strict=True):
+                file.check("block", block)
+                of_maps = {*file.names} >= {f"scales/{name}" for name in maps} if self.documents else True
+                if file.metadata["documents"] != first.metadata["documents"] or not of_maps:
+                    raise DamagedError(f"{file.path} is in the wrong place: it is of other documents or other maps")
+                self._files |= dict.fromkeys(maps, file)
             self.skipped = [Skipped(*skip) for skip in json.loads(first.metadata["skipped"])]
             self.n_tokens: list[int] = first.tensor("n_tokens").tolist()
             self.squared_norms = torch.stack([file.tensor("squared_norms") for file in opened]).sum(0)

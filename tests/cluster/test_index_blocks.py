@@ -2,6 +2,7 @@
 
 import gc
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,3 +232,35 @@ def test_a_damaged_file_is_named(case: Any, tmp_path: Path) -> None:
         for name in case.maps:
             block.vectors(name)
     assert "\n" not in str(refused.value)
+
+
+def test_a_block_in_the_place_of_another_is_named(case: Any, tmp_path: Path) -> None:
+    """Of the same run, so that its checksums fit."""
+    task, index = build(case, tmp_path), tmp_path / "index"
+    other = replace(task, folder=layout.index_group(index, 1))
+    other.write(Block("00000-0000000", ()), Outcome({}, (Skipped("a", "text is null"),), 0), [])
+    other.write(Block("00000-0000001", ()), Outcome({}, (), 0), [])
+
+    def refusal(groups: Any, block: str) -> str:
+        with pytest.raises(UserError) as refused:
+            IndexBlock(index, groups, block, torch.float64)
+        return str(refused.value)
+
+    path = layout.index_block(index / "0000", "00000-0000001")
+    path.write_bytes(layout.index_block(index / "0000", "00000-0000000").read_bytes())
+    where = "is in the wrong place: its block is 00000-0000000, not 00000-0000001; delete it, and run `msif index`"
+    assert refusal([case.maps], "00000-0000001").startswith(f"{path} {where}")
+    of_others = "is in the wrong place: it is of other documents or other maps; delete it, and run `msif index`"
+    path = layout.index_block(index / "0001", "00000-0000000")
+    assert refusal([case.maps[:1], case.maps[1:]], "00000-0000000").startswith(f"{path} {of_others}")
+    path = layout.index_block(index / "0000", "00000-0000000")
+    assert refusal([["of another group"]], "00000-0000000").startswith(f"{path} {of_others}")
+
+
+def test_a_metric_in_the_place_of_another_is_named(case: Any, tmp_path: Path) -> None:
+    build(case, tmp_path)
+    one, other = (layout.metric_file(tmp_path / "index", name) for name in case.maps[:2])
+    one.write_bytes(other.read_bytes())
+    message = f"{one} is in the wrong place: its map is {case.maps[1]}, not {case.maps[0]}; delete it, and run `msif "
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        load_metric(tmp_path / "index", case.maps[0], torch.device("cpu"))
