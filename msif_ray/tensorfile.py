@@ -108,6 +108,8 @@ class TensorFile:
 
     def _header(self) -> tuple[dict[str, _Entry], dict[str, str]]:
         """The tensors' places and the metadata. Raises ValueError and the like for what is no header."""
+        if self._size < _PREFIX:  # of an empty object, S3 would not have the range
+            raise ValueError("the file is shorter than its header")
         length = int.from_bytes(self._read(0, _PREFIX), "little")
         start = _PREFIX + length
         if not 0 < length <= min(_LONGEST_HEADER, self._size - _PREFIX):
