@@ -99,7 +99,8 @@ class _IndexWork:
             squares = squared_norms(activations, gradients)
             norms += squares.double()
             # What overflows is refused by its norm when the block is written; a decomposition would raise here.
-            gradients = torch.where(squares.isfinite()[:, None, None], gradients, 0.0)
+            finite = squares.isfinite()[:, None, None]
+            activations, gradients = (torch.where(finite, each, 0.0) for each in (activations, gradients))
             parts = [
                 compress(metric, side_by_side(activations, rows), side_by_side(gradients, rows), self.job.rank)
                 for _, rows in groups

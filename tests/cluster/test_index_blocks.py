@@ -200,12 +200,13 @@ def test_fewer_ranks_and_bits_cost_agreement(case: Any, tmp_path: Path) -> None:
     assert files[2] > 1.5 * files[1]
 
 
-def test_a_gradient_that_is_not_finite_names_its_document(case: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [0, 1], ids=["activation", "gradient"])
+def test_a_gradient_that_is_not_finite_names_its_document(case: Any, tmp_path: Path, side: int) -> None:
     task = build(case, tmp_path, rank=2)
     work = task.job.start(case.maps, torch.device("cpu"))
     stage = case.stages[0]
     for captured in pipeline.captures(stage, stage.documents[:3], pipeline.TOGETHER):
-        captured.vectors(case.maps[0])[1][0, 0, 0] = float("inf")
+        captured.vectors(case.maps[0])[side][0, 0, 0] = float("inf")
         work.add(captured)
         at_fault = captured.batch.keys[0].document_id
     outcome = Outcome({document["id"]: 1 for document in stage.documents[:3]}, (), 0)
