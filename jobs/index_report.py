@@ -25,10 +25,11 @@ from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.rank import Rank
-from msif_ray.cluster.score_jobs import ScoreJob, load_directions
+from msif_ray.cluster.score_jobs import ScoreJob
 from msif_ray.config import Index, load_run
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block, Document
+from msif_ray.demo.metrics import overlap, spearman
 from msif_ray.errors import UserError
 from msif_ray.paths import exists
 from msif_ray.preflight import check
@@ -92,8 +93,7 @@ def load_case(description: str, count: int, join: int) -> Case:
     blocks = [joined(block, join) for block in corpus.left(frozenset())]
     strength = run.stages[index].damping
     damping = {
-        name: stages.positive_strength(strength, mean, "damping", name)
-        for name, mean in mean_eigenvalues(factors).items()
+        name: stages.metric_damping(strength, mean, "damping", name) for name, mean in mean_eigenvalues(factors).items()
     }
     rank = Rank(model_setup(resolved, index, documents, entry.max_tokens))
     return Case(rank, blocks, factors, directions, damping)
@@ -146,26 +146,12 @@ def indexed_scores(case: Case, folder: Path, opening: Clock, asking: Clock) -> n
     maps = list(case.rank.maps)
     found: dict[str, torch.Tensor] = {}
     with opening.running():
-        cpu = torch.device("cpu")
-        scorers = indexed_scorers(load_directions((case.directions,), maps, cpu, None), folder, cpu)
+        scorers = indexed_scorers((case.directions,), maps, torch.device("cpu"), None, folder)
     for block in case.blocks:
         with asking.running():
             index = IndexBlock(folder, [maps], block.id, torch.float32)
             found |= {window.document_id: window.scores for window in index.score(scorers)}
     return torch.stack(list(found[name] for name in sorted(found))).numpy()
-
-
-def rank_correlations(exact: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Spearman's, of each query `[queries]`."""
-    ranks = [scores.argsort(0).argsort(0).astype(float) for scores in (exact, found)]
-    left, right = (each - each.mean(0) for each in ranks)
-    return (left * right).sum(0) / np.sqrt((left**2).sum(0) * (right**2).sum(0))
-
-
-def overlap(exact: np.ndarray, found: np.ndarray) -> float:
-    """The share of the TOP highest documents that are the same, mean over queries."""
-    tops = [(-scores).argsort(0)[:TOP].T.tolist() for scores in (exact, found)]
-    return float(np.mean([len(set(a) & set(b)) / TOP for a, b in zip(*tops, strict=True)]))
 
 
 def parse_variants(text: str) -> list[tuple[int, str]]:
@@ -201,13 +187,13 @@ def report(case: Case, variants: Sequence[tuple[int, str]]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             size = build(case, Path(folder), number, dtype, building)
             found = indexed_scores(case, Path(folder), opening, asking)
-        agreement = rank_correlations(exact, found)
+        agreement = spearman(found.T, exact.T)
         cells = [
             str(number),
             dtype,
             f"{agreement.mean():.4f}",
             f"{agreement.min():.4f}",
-            f"{overlap(exact, found):.3f}",
+            f"{overlap(found.T, exact.T, TOP).mean():.3f}",
             f"{size / tokens:,.0f}",
             f"{building.seconds / scoring.seconds:.2f}",
             f"{asking.seconds / scoring.seconds:.3f}",

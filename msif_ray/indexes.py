@@ -17,6 +17,9 @@ from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import all_there, exists, is_remote, path_of
 from msif_ray.store import read_json
 
+# What the manifest of every version's index says, and a run that scores from it needs.
+_SAID = {"model_sha256", "computed_in", "corpus", "maps", "groups", "documents_per_block"}
+
 
 def index_location(run_dir: str | None) -> str | None:
     """A run directory as the run's own is written: absolute where it is local."""
@@ -50,7 +53,11 @@ def _mend(folder: Path) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = read_json(layout.index_manifest(folder), _mend(folder))
+    """What a finished index says of itself. Raises UserError for one that is damaged, or not whole."""
+    path = layout.index_manifest(folder)
+    manifest: dict[str, Any] = read_json(path, _mend(folder))
+    if not isinstance(manifest, dict) or not manifest.keys() >= _SAID:
+        raise UserError(f"{path}: not a whole manifest; {_mend(folder)}")
     return manifest
 
 

@@ -86,6 +86,13 @@ class TensorFile:
     def names(self) -> list[str]:
         return list(self._entries)
 
+    def check(self, key: str, wanted: str) -> None:
+        """Raises DamagedError for a file that was written as another: its metadata say of `key` what is not `wanted`.
+        One of an earlier version may say nothing."""
+        found = self.metadata.get(key, wanted)
+        if found != wanted:
+            raise self._damaged(f"is in the wrong place: its {key} is {found}, not {wanted}")
+
     def tensor(self, name: str, verify: bool = True) -> Tensor:
         """One tensor, on the CPU, in memory of its own; without `verify` its checksum is not compared."""
         entry = self._entries[name]
@@ -101,6 +108,8 @@ class TensorFile:
 
     def _header(self) -> tuple[dict[str, _Entry], dict[str, str]]:
         """The tensors' places and the metadata. Raises ValueError and the like for what is no header."""
+        if self._size < _PREFIX:  # of an empty object, S3 would not have the range
+            raise ValueError("the file is shorter than its header")
         length = int.from_bytes(self._read(0, _PREFIX), "little")
         start = _PREFIX + length
         if not 0 < length <= min(_LONGEST_HEADER, self._size - _PREFIX):

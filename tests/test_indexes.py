@@ -162,6 +162,14 @@ def without_block(index: Path) -> None:
     layout.index_block(layout.index_group(index, 0), "00000-0000001").unlink()
 
 
+@pytest.mark.parametrize("content", [[], {}, {"model_sha256": "x"}])
+def test_a_manifest_that_says_too_little(folder: Path, tmp_path: Path, resolved: Resolved, content: Any) -> None:
+    index = pretend(tmp_path / "other", manifest(resolved))
+    write_json(layout.index_manifest(index), content)
+    path, mend = layout.index_manifest(index), f"delete it, and run `msif index` of the run whose index {index} is"
+    assert refusal(asking(folder, tmp_path / "other")) == f"{path}: not a whole manifest; {mend}"
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -82,3 +82,11 @@ def test_an_index_is_of_a_rank_and_a_type(variant: str) -> None:
 def test_numbers_have_bounds(job: str, option: str, value: str) -> None:
     found = told(job, *(["none.yaml"] if job == "index_report.py" else []), option, value)
     assert found.exit_code == 2 and option in found.output
+
+
+def test_no_memory_for_directions_is_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    main = runpy.run_path(str(JOBS / "rank_table.py"))["main"]
+    given: list[Any] = []
+    monkeypatch.setitem(main.__globals__, "rank_table", lambda *arguments: given.append(arguments))
+    main("folder", 4, 5, 0.0)
+    assert given == [("folder", 4, 5, 1)]

@@ -210,6 +210,14 @@ def test_a_damaged_part_on_object_storage_is_named(bucket: str) -> None:
         top.top_pairs(run_dir, "s", 1)
 
 
+def test_an_empty_object_is_a_damaged_file(bucket: str) -> None:
+    """And no fault of the storage, which has no range of it."""
+    path = paths.path_of(f"s3://{bucket}/basis.safetensors")
+    store.write_atomic(path, b"")
+    with pytest.raises(UserError, match=r"^s3://.*basis\.safetensors is not whole safetensors .*; delete it, and run"):
+        store.load_tensors(path)
+
+
 def test_google_s_storage_works_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSIF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

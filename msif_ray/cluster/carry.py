@@ -166,25 +166,21 @@ def write_directions(map_name: str, task: CarryTask, source: Source, means: dict
     stream = source.vectors(map_name, task.queries)
     files = []
     for shard in task.shards:
-        path = layout.direction_file(task.folder, map_name, shard)
+        file = ShardFile.of(task.folder, map_name, shard)
         some = islice(stream, shard[1] - shard[0])
-        if exists(path):
+        if exists(file.path):
             for _ in some:
                 pass
         else:
-            _write_shard(path, some, chain, task, map_name)
-        files.append(ShardFile(path))
+            _write_shard(file, some, chain, task)
+        files.append(file)
     ranks, kept = (torch.cat([file.tensor(part) for file in files]).numpy() for part in ("ranks", "kept"))
     vectors = tuple(None if file.dense else int(file.tensor("ranks").sum()) for file in files)
     return Carried(ranks, kept, vectors, strengths)
 
 
 def _write_shard(
-    path: Path,
-    vectors: Iterator[Vector],
-    chain: Sequence[tuple[Factor | None, Response]],
-    task: CarryTask,
-    map_name: str,
+    file: ShardFile, vectors: Iterator[Vector], chain: Sequence[tuple[Factor | None, Response]], task: CarryTask
 ) -> None:
     """Carries a shard's queries back, some at a time, and writes them once all are there."""
     queries = task.run.queries
@@ -206,4 +202,4 @@ def _write_shard(
         ranks = joined.ranks
     else:
         ranks = torch.full((len(joined),), min(joined.dense.shape[1:]))
-    save_shard(path, smaller_form(joined), ranks, torch.cat(shares), {"map": map_name})
+    save_shard(file.path, smaller_form(joined), ranks, torch.cat(shares), file.about)

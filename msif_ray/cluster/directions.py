@@ -5,10 +5,10 @@ Under a folder of directions there is a folder for each shard with a file for ea
 shards there are and what form each has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from msif_ray import layout
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
+from msif_ray.influence.compress import Metric
 from msif_ray.influence.directions import DenseDirections, Directions, LowRankDirections, join, laid_out
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
@@ -39,6 +40,9 @@ STREAM_SHARE = 0.5
 Shard = tuple[int, int]
 """The queries from the first number to before the second."""
 
+Metrics = Callable[[str], Metric]
+"""A map's metric in an index; read when asked for."""
+
 
 def shards(queries: int, shapes: Shapes, rank: int | None, itemsize: int, memory: int | None) -> list[Shard]:
     """The queries cut into shards, the same for all maps: as many each as `SHARD_QUERIES`, `SHARD_BYTES` and the
@@ -55,6 +59,11 @@ def direction_entries(shape: tuple[int, int], rank: int | None) -> int:
     return out * columns if rank is None or stays_dense(rank, out, columns) else rank * (out + columns)
 
 
+def shard_metadata(map_name: str, shard: Shard) -> dict[str, str]:
+    """What a shard's file says of itself."""
+    return {"map": map_name, "queries": f"{shard[0]}-{shard[1]}"}
+
+
 def save_shard(path: Path, directions: Directions, ranks: Tensor, kept: Tensor, metadata: Mapping[str, str]) -> None:
     """Writes one map's shard with the rank of each query and the share of its squared norm that is kept."""
     if isinstance(directions, DenseDirections):
@@ -66,9 +75,11 @@ def save_shard(path: Path, directions: Directions, ranks: Tensor, kept: Tensor, 
 
 @dataclass
 class ReadAgain:
-    """A file of tensors that is read many times. Checksums are compared when one is first read, and not again."""
+    """A file of tensors that is read many times. Checksums are compared when one is first read, and not again; `about`
+    is what its metadata are to say."""
 
     path: Path
+    about: Mapping[str, str] = field(default_factory=dict)
     _file: TensorFile | None = None
     _verified: set[str] = field(default_factory=set)
 
@@ -76,7 +87,10 @@ class ReadAgain:
         """A tensor of the file, on the CPU. Raises UserError, which says what to do, for a damaged file."""
         try:
             if self._file is None:
-                self._file = TensorFile(self.path)
+                file = TensorFile(self.path)
+                for key, wanted in self.about.items():
+                    file.check(key, wanted)
+                self._file = file
             tensor = self._file.tensor(name, verify=name not in self._verified)
         except DamagedError as error:
             raise UserError(f"{error}; delete it, and run the same command again") from None
@@ -87,6 +101,10 @@ class ReadAgain:
 @dataclass
 class ShardFile(ReadAgain):
     """One map's shard on storage."""
+
+    @classmethod
+    def of(cls, folder: Path, map_name: str, shard: Shard) -> Self:
+        return cls(layout.direction_file(folder, map_name, shard), shard_metadata(map_name, shard))
 
     def load(self, device: torch.device) -> Directions:
         if self.dense:
@@ -141,10 +159,12 @@ def entries(queries: int, shape: tuple[int, int], vectors: int | None) -> int:
 
 @dataclass
 class _Lazy(Mapping[str, Directions]):
-    """The directions of some shards by map: those in `resident`, and others read from `files` each time."""
+    """The directions of some shards by map: those in `resident`, and others read from `files` each time; as they are,
+    or in the coordinates of `metrics`."""
 
     files: dict[str, list[ShardFile]]
     device: torch.device
+    metrics: Metrics | None = None
     resident: dict[str, Directions] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Directions:
@@ -157,7 +177,11 @@ class _Lazy(Mapping[str, Directions]):
         return len(self.files)
 
     def read(self, name: str) -> Directions:
-        return join([file.load(self.device) for file in self.files[name]])
+        shards = (file.load(self.device) for file in self.files[name])
+        if self.metrics is None:
+            return join(list(shards))
+        metric = self.metrics(name)
+        return join([metric.directions(shard) for shard in shards])  # one by one, since that takes copies of its own
 
 
 @dataclass(frozen=True)
@@ -171,10 +195,16 @@ class LoadedDirections:
 
 
 def load(
-    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int, norms: bool = True
+    folders: Sequence[Path],
+    maps: Sequence[str],
+    device: torch.device,
+    memory: int,
+    norms: bool = True,
+    metrics: Metrics | None = None,
 ) -> LoadedDirections:
     """The directions of several folders as one list of queries, folder after folder, within `memory` bytes. With
-    `norms` the first scorer alone gives the windows': no other forms gradients for them.
+    `norms` the first scorer alone gives the windows': no other forms gradients for them. With `metrics` they meet
+    the pseudo-tokens of an index in place of windows.
 
     Where they take more, half of the memory is for what is streamed: as many shards are scored together as let
     any map's be in it; at the least it is one shard. Raises UserError for a file that is damaged or missing.
@@ -182,7 +212,7 @@ def load(
     stored = [each for folder in folders for each in stored_shards(folder, maps)]
     total = sum(sum(each.bytes.values()) for each in stored)
     if total <= memory:
-        everything = _lazy(stored, maps, device)
+        everything = _lazy(stored, maps, device, metrics)
         directions = {name: laid_out(everything.read(name)) for name in maps}
         scorer = Scorer(directions, kept_entries(total, memory, _itemsize(directions)), norms)
         return LoadedDirections([scorer], [sum(map(len, stored))], 0)
@@ -194,7 +224,7 @@ def load(
     scorers: list[Scorer] = []
     streamed = 0
     for group in groups:
-        lazy = _lazy(group, maps, device)
+        lazy = _lazy(group, maps, device, metrics)
         for name in maps:
             size = _bytes(group, name)
             if size <= left:
@@ -211,9 +241,9 @@ def kept_entries(total: int, memory: int, itemsize: int) -> int:
     return max(0, min(DENSE_ENTRIES, (memory - total) // itemsize))
 
 
-def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device) -> _Lazy:
-    files = {name: [ShardFile(layout.direction_file(each.folder, name, each.shard)) for each in group] for name in maps}
-    return _Lazy(files, device)
+def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device, metrics: Metrics | None) -> _Lazy:
+    files = {name: [ShardFile.of(each.folder, name, each.shard) for each in group] for name in maps}
+    return _Lazy(files, device, metrics)
 
 
 def _itemsize(directions: Mapping[str, Any]) -> int:

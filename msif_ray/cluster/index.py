@@ -99,7 +99,8 @@ class _IndexWork:
             squares = squared_norms(activations, gradients)
             norms += squares.double()
             # What overflows is refused by its norm when the block is written; a decomposition would raise here.
-            gradients = torch.where(squares.isfinite()[:, None, None], gradients, 0.0)
+            finite = squares.isfinite()[:, None, None]
+            activations, gradients = (torch.where(finite, each, 0.0) for each in (activations, gradients))
             parts = [
                 compress(metric, joined_rows(activations, rows), joined_rows(gradients, rows), self.job.rank)
                 for _, rows in groups
@@ -136,9 +137,11 @@ def write_metric(map_name: str, folder: Path, factors: Path, damping: Mapping[st
 
 
 def load_metric(folder: Path, map_name: str, device: torch.device) -> Metric:
-    """One map's metric from the folder of an index. Raises UserError, saying what to do, for a damaged file."""
+    """One map's metric from the folder of an index. Raises UserError, saying what to do, for a file that is damaged or
+    another map's."""
     with whole(folder):
         file = TensorFile(layout.metric_file(folder, map_name))
+        file.check("map", map_name)
         tensors = {name: file.tensor(name).to(device) for name in file.names}
     basis = Basis(tensors["activation_basis"], tensors["gradient_basis"])
     return Metric(basis, tensors["gradient_weights"], tensors["activation_weights"])
@@ -181,7 +184,7 @@ class IndexTask:
             whole = self._documents(found, owners, documents)
             tensors |= {f"{each.name}/{name}": getattr(whole, each.name) for each in fields(whole)}
         skipped = [(skip.document_id, skip.reason) for skip in outcome.skipped]
-        about = {"documents": json.dumps(list(documents)), "skipped": json.dumps(skipped)}
+        about = {"block": block.id, "documents": json.dumps(list(documents)), "skipped": json.dumps(skipped)}
         save_tensors(layout.index_block(self.folder, block.id), tensors, about)
 
     def _documents(self, found: Packed, owners: Sequence[str], documents: Mapping[str, int]) -> Packed:

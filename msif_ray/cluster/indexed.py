@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from msif_ray import layout
-from msif_ray.cluster.directions import LoadedDirections
 from msif_ray.cluster.index import load_metric
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.room import RankResources, own_device
@@ -23,9 +22,9 @@ from msif_ray.cluster.workers import BlockReplica, Counted
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.corpus.windows import Skipped
+from msif_ray.errors import DamagedError
 from msif_ray.indexes import read_manifest, whole
 from msif_ray.influence.compress import Packed
-from msif_ray.influence.directions import Directions
 from msif_ray.influence.scoring import Scorer
 from msif_ray.tensorfile import TensorFile
 
@@ -33,7 +32,7 @@ from msif_ray.tensorfile import TensorFile
 class IndexBlock:
     """One block of an index: pseudo-tokens in place of a captured batch's tokens, read from storage when asked for.
 
-    Raises UserError, saying what to delete, for a file that is missing or damaged.
+    Raises UserError, saying what to delete, for a file that is missing, damaged or of other documents or maps.
     """
 
     def __init__(self, folder: Path, groups: Sequence[Sequence[str]], block: str, dtype: torch.dtype) -> None:
@@ -42,10 +41,14 @@ class IndexBlock:
         self.device = torch.device("cpu")
         with whole(folder):
             opened = [TensorFile(layout.index_block(layout.index_group(folder, i), block)) for i in range(len(groups))]
-            for file, maps in zip(opened, groups, strict=True):
-                self._files |= dict.fromkeys(maps, file)
             first = opened[0]
             self.documents: list[str] = json.loads(first.metadata["documents"])
+            for file, maps in zip(opened, groups, strict=True):
+                file.check("block", block)
+                of_maps = {*file.names} >= {f"scales/{name}" for name in maps} if self.documents else True
+                if file.metadata["documents"] != first.metadata["documents"] or not of_maps:
+                    raise DamagedError(f"{file.path} is in the wrong place: it is of other documents or other maps")
+                self._files |= dict.fromkeys(maps, file)
             self.skipped = [Skipped(*skip) for skip in json.loads(first.metadata["skipped"])]
             self.n_tokens: list[int] = first.tensor("n_tokens").tolist()
             self.squared_norms = torch.stack([file.tensor("squared_norms") for file in opened]).sum(0)
@@ -102,8 +105,7 @@ class IndexedReplica(BlockReplica):
         setup, job = self._task.score.setup, self._task.score.job
         torch.set_num_threads(setup.threads)
         maps = [name for group in self._task.groups for name in group]
-        loaded = load_directions(job.directions, maps, self._device, job.memory)
-        return indexed_scorers(loaded, self._task.folder, self._device)
+        return indexed_scorers(job.directions, maps, self._device, job.memory, self._task.folder)
 
     @property
     def _device(self) -> torch.device:
@@ -120,35 +122,16 @@ class IndexedReplica(BlockReplica):
         return Counted(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
 
 
-def indexed_scorers(loaded: LoadedDirections, folder: Path, device: torch.device) -> list[Scorer]:
-    """Scorers of the same queries against the pseudo-tokens of an index.
+def indexed_scorers(
+    queries: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None, folder: Path
+) -> list[Scorer]:
+    """Scorers of the `queries` in these folders against the pseudo-tokens of the index in `folder`.
 
-    Directions that are in memory are rotated once, one map's metric in memory at a time; those that are read for every
-    batch are rotated then. Documents' norms are in the index.
+    Directions are rotated as they are read, a shard at a time, so that they take the `memory` that they take in exact
+    scoring, beside one map's metric. Documents' norms are in the index.
     """
-    rotated = [_Rotated(scorer.directions, folder, device) for scorer in loaded.scorers]
-    if loaded.streamed:
-        return [Scorer(each, dense_entries=0, norms=False) for each in rotated]
-    entries = [scorer.dense_entries for scorer in loaded.scorers]
-    return [Scorer(dict(each), left, norms=False) for each, left in zip(rotated, entries, strict=True)]
-
-
-@dataclass(frozen=True)
-class _Rotated(Mapping[str, Directions]):
-    """Directions in the metrics of an index, rotated when asked for."""
-
-    directions: Mapping[str, Directions]
-    folder: Path
-    device: torch.device
-
-    def __getitem__(self, name: str) -> Directions:
-        return load_metric(self.folder, name, self.device).directions(self.directions[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.directions)
-
-    def __len__(self) -> int:
-        return len(self.directions)
+    metrics = functools.partial(load_metric, folder, device=device)
+    return load_directions(queries, maps, device, memory, norms=False, metrics=metrics).scorers
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msif_ray.cluster.curvature import Curvature
-from msif_ray.cluster.directions import LoadedDirections, load, stored_bytes
+from msif_ray.cluster.directions import LoadedDirections, Metrics, load, stored_bytes
 from msif_ray.cluster.jobs import Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.influence.capture import Captured
@@ -197,10 +197,15 @@ class _TokenWork:
 
 
 def load_directions(
-    folders: Sequence[Path], maps: Sequence[str], device: torch.device, memory: int | None, norms: bool = True
+    folders: Sequence[Path],
+    maps: Sequence[str],
+    device: torch.device,
+    memory: int | None,
+    norms: bool = True,
+    metrics: Metrics | None = None,
 ) -> LoadedDirections:
-    """The directions of several folders as one list of queries, within `memory` bytes, or a share of what is free."""
-    return load(folders, maps, device, memory or _share_of_free(device), norms)
+    """As `directions.load`, within `memory` bytes, or a share of what is free."""
+    return load(folders, maps, device, memory or _share_of_free(device), norms, metrics)
 
 
 def left_beside(directions: int, both: int) -> int:

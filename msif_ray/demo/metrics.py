@@ -84,6 +84,7 @@ def spearman(scores: Scores, others: Scores) -> Scores:
 
 
 def overlap(scores: Scores, others: Scores, k: int) -> Scores:
-    """The share of each query's k highest documents by `others` that are among those by `scores`; `[queries]`."""
+    """The share of each query's k highest documents by `others`, or of all where there are fewer, that are among those
+    by `scores`; `[queries]`."""
     highest = [np.argsort(-each, axis=1, kind="stable")[:, :k] for each in (scores, others)]
-    return np.array([len(np.intersect1d(first, second)) / k for first, second in zip(*highest, strict=True)])
+    return np.array([len(np.intersect1d(first, second)) / len(first) for first, second in zip(*highest, strict=True)])

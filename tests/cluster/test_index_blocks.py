@@ -1,6 +1,8 @@
 """A block of an index, in one process: its scores are the package's exact ones and the dense reference's."""
 
+import gc
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +15,9 @@ import torch
 from influence import pipeline
 
 from msif_ray import layout
-from msif_ray.cluster.directions import LoadedDirections
-from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
+from msif_ray.cluster import indexed
+from msif_ray.cluster.directions import save_shard
+from msif_ray.cluster.index import IndexJob, IndexTask, load_metric, write_metric
 from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.corpus.reader import Block
@@ -22,7 +25,7 @@ from msif_ray.corpus.windows import Skipped
 from msif_ray.errors import UserError
 from msif_ray.influence.queries import truncate
 from msif_ray.influence.scoring import Scorer
-from msif_ray.store import save_tensors
+from msif_ray.store import save_tensors, write_json
 
 QUERIES = models.random_documents(7, 3, words=(2, 9), completions=True, prefix="query")
 SMALL = {"strength": 1e-3, "damping": 1e-3}
@@ -76,14 +79,24 @@ def read(case: Any, folder: Path, dtype: torch.dtype = torch.float64) -> IndexBl
     return IndexBlock(folder / "index", [case.maps], "00000-0000000", dtype)
 
 
+def write_queries(folder: Path, carried: dict[str, torch.Tensor], rank: int | None = None) -> Path:
+    """The queries as a run has them on storage, a shard each; with `rank`, at low rank."""
+    cut, maps = [(n, n + 1) for n in range(len(QUERIES))], {}
+    for name, matrices in carried.items():
+        for n, stop in cut:
+            each, kept = truncate(matrices[n:stop], rank)
+            save_shard(layout.direction_file(folder, name, (n, stop)), each, torch.tensor([rank or 1]), kept, {})
+        maps[name] = {"shape": list(matrices.shape[1:]), "vectors": [rank] * len(cut)}
+    write_json(layout.directions_manifest(folder), {"shards": cut, "itemsize": 8, "maps": maps})
+    return folder
+
+
 def scores(
-    case: Any, folder: Path, carried: dict[str, torch.Tensor], rank: int | None = None, streamed: int = 0
+    case: Any, folder: Path, carried: dict[str, torch.Tensor], rank: int | None = None, memory: int = 2**30
 ) -> Any:
-    """As `pipeline.score` gives them; with `rank`, directions of low rank."""
-    block = read(case, folder)
-    directions = {name: truncate(each, rank)[0] for name, each in carried.items()}
-    loaded = LoadedDirections([Scorer(directions)], [len(QUERIES)], streamed)
-    found = block.score(indexed_scorers(loaded, folder / "index", torch.device("cpu")))
+    """As `pipeline.score` gives them, within the memory; with `rank`, directions of low rank."""
+    block, queries = read(case, folder), write_queries(folder / "queries", carried, rank)
+    found = block.score(indexed_scorers([queries], case.maps, torch.device("cpu"), memory, folder / "index"))
     return {
         (query["id"], window.document_id): (
             float(window.scores[q]),
@@ -108,8 +121,8 @@ def test_full_rank_is_the_exact_path(case: Any, tmp_path: Path, tokens: int) -> 
     build(case, tmp_path, tokens=tokens)
     carried = pipeline.carry(case.stages, case.factors, QUERIES)
     wanted, _ = pipeline.score(pipeline.dense(carried), case.stages[0], QUERIES, case.stages[0].documents)
-    for streamed in (0, 1):  # rotated once, or for every block
-        assert error(scores(case, tmp_path, carried, streamed=streamed), wanted) < 1e-9
+    for memory in (2**30, 20_000, 1):  # rotated once, some of them or all for every block
+        assert error(scores(case, tmp_path, carried, memory=memory), wanted) < 1e-9
     assert [skip.document_id for skip in read(case, tmp_path).outcome.skipped] == ["short"]
 
 
@@ -144,7 +157,31 @@ def test_directions_of_low_rank(case: Any, tmp_path: Path) -> None:
     carried = pipeline.carry(case.stages, case.factors, QUERIES)
     directions = {name: truncate(each, 3)[0] for name, each in carried.items()}
     wanted, _ = pipeline.score(directions, case.stages[0], QUERIES, case.stages[0].documents)
-    assert error(scores(case, tmp_path, carried, rank=3), wanted) < 1e-9
+    for memory in (2**30, 1):
+        assert error(scores(case, tmp_path, carried, rank=3, memory=memory), wanted) < 1e-9
+
+
+def tensor_bytes() -> int:
+    """Of all tensors of this process."""
+    found = (each.untyped_storage() for each in gc.get_objects() if type(each) is torch.Tensor)
+    return sum({each.data_ptr(): each.nbytes() for each in found}.values())
+
+
+def test_directions_are_in_memory_once(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as they were carried back and in the coordinates of the index."""
+    build(case, tmp_path)
+    carried = pipeline.carry(case.stages, case.factors, QUERIES)
+    total, queries = sum(each.nbytes for each in carried.values()), write_queries(tmp_path / "queries", carried)
+    before, held = tensor_bytes(), []
+
+    def loaded(folder: Path, name: str, device: torch.device) -> Any:
+        if name == case.maps[-1]:
+            held.append(tensor_bytes() - before)
+        return load_metric(folder, name, device)
+
+    monkeypatch.setattr(indexed, "load_metric", loaded)
+    indexed_scorers([queries], case.maps, torch.device("cpu"), 2**30, tmp_path / "index")
+    assert len(held) == 1 and 0 < held[0] < total
 
 
 def test_fewer_ranks_and_bits_cost_agreement(case: Any, tmp_path: Path) -> None:
@@ -163,12 +200,13 @@ def test_fewer_ranks_and_bits_cost_agreement(case: Any, tmp_path: Path) -> None:
     assert files[2] > 1.5 * files[1]
 
 
-def test_a_gradient_that_is_not_finite_names_its_document(case: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("side", [0, 1], ids=["activation", "gradient"])
+def test_a_gradient_that_is_not_finite_names_its_document(case: Any, tmp_path: Path, side: int) -> None:
     task = build(case, tmp_path, rank=2)
     work = task.job.start(case.maps, torch.device("cpu"))
     stage = case.stages[0]
     for captured in pipeline.captures(stage, stage.documents[:3], pipeline.TOGETHER):
-        captured.vectors(case.maps[0])[1][0, 0, 0] = float("inf")
+        captured.vectors(case.maps[0])[side][0, 0, 0] = float("inf")
         work.add(captured)
         at_fault = captured.batch.keys[0].document_id
     outcome = Outcome({document["id"]: 1 for document in stage.documents[:3]}, (), 0)
@@ -193,5 +231,37 @@ def test_a_damaged_file_is_named(case: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{path} is damaged: .*; delete it, and run `msif index`") as refused:
         block = read(case, tmp_path)
         for name in case.maps:
-            block.packed(name)
+            block.vectors(name)
     assert "\n" not in str(refused.value)
+
+
+def test_a_block_in_the_place_of_another_is_named(case: Any, tmp_path: Path) -> None:
+    """Of the same run, so that its checksums fit."""
+    task, index = build(case, tmp_path), tmp_path / "index"
+    other = replace(task, folder=layout.index_group(index, 1))
+    other.write(Block("00000-0000000", ()), Outcome({}, (Skipped("a", "text is null"),), 0), [])
+    other.write(Block("00000-0000001", ()), Outcome({}, (), 0), [])
+
+    def refusal(groups: Any, block: str) -> str:
+        with pytest.raises(UserError) as refused:
+            IndexBlock(index, groups, block, torch.float64)
+        return str(refused.value)
+
+    path = layout.index_block(index / "0000", "00000-0000001")
+    path.write_bytes(layout.index_block(index / "0000", "00000-0000000").read_bytes())
+    where = "is in the wrong place: its block is 00000-0000000, not 00000-0000001; delete it, and run `msif index`"
+    assert refusal([case.maps], "00000-0000001").startswith(f"{path} {where}")
+    of_others = "is in the wrong place: it is of other documents or other maps; delete it, and run `msif index`"
+    path = layout.index_block(index / "0001", "00000-0000000")
+    assert refusal([case.maps[:1], case.maps[1:]], "00000-0000000").startswith(f"{path} {of_others}")
+    path = layout.index_block(index / "0000", "00000-0000000")
+    assert refusal([["of another group"]], "00000-0000000").startswith(f"{path} {of_others}")
+
+
+def test_a_metric_in_the_place_of_another_is_named(case: Any, tmp_path: Path) -> None:
+    build(case, tmp_path)
+    one, other = (layout.metric_file(tmp_path / "index", name) for name in case.maps[:2])
+    one.write_bytes(other.read_bytes())
+    message = f"{one} is in the wrong place: its map is {case.maps[1]}, not {case.maps[0]}; delete it, and run `msif "
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        load_metric(tmp_path / "index", case.maps[0], torch.device("cpu"))

@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from msif_ray.demo.metrics import found_by_query, quality, random_quality, ranking
+from msif_ray.demo.metrics import found_by_query, overlap, quality, random_quality, ranking
 
 
 def test_counts_by_hand():
@@ -46,3 +46,10 @@ def test_random_is_the_mean_over_all_orders():
 def test_a_query_without_a_stating_document_is_refused():
     with pytest.raises(ValueError, match="every query"):
         quality(np.zeros((1, 3)), np.zeros((1, 3), dtype=bool))
+
+
+@pytest.mark.parametrize("k", [3, 10])
+def test_the_same_scores_overlap_wholly_of_however_few_documents(k):
+    scores = np.array([[0.9, 0.1, 0.5], [0.1, 0.2, 0.3]])
+    assert list(overlap(scores, scores, k)) == [1, 1]
+    assert list(overlap(scores, -scores, 1)) == [0, 0]
