@@ -154,7 +154,7 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises no other class, and transformers many
-        raise UserError(f"{key}: no tokenizer loads from {folder}: {one_line(error)}") from None
+        raise UserError(f"{key}: no tokenizer loads from {folder}: {_why(error)}") from None
     # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
     vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((Path(folder) / file).exists() for file in vocabularies):
@@ -179,7 +179,14 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # a wrong value fails where a model first uses it, as whatever that raises
-        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {one_line(error)}") from None
+        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    """What transformers raises, but for its advice to run code that a model brings."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is not run here; name one that transformers has a class for"
+    return one_line(error)
 
 
 def _context(config: Any, model: nn.Module) -> int | None:

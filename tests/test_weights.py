@@ -291,6 +291,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"llama has attention_type block_sparse, .*; write original_full in its config\.json",
     ),
     "heads that do not divide": (configure(num_attention_heads=3), r"llama is not a causal .*not a multiple"),
+    "code of its own": (
+        configure(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        r"llama is not a causal language model that loads: it brings code of its own, which is not run here; name one",
+    ),
     "no heads": (configure(num_attention_heads=0), r"llama is not a causal .*by zero"),
     **{
         f"quantised: {said}": (
@@ -383,6 +387,17 @@ def test_an_expert_that_is_missing_is_refused(part: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"^stages\.0\.model: .*(experts|MixtralForCausalLM)") as error:
         check(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_so_is_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+    folder = save(models.build_model("llama", 0), tmp_path / "llama")
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(
+        UserError, match=r"^tokenizer: no tokenizer loads from .*llama: it brings code of its own, which"
+    ):
+        load_tokenizer(str(folder), "tokenizer")
 
 
 def test_a_tokenizer_of_a_newer_library_is_one_line(tmp_path: Path) -> None:
