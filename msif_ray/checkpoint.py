@@ -60,12 +60,13 @@ def check_checkpoint(
     key: str,
     blocks: Blocks | None = None,
     earlier: Sequence[Checkpoint] = (),
+    dtype: str | None = None,
 ) -> Checkpoint:
     """Finds and checks a stage's model, and finds its tokenizer. An adapter is merged into the model of one of the
     `earlier` stages first.
 
     Raises UserError, naming the key, file or tensor, for a model that is not there, has no safetensors or not all of
-    its tensors, is of an unknown kind or quantised, or holds a number that is not finite.
+    its tensors, is of an unknown kind or quantised, or holds a number that is not finite, in the run's `dtype` too.
     """
     folder, source = _obtain(stage.model, stage.revision, MODEL_FILES, f"{key}.model")
     if stage.revision is not None and not source.startswith(HUB):
@@ -88,7 +89,7 @@ def check_checkpoint(
         raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
     config, model = _outline(folder, key, _classifies(stage))
     maps = _maps(model, modules, blocks, key)
-    _check_weights(model, folder, key)
+    _check_weights(model, folder, key, dtype)
     tokenizer, tokenizer_source = folder, source
     if stage.tokenizer is not None:
         tokenizer, tokenizer_source = _obtain(stage.tokenizer, None, TOKENIZER_FILES, f"{key}.tokenizer")
@@ -153,7 +154,7 @@ def load_tokenizer(folder: str, key: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises no other class, and transformers many
-        raise UserError(f"{key}: no tokenizer loads from {folder}: {one_line(error)}") from None
+        raise UserError(f"{key}: no tokenizer loads from {folder}: {_why(error)}") from None
     # Without a vocabulary, transformers makes an empty tokenizer of the model's kind and says nothing.
     vocabularies = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((Path(folder) / file).exists() for file in vocabularies):
@@ -178,7 +179,14 @@ def _outline(folder: Path, key: str, classifies: bool) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:  # a wrong value fails where a model first uses it, as whatever that raises
-        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {one_line(error)}") from None
+        raise UserError(f"{key}.model: {folder} is not a {what} that loads: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    """What transformers raises, but for its advice to run code that a model brings."""
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is not run here; name one that transformers has a class for"
+    return one_line(error)
 
 
 def _context(config: Any, model: nn.Module) -> int | None:
@@ -254,13 +262,13 @@ def _check_attention(config: Any, folder: Path, key: str) -> None:
         )
 
 
-def _check_weights(model: Any, folder: Path, key: str) -> None:
+def _check_weights(model: Any, folder: Path, key: str, dtype: str | None) -> None:
     """That the files are the model's takes no time; reading every number comes last."""
     try:
         files = weight_files(folder, model.config)
         check_complete(model, folder, files)
         for file in files:
-            for _ in finite_tensors(file):
+            for _ in finite_tensors(file, dtype):
                 pass
     except UserError as error:
         raise UserError(f"{key}.model: {error}") from None

@@ -5,11 +5,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import xxhash
 from filelock import FileLock
 
 from msif_ray.errors import UserError
@@ -34,6 +35,9 @@ HUB, LISTED, FOLDER = "hub://", "listed://", "folder://"
 MERGED = "merged://"
 # What tells a file of weights from another of its size, without a pass over it: parts of so many bytes, evenly spread.
 SAMPLES, SAMPLE_BYTES = 16, 4096
+READ_BYTES = 2**22
+# Folders of the cache whose contents this process has read and found as they were made.
+_READ: set[Path] = set()
 
 Listing = list[tuple[str, int, str]]
 
@@ -88,16 +92,15 @@ def merged(digest: str, adapter: str, base: str, tokenizer: str) -> tuple[Path, 
 
     Merged once per node and `digest`, which stands for the state of all three. Raises UserError where that cannot be.
     """
+
+    def make(temporary: Path) -> None:
+        from msif_ray.lora import merge  # here: it imports torch, which most that import this module do not need
+
+        merge(Path(local_model(adapter)), Path(local_model(base)), Path(local_tokenizer(tokenizer)), temporary)
+
     folder = cache_folder() / digest
     with storage(f"{folder} (a merged model)", "written"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{digest}.lock"):
-            if not folder.is_dir():
-                from msif_ray.lora import merge  # here: it imports torch, which most that import this do not need
-
-                parts = Path(local_model(adapter)), Path(local_model(base)), Path(local_tokenizer(tokenizer))
-                with _whole(folder) as temporary:
-                    merge(*parts, temporary)
+        _made(folder, make)
     return folder, f"{MERGED}{json.dumps([digest, adapter, base, tokenizer])}"
 
 
@@ -169,20 +172,48 @@ def _copy(url: str, files: Listing) -> Path:
     name = _digest([(url, 0, ""), *files])
     folder = cache_folder() / name
     with storage(f"{url} (its local copy {folder})", "fetched"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{name}.lock"):
-            if not _has(folder, files):
-                shutil.rmtree(folder, ignore_errors=True)
-                _fetch(url, files, folder)
+        _made(folder, lambda temporary: _fetch(url, files, temporary))
     return folder
 
 
-def _has(folder: Path, files: Listing) -> bool:
-    """Whether a copy has all its files at their sizes: one may have been deleted, or cut short by a full disk."""
+def _made(folder: Path, make: Callable[[Path], None]) -> None:
+    """Has `make` fill a folder of the cache, whole or not at all, unless it is there as it was made: once per node.
+    Processes look at the same time, and make one after the other."""
+    if _as_made(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not _as_made(folder):
+            with _whole(folder) as temporary:
+                make(temporary)
+
+
+def _as_made(folder: Path) -> bool:
+    """Whether a folder of the cache has all its files as they were written: one may have been deleted since, cut short
+    by a full disk, or spoilt by a bad one or by a crash. Contents are read once in a process, sizes always."""
     try:
-        return all((folder / name).stat().st_size == size for name, size, _ in files)
-    except OSError:
+        made = json.loads(_sums(folder).read_bytes())
+        whole = all((folder / name).stat().st_size == size for name, (size, _) in made.items())
+        if whole and folder not in _READ:
+            whole = all(_checksum(folder / name) == checksum for name, (_, checksum) in made.items())
+    except (OSError, ValueError):
         return False
+    if whole:
+        _READ.add(folder)
+    return whole
+
+
+def _sums(folder: Path) -> Path:
+    """Where the sizes and checksums of a cached folder's files are: beside it, since libraries read all that is in."""
+    return folder.with_name(f"{folder.name}.sums")
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def cache_folder() -> Path:
@@ -208,28 +239,31 @@ def _chosen(url: str, files: Listing, patterns: Sequence[str]) -> Listing:
 
 
 def _fetch(url: str, files: Listing, folder: Path) -> None:
-    """Downloads into the folder, whole or not at all. Called under its lock."""
     source, root = filesystem(path_of(url))
-    with _whole(folder) as temporary:
-        for name, size, _ in files:
-            target = temporary / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.get_file(f"{root.rstrip('/')}/{name}", str(target))
-            if target.stat().st_size != size:
-                raise _changed(url)
-        if not set(files) <= set(listing(url)):  # of one size, but written again meanwhile
+    for name, size, _ in files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        source.get_file(f"{root.rstrip('/')}/{name}", str(target))
+        if target.stat().st_size != size:
             raise _changed(url)
+    if not set(files) <= set(listing(url)):  # of one size, but written again meanwhile
+        raise _changed(url)
 
 
 @contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and is gone where it fails."""
+    """A temporary folder that takes the place of `folder` when the block ends, its checksums beside it, and is gone
+    where that fails."""
     for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.tmp"
     try:
         temporary.mkdir()
         yield temporary
+        files = {str(file.relative_to(temporary)): file for file in temporary.rglob("*") if file.is_file()}
+        made = {name: (file.stat().st_size, _checksum(file)) for name, file in files.items()}
+        shutil.rmtree(folder, ignore_errors=True)
+        _sums(folder).write_text(json.dumps(made), encoding="utf-8")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

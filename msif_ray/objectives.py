@@ -27,7 +27,7 @@ def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, C
             continue
         key, reference = f"stages.{index}.objective.reference", checkpoints[index - 1]
         if stage.objective.reference is not None:
-            reference = _named(stage.objective.reference, stage.name, index, run.modules)
+            reference = _named(stage.objective.reference, stage.name, index, run)
         tokenizer = load_tokenizer(checkpoints[index].tokenizer_path, f"stages.{index}.tokenizer")
         if reference.vocabulary < min(last_token(tokenizer) + 1, checkpoints[index].vocabulary):
             raise UserError(
@@ -47,10 +47,11 @@ def check_references(run: Run, checkpoints: Sequence[Checkpoint]) -> dict[int, C
     return found
 
 
-def _named(model: str, stage: str, index: int, modules: list[str] | None) -> Checkpoint:
+def _named(model: str, stage: str, index: int, run: Run) -> Checkpoint:
     key = f"stages.{index}.objective.reference"
     try:
-        return check_checkpoint(Stage(name=f"{stage}-reference", model=model), modules, key)
+        described = Stage(name=f"{stage}-reference", model=model)
+        return check_checkpoint(described, run.modules, key, dtype=run.cluster.dtype)
     except UserError as error:
         raise UserError(str(error).replace(f"{key}.model: ", f"{key}: ", 1)) from None
 

@@ -204,13 +204,18 @@ def size_of(path: Path) -> int:
         return sum(file.stat().st_size for file in found if file.is_file())
 
 
-def find(pattern: str) -> list[str]:
-    """The files and folders that a remote glob, or a remote path, names, as sorted URLs.
+def find(pattern: str) -> dict[str, bool]:
+    """The files and folders that a remote glob, or a remote path, names, as sorted URLs; of each, whether it is a
+    folder, which the listing says of all at once.
 
     Raises UserError when the storage does not list them.
     """
     files, name = filesystem(path_of(pattern))
     protocol = pattern.partition("://")[0]
     with storage(pattern, "listed"):
-        found = [name] if files.exists(name) else files.glob(name)
-    return sorted(f"{protocol}://{path}" for path in found)
+        if files.exists(name):
+            found = {name: files.isdir(name)}
+        else:
+            listed = files.glob(name, detail=True)
+            found = {path: about["type"] == "directory" for path, about in listed.items()}
+    return {f"{protocol}://{path}": found[path] for path in sorted(found)}

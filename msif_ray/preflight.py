@@ -82,7 +82,9 @@ def check(run: Run, say: Say = lambda _: None) -> Resolved:
     queries = _read_queries(run)
     checkpoints: list[Checkpoint] = []
     for index, stage in enumerate(run.stages):
-        checkpoints.append(check_checkpoint(stage, run.modules, f"stages.{index}", run.blocks, checkpoints))
+        checkpoints.append(
+            check_checkpoint(stage, run.modules, f"stages.{index}", run.blocks, checkpoints, run.cluster.dtype)
+        )
     _check_same_maps(checkpoints)
     run = fill_in(run, checkpoints)
     references = check_references(run, checkpoints)

@@ -107,11 +107,11 @@ def _missing(missing: Collection[str], stored: Mapping[str, Tensor]) -> str:
     return f"{said}{AGAIN}, with the config.json that belongs to it"
 
 
-def finite_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+def finite_tensors(file: Path, dtype: str | None = None) -> Iterator[tuple[str, Tensor]]:
     """A file's tensors, one after the other.
 
-    Raises UserError, naming file and tensor, for a number that is not finite, for a kind of numbers that only has a
-    meaning with scales beside it, and for a file that is not whole.
+    Raises UserError, naming file and tensor, for a number that is not finite, or not in the `dtype` that a run computes
+    in, for a kind of numbers that only has a meaning with scales beside it, and for a file that is not whole.
     """
     with _opened(file) as tensors:
         for name in list(tensors.keys()):
@@ -122,7 +122,20 @@ def finite_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                     raise UserError(f"{file}: the tensor {name} is of {kind}; {DEQUANTISE}")
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{file}: the tensor {name} holds a number that is not finite")
+                if dtype is not None and not _fits(tensor, getattr(torch, dtype)):
+                    raise UserError(
+                        f"{file}: the tensor {name} holds a number that {dtype} has not, and that would be infinite; "
+                        "set cluster.dtype: float64"
+                    )
             yield name, tensor
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether finite numbers stay finite. All but float64 is taken to: what is nearly float32's largest there is no
+    weight, but what masks are filled with."""
+    if tensor.dtype != torch.float64 or not tensor.numel():
+        return True
+    return bool(torch.stack(tensor.aminmax()).to(dtype).isfinite().all())
 
 
 @contextmanager

@@ -171,6 +171,9 @@ def test_many_files_are_listed_by_one_request(bucket: str, monkeypatch: pytest.M
     asked.clear()
     assert paths.missing([*(folder / name for name in names), folder / "none"]) == [folder / "none"]
     assert asked == ["list_objects_v2"]
+    asked.clear()
+    files = corpus_files(Documents(path=f"{folder}/part-*", text="text"), "key")
+    assert [file.name for file in files] == names and len(asked) < len(names)
     assert paths.matching(folder / names[0], "*") == [] == paths.matching(folder / "nowhere", "*")
 
 

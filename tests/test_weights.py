@@ -291,6 +291,10 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"llama has attention_type block_sparse, .*; write original_full in its config\.json",
     ),
     "heads that do not divide": (configure(num_attention_heads=3), r"llama is not a causal .*not a multiple"),
+    "code of its own": (
+        configure(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        r"llama is not a causal language model that loads: it brings code of its own, which is not run here; name one",
+    ),
     "no heads": (configure(num_attention_heads=0), r"llama is not a causal .*by zero"),
     **{
         f"quantised: {said}": (
@@ -308,6 +312,15 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+RANGES = [
+    ("float32", -1e39, False),
+    ("float32", 3.4e38, True),
+    ("bfloat16", 3.4e38, False),  # rounded up
+    ("bfloat16", 3.38e38, True),
+    ("float64", 1e300, True),
+]
+
+
 @pytest.mark.parametrize("case", FAULTS)
 def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
     spoil, message = FAULTS[case]
@@ -318,11 +331,45 @@ def test_a_fault_is_one_line(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("dtype", "number", "fits"), RANGES)
+def test_a_number_beyond_the_run_s_type_is_refused(dtype: str, number: float, fits: bool, tmp_path: Path) -> None:
+    """It would be infinite as soon as the model is loaded, and every document's loss with it."""
+    model = models.build_model("llama", 0)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = number
+    folder, stage = save(model, tmp_path / "llama"), Stage(name="s", model=str(tmp_path / "llama"))
+    assert check(folder).maps
+    if fits:
+        assert check_checkpoint(stage, None, "stages.0", dtype=dtype).maps
+        return
+    with pytest.raises(
+        UserError, match=rf"^stages\.0\.model: .*{DOWN} holds a number that {dtype} has not, .*float64$"
+    ):
+        check_checkpoint(stage, None, "stages.0", dtype=dtype)
+
+
 def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     """It would be in run.json as what was scored."""
     save(models.build_model("llama", 0), tmp_path)
     with pytest.raises(UserError, match=rf"^stages\.0\.revision: {tmp_path} is not of the hub and has no revisions; "):
         check(tmp_path, revision="main")
+
+
+def multimodal() -> PreTrainedModel:
+    """Gemma 3 as it is on the hub from four billion parameters on: a language model beside a vision tower."""
+    text = families.GEMMA | {"vocab_size": len(models.VOCABULARY), "pad_token_id": 3, "eos_token_id": 1}
+    vision = families.SIZES | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return models.randomise(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), 0)
+
+
+def test_what_no_text_enters_is_not_tracked(tmp_path: Path) -> None:
+    save(multimodal(), tmp_path)
+    found = check(tmp_path)
+    assert found.context == models.CONTEXT and found.vocabulary == len(models.VOCABULARY)
+    assert len(found.maps) == 14 and all(name.startswith("model.language_model.layers.") for name in found.maps)
+    with pytest.raises(UserError, match=r"^modules: '\*\.vision_tower\.\*' matches no linear map"):
+        check_checkpoint(Stage(name="s", model=str(tmp_path)), ["*.vision_tower.*"], "stages.0")
 
 
 def test_modules_that_a_model_has_not_say_which_model(tmp_path: Path) -> None:
@@ -340,6 +387,17 @@ def test_an_expert_that_is_missing_is_refused(part: str, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"^stages\.0\.model: .*(experts|MixtralForCausalLM)") as error:
         check(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_so_is_a_tokenizer_with_code_of_its_own(tmp_path: Path) -> None:
+    folder = save(models.build_model("llama", 0), tmp_path / "llama")
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(
+        UserError, match=r"^tokenizer: no tokenizer loads from .*llama: it brings code of its own, which"
+    ):
+        load_tokenizer(str(folder), "tokenizer")
 
 
 def test_a_tokenizer_of_a_newer_library_is_one_line(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ hold one model together.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -34,6 +34,7 @@ from msif_ray.influence.capture import Capture
 from msif_ray.influence.kept import KEPT_SHARE, KeptPasses
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
+from msif_ray.influence.padded import check_padding
 from msif_ray.layout import part_file
 from msif_ray.loading import auto_class, undo_inference
 from msif_ray.store import save_tensors
@@ -109,6 +110,9 @@ class Rank:
         undo_inference(self.model)
         self._switches = switches_of(self.model.config)
         self.maps = self._tracked = find_linear_maps(self.model, self.setup.modules, self.setup.blocks)
+        if self.setup.classifies:
+            with self._memory("used for a text"), self._sound():
+                check_padding(self.model, named(self.setup.model))
 
     def start(self, job: Job) -> None:
         """Begins a job; what an earlier one gathered is dropped."""
@@ -238,6 +242,10 @@ class Rank:
                 f"({one_line(error)})"
             ) from None
 
+    def _sound(self) -> AbstractContextManager[None]:
+        """Turns what the model's code raises into one line; not of shards: when one is lost, the others fail there."""
+        return told(named(self.setup.model), self.setup.dtype) if self.place.world == 1 else nullcontext()
+
     def _batches(self, windows: Sequence[Window], again: Mapping[WindowKey, bool] | None) -> list[list[Window]]:
         """The batches of all windows, or of those to be processed again: see `process`."""
         if again is None:
@@ -248,9 +256,7 @@ class Rank:
     def _capture(self, batches: Sequence[Sequence[Window]], empty_steps: int) -> list[list[bool]]:
         """Adds batches to the work, unless a loss is not finite; gives whether each window's is."""
         work = self._started()
-        # Of shards not: when a rank is lost, the others fail in the model's code.
-        sound = told(named(self.setup.model), self.setup.dtype) if self.place.world == 1 else nullcontext()
-        with self._memory("used for a batch"), sound, Capture(self.model, self._tracked) as capture:
+        with self._memory("used for a batch"), self._sound(), Capture(self.model, self._tracked) as capture:
             finite = [torch.isfinite(self._add(work, capture, to_batch(windows))).tolist() for windows in batches]
             for _ in range(empty_steps):
                 capture.run(to_batch([empty_window(self.setup.objective)]).to(self.device))

@@ -28,7 +28,7 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
     that is not UTF-8.
     """
     patterns = [documents.path] if isinstance(documents.path, str) else documents.path
-    paths: list[str] = []
+    paths: dict[str, bool] = {}
     for pattern in patterns:
         found = _found(pattern, key)
         if not found:
@@ -38,22 +38,25 @@ def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:
         if bad is not None:  # run.json and the ids of its documents could not hold it
             shown = os.fsencode(bad).decode(errors="backslashreplace")
             raise UserError(f"{key}.path: {shown}: its name is not UTF-8; rename it")
-        paths = list(dict.fromkeys([*paths, *found]))  # a glob may name a file twice, too, by two ways to it
+        paths |= found  # a glob may name a file twice, too, by two ways to it
     if not paths:
         raise UserError(f"{key}.path: names no file")
     root = os.path.commonpath([os.path.dirname(_comparable(path)) for path in paths])
-    return [CorpusFile(path, os.path.relpath(_comparable(path), root), _kind(path, key)) for path in paths]
+    return [
+        CorpusFile(path, os.path.relpath(_comparable(path), root), _kind(path, is_folder, key))
+        for path, is_folder in paths.items()
+    ]
 
 
-def _found(pattern: str, key: str) -> list[str]:
-    """The absolute paths or the URLs that a path or a glob names, sorted."""
+def _found(pattern: str, key: str) -> dict[str, bool]:
+    """The absolute paths or the URLs that a path or a glob names, sorted, and whether each is a folder."""
     try:
         if is_remote(pattern):
             return find(pattern)
     except UserError as error:
         raise UserError(f"{key}.path: {error}") from None
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    return [os.path.abspath(path) for path in found]
+    return {os.path.abspath(path): os.path.isdir(path) for path in found}
 
 
 def _comparable(path: str) -> str:
@@ -61,11 +64,9 @@ def _comparable(path: str) -> str:
     return "/" + path.replace("://", "/", 1) if is_remote(path) else path
 
 
-def _kind(path: str, key: str) -> Literal["parquet", "jsonl", "datasets"]:
-    folder = path_of(path)
-    with storage(f"{key}.path: {path}", "read"):
-        is_folder = folder.is_dir()
+def _kind(path: str, is_folder: bool, key: str) -> Literal["parquet", "jsonl", "datasets"]:
     if is_folder:
+        folder = path_of(path)
         if exists(folder / "state.json"):
             return "datasets"
         with storage(f"{key}.path: {path}", "listed"):

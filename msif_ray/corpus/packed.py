@@ -48,6 +48,9 @@ def row_parts(row: Mapping[str, Any], packed: Packed) -> list[Part] | NoParts:
         ids = _numbers(row[packed.ids], packed.ids)
         if not len(ids):
             return NoParts(f"{packed.ids} is empty")
+        if packed.mask is not None:
+            row = _without_padding(row, packed, len(ids))
+            ids = ids[: len(row[packed.ids])]
         alone = packed.attention == "document"
         values = tuple(ids.tolist())
         return [Part(values, start, stop, alone) for start, stop in _spans(ids, row, packed)]
@@ -70,6 +73,22 @@ def part_names(value: Any, row: str, count: int | None) -> list[str]:
     if any(each is None or each == "" for each in value):
         raise ValueError("has an empty id")
     return [str(each) for each in value]
+
+
+def _without_padding(row: Mapping[str, Any], packed: Packed, tokens: int) -> dict[str, Any]:
+    """The row without the padding that it ends with, by its mask."""
+    mask = row[str(packed.mask)]
+    if not isinstance(mask, list):
+        raise ValueError(f"{packed.mask} is {'null' if mask is None else f'not a list but {type(mask).__name__}'}")
+    real = _numbers([int(each) if isinstance(each, bool) else each for each in mask], str(packed.mask)) != 0
+    kept = int(_each_token(real, tokens, str(packed.mask)).sum())
+    if not kept:
+        raise ValueError(f"{packed.ids} are padding alone by {packed.mask}")
+    if not real[:kept].all():
+        raise ValueError(f"{packed.mask} has padding before other tokens; only padding at a row's end can be cut off")
+    by_token = [column for column in (packed.ids, packed.positions, packed.documents) if column is not None]
+    lists = {column: row[column] for column in by_token if isinstance(row[column], list)}
+    return {**row, **{column: _each_token(values, tokens, column)[:kept] for column, values in lists.items()}}
 
 
 def _spans(ids: numpy.ndarray, row: Mapping[str, Any], packed: Packed) -> list[tuple[int, int]]:

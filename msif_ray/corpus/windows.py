@@ -191,7 +191,25 @@ def _encode_part(tokenizer: "PreTrainedTokenizerBase", name: str, part: Part | N
     last = last_token(tokenizer)
     if max(ids, default=0) > last:
         return Skipped(name, f"token {max(ids)} is not in the tokenizer's vocabulary, whose last is {last}")
-    return _encoded(name, ids, own)
+    padding = _padding(tokenizer, part.own)
+    return Skipped(name, padding) if padding is not None else _encoded(name, ids, own)
+
+
+def _padding(tokenizer: "PreTrainedTokenizerBase", own: tuple[int, ...]) -> str | None:
+    """What shows that some of a packed document's own tokens are padding, or None.
+
+    One token of it may be a text's end, as it is of some models that also pad with it; where it is the EOS as well,
+    several may be, after a text.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if set(own) <= {pad, eos}:
+        return "it has no token but the tokenizer's padding or EOS"
+    if pad not in (None, eos) and (pad, pad) in (own[:2], own[-2:]):
+        return (
+            f"it begins or ends with padding ({tokenizer.pad_token}); cut that off the rows, or name the column of "
+            "their mask in `packed.mask`"
+        )
+    return None
 
 
 @lru_cache(maxsize=8)

@@ -26,8 +26,9 @@ def find_linear_maps(
 
     `patterns` are shell globs over dotted module names, and must each match a linear map. The
     default is every nn.Linear and Conv1D inside the blocks (a name with a layer number in it), and every matrix of
-    every expert there (`experts`), but for routers, which no pattern matches. Embeddings are not linear maps of
-    activations; the LM head is tracked only when a pattern without wildcards names it, a classification head never.
+    every expert there (`experts`), but for routers and what no text enters (a vision tower), which no pattern matches.
+    Embeddings are not linear maps of activations; the LM head is tracked only when a pattern without wildcards names
+    it, a classification head never.
     `blocks` cuts the maps of queries, keys and values (`blocks.cut`).
 
     Raises UserError for a pattern that matches nothing, for two maps that share one weight, by default for experts in
@@ -63,12 +64,20 @@ def find_linear_maps(
 def _candidates(model: nn.Module) -> dict[str, LinearMap]:
     found, linear = {}, (nn.Linear, _conv1d())
     routers = tuple(f"{name}." for name, module in model.named_modules() if _ROUTER.search(type(module).__name__))
+    without_text = tuple(f"{name}." for name, module in model.named_modules() if _of_no_text(module))
     for name, module in model.named_modules():
-        if isinstance(module, linear) and not f"{name}.".startswith(routers):
+        if isinstance(module, linear) and not f"{name}.".startswith(routers + without_text):
             found[name] = _describe(name, module)
-        elif is_fused(module):
+        elif is_fused(module) and not name.startswith(without_text):
             found |= {described.name: described for described in expert_maps(name, module)}
     return found
+
+
+def _of_no_text(module: nn.Module) -> bool:
+    """Whether it is the part of a multimodal model that takes images or sounds: transformers says what a model takes,
+    in several parts of it by their own classes, as a name or as several."""
+    modalities = getattr(module, "input_modalities", None)
+    return modalities is not None and "text" not in modalities
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -10,7 +10,7 @@ import ray
 import runs
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from msif_ray import layout
 from msif_ray.cluster import deaths, fit
@@ -20,6 +20,7 @@ from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.sharding import RankGroup
+from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Block, Document
 from msif_ray.errors import UserError
@@ -46,6 +47,16 @@ def covariances(setup: ModelSetup, found: tuple[Document, ...], step: Path) -> C
     one.accumulate(Block("0-0", found))
     one.commit(destination)
     return Coverage(tuple(read_disjoint(step)), frozenset({"0-0"}))
+
+
+def test_a_classifier_that_padding_reaches_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    sizes = {"vocab_size": len(models.VOCABULARY), "emb_dim": 8, "n_layers": 1, "n_heads": 2}
+    config = AutoConfig.for_model("xlm", **sizes, summary_type="last", pad_token_id=3, mask_token_id=4)
+    made = models.randomise(AutoModelForSequenceClassification.from_config(config), 0)
+    model = str(models.save(made, models.build_tokenizer(), tmp_path / "xlm"))
+    setup = ModelSetup("c", model, model, None, "float32", 8, False, 40, seed=0, threads=1, cuda=False)
+    with pytest.raises(UserError, match=rf"^objective: {model} .* reads a text in a padded batch otherwise than alone"):
+        Rank(replace(setup, objective=Classes(("a", "b"))))
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, document: str) -> None:

@@ -90,6 +90,68 @@ def test_a_row_that_cannot_be_told_apart_says_why(row: dict[str, Any], columns: 
     assert encode(TOKENIZER, Document("d", None, NoParts(reason)), append_eos=False) == Skipped("d", reason)
 
 
+MASKED = {"ids": [*IDS, 3, 3, 3], "mask": [1] * 8 + [0] * 3}
+# Of padding each of these columns has what some packer writes there.
+PADDED_WAYS = [
+    ({"lengths": "n"}, {"n": [4, 3, 1]}),
+    ({"positions": "p"}, {"p": [0, 1, 2, 3, 0, 1, 2, 0, 0, 0, 0]}),
+    ({"positions": "p"}, {"p": [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]}),
+    ({"documents": "d"}, {"d": [1, 1, 1, 1, 2, 2, 2, 3, 0, 0, 0]}),
+    ({"documents": "mask"}, {"mask": [1, 1, 1, 1, 2, 2, 2, 3, 0, 0, 0]}),
+    ({"eos": E}, {"mask": [True] * 8 + [False] * 3}),
+]
+
+
+@pytest.mark.parametrize(("columns", "row"), PADDED_WAYS)
+def test_padding_that_a_mask_tells_is_no_document_s(columns: dict[str, Any], row: dict[str, Any]) -> None:
+    """Nor does a document's last token have any of it after it."""
+    assert split(MASKED | row, mask="mask", **columns) == SPANS
+    documents = Documents(path="x.jsonl", packed=packed(mask="mask", **columns))
+    found = row_parts(MASKED | row, documents.packed)
+    assert isinstance(found, list) and all(part.ids == tuple(IDS) for part in found)
+
+
+BAD_MASKS = [
+    (None, "mask is null"),
+    (1, "mask is not a list but int"),
+    ([1, 1], "mask has 2 values for 11 tokens"),
+    ([0] * 11, "ids are padding alone by mask"),
+    ([1, 0] + [1] * 9, "mask has padding before other tokens; only padding at a row's end can be cut off"),
+    ([0.5] * 11, "mask are not whole numbers from zero on"),
+]
+
+
+@pytest.mark.parametrize(("mask", "reason"), BAD_MASKS)
+def test_a_mask_that_cannot_be_followed_says_why(mask: Any, reason: str) -> None:
+    assert split(MASKED | {"mask": mask}, mask="mask", eos=E) == reason
+
+
+def test_other_columns_of_a_masked_row_have_a_value_per_token() -> None:
+    assert split(MASKED | {"p": [0]}, mask="mask", positions="p") == "p has 1 values for 11 tokens"
+    assert split(MASKED | {"d": 3}, mask="mask", documents="d") == "d is not a list"
+
+
+def test_padding_that_no_mask_tells_is_not_scored() -> None:
+    """Without `mask` it is taken for documents, or for the end of one: told where the tokenizer's own token is seen."""
+    tokenizer = models.build_tokenizer(pad=True)
+    pad = tokenizer.pad_token_id
+
+    def reason(*own: int) -> str | None:
+        found = encode(tokenizer, Document("d", None, Part((4, 5, *own), 2, 2 + len(own), alone=False)), False)
+        return found.reason if isinstance(found, Skipped) else None
+
+    nothing, ends = "it has no token but the tokenizer's padding or EOS", r"it begins or ends with padding (<pad>); cut"
+    assert [reason(pad), reason(pad, pad), reason(E), reason(E, pad)] == [nothing] * 4
+    assert all(str(reason(*own)).startswith(ends) for own in ((6, 7, pad, pad), (pad, pad, 6, 7)))
+    assert [reason(6), reason(6, E, pad), reason(6, pad), reason(6, E, E), reason(6, pad, pad, 7)] == [None] * 5
+
+
+def test_rows_without_a_mask_say_nothing_of_it() -> None:
+    """Or a run of an earlier version could not go on."""
+    assert "mask" not in Documents(path="x", packed=packed(eos=1)).model_dump(mode="json")["packed"]
+    assert Documents(path="x", packed=packed(eos=1, mask="m")).model_dump(mode="json")["packed"]["mask"] == "m"
+
+
 def test_tokens_before_a_document_are_context_or_are_not_there() -> None:
     ids = tuple(IDS)
     targets = []

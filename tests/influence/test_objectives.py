@@ -35,10 +35,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from msif_ray.cluster.references import ReferenceJob
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.windows import to_batch
+from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
+from msif_ray.influence.padded import check_padding
 
 
 def largest_error(stages: list[reference.StageSpec], queries: Any, documents: Any, scored: int) -> float:
@@ -121,6 +123,42 @@ def test_an_encoder_is_read_where_it_says() -> None:
     made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
     stage = Classified("c", models.randomise(made, 0), models.build_tokenizer(), LABELLED[:6], **SMALL)
     assert texts_apart(stage) < 1e-7
+
+
+def encoder(kind: str, **changes: Any) -> Any:
+    sizes = {
+        "vocab_size": len(models.VOCABULARY),
+        "num_labels": 3,
+        "pad_token_id": 3,
+        "emb_dim": 8,
+        "embedding_size": 8,
+    }
+    config = AutoConfig.for_model(kind, **(sizes | families.SIZES | {"n_layers": 2, "n_heads": 2} | changes))
+    return models.randomise(AutoModelForSequenceClassification.from_config(config), 0)
+
+
+MIXING = [("xlm", {"summary_type": "last"}), ("flaubert", {"summary_type": "mean"}), ("convbert", {}), ("fnet", {})]
+
+
+@pytest.mark.parametrize(("kind", "changes"), MIXING)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_classifier_that_padding_reaches_is_refused(kind: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    with pytest.raises(UserError, match=r"^objective: some \(.*\) reads a text in a padded batch otherwise than alone"):
+        check_padding(encoder(kind, **changes).to(dtype), "some")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2", "xlm", "flaubert", "albert", "modernbert"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_that_it_does_not_reach_is_taken(kind: str, dtype: torch.dtype) -> None:
+    check_padding(encoder(kind).to(dtype), "some")
+
+
+@pytest.mark.parametrize("padding", [None, 0, 5])
+@pytest.mark.parametrize("kind", models.KINDS)
+def test_so_is_a_decoder_with_or_without_a_padding_token(kind: str, padding: int | None) -> None:
+    made = models.classifier(models.build_model(kind, 0), 1, pad_token_id=padding)
+    check_padding(made, "some")
+    assert made.config.pad_token_id == padding
 
 
 def test_sampled_classes_follow_the_model_and_not_the_batch() -> None:
