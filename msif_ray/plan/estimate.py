@@ -11,6 +11,7 @@ from msif_ray import stages
 from msif_ray.cluster.carry import carry_bytes
 from msif_ray.cluster.directions import kept_entries, shards
 from msif_ray.cluster.queries import largest_block
+from msif_ray.cluster.sharding import GLOO_COPIES
 from msif_ray.config import Score
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.influence.directions import Directions, join
@@ -119,7 +120,8 @@ class Estimate:
             return 0.0
         on_host = cluster.offload and bool(cluster.gpus_per_rank)  # the shard, too, is not on the GPU
         shard = 0.0 if on_host else size.parameters / cluster.ranks_per_replica
-        return max(0.0, getattr(torch, cluster.dtype).itemsize * (size.parameters - shard - size.gathered))
+        copies = 1 if cluster.gpus_per_rank else GLOO_COPIES
+        return max(0.0, getattr(torch, cluster.dtype).itemsize * (size.parameters - shard - copies * size.gathered))
 
     def peak(self, index: int, job: str, held: float) -> float:
         """A rank's bytes at most in a job of stage `index` that holds so much beside the model."""

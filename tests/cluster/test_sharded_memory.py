@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from msif_ray.cluster.sharding import load_sharded
+from msif_ray.cluster.sharding import GLOO_COPIES, gathered, load_sharded
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
@@ -32,6 +32,12 @@ CONFIG = LlamaConfig(
 # As shares of the model. Measured with four ranks: 0.35 while loading, 0.40 in steps; the shard is 0.25, and gloo
 # holds up to three copies of a weight while it gathers it. One rank alone: 1.10.
 LOADING, STEPS = 0.40, 0.425
+
+
+def weights() -> list[int]:
+    """The sizes of the model's weights, in elements."""
+    with torch.device("meta"):
+        return [weight.numel() for weight in AutoModelForCausalLM.from_config(CONFIG).parameters()]
 
 
 def write_checkpoint(folder: Path) -> int:
@@ -97,6 +103,7 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path: Path) -> None:
     for rank, (loading, steps) in enumerate(ranks.run(4, peaks, str(tmp_path))):
         print(f"rank {rank} of 4: {loading / total:.3f} of the model while loading, {steps / total:.3f} in steps")
         assert loading < LOADING * total and steps < STEPS * total
+        assert steps == pytest.approx(total / 4 + GLOO_COPIES * 4 * gathered(weights())[0], rel=0.1), "what plans say"
     # The same measurement sees a rank that does hold it.
     ((loading, steps),) = ranks.run(1, peaks, str(tmp_path))
     print(f"one rank alone: {loading / total:.3f} while loading, {steps / total:.3f} in steps")

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from msif_ray.cli import app
+from msif_ray.cluster.sharding import gathered
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
 from msif_ray.plan import trials
@@ -91,6 +92,24 @@ def test_what_is_kept_of_the_covariances_spares_the_corrections_their_passes(des
     assert none < half < passes
     assert with_half - bare == 40_000 < kept
     assert (passes - half) / (passes - none) == pytest.approx(40_000 / kept)
+
+
+@pytest.mark.parametrize(("gpus", "copies"), [(0, 3), (1, 1)])
+def test_a_rank_of_a_sharded_model_has_its_shard_and_what_is_gathered(tmp_path: Path, gpus: int, copies: int) -> None:
+    """On CPUs three times: DeepSpeed's buffer, gloo's, and the weight (see tests/cluster/test_sharded_memory.py)."""
+    models.save_pair(tmp_path, "gpt_neox", seed=5, tokenizer=models.build_tokenizer(pad=True), layers=16)
+    description = runs.two_stages(tmp_path, "run")
+
+    def memory(ranks: int) -> float:
+        cluster = description["cluster"] | {"ranks_per_replica": ranks, "gpus_per_rank": gpus}
+        plan = make_plan(parse_run(description | {"cluster": cluster}), measured=False)
+        found = next(step.memory for step in plan.steps if step.name == "pretrain: scores")
+        assert found is not None
+        return found
+
+    sizes = [weight.numel() for weight in models.load(tmp_path / "stage0")[0].parameters()]
+    held_by_others = sum(sizes) - sum(sizes) / 4 - copies * gathered(sizes)[0]
+    assert memory(1) - memory(4) == pytest.approx(8 * held_by_others) and held_by_others > 0
 
 
 def test_documents_with_a_token_that_the_model_has_not_are_not_usable(tmp_path: Path) -> None:
