@@ -80,13 +80,7 @@ def check_checkpoint(
         )
     elif stage.base is not None:
         raise UserError(f"{key}.base: {folder} is a model with its own weights and no adapter; leave `base` out")
-    files = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").exists():
-        inside = sorted(folder.glob(f"*/{CONFIG}"))  # where peft saves an adapter that has a name
-        meant = f"the adapter in its folder {inside[0].parent.name}" if inside else "a folder saved by save_pretrained"
-        raise UserError(f"{key}.model: {folder} has no config.json; name {meant}")
-    if not files:
-        raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
+    files = _weight_files(folder, key)
     config, model = _outline(folder, key, _classifies(stage))
     maps = _maps(model, modules, blocks, key)
     _check_weights(model, folder, key, dtype)
@@ -109,6 +103,17 @@ def check_checkpoint(
         adapter=adapter,
         switches=switches_of(config),
     )
+
+
+def _weight_files(folder: Path, key: str) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").exists():
+        inside = sorted(folder.glob(f"*/{CONFIG}"))  # where peft saves an adapter that has a name
+        meant = f"the adapter in its folder {inside[0].parent.name}" if inside else "a folder saved by save_pretrained"
+        raise UserError(f"{key}.model: {folder} has no config.json; name {meant}")
+    if not files:
+        raise UserError(f"{key}.model: {folder} has no .safetensors file; save the model with safe_serialization")
+    return files
 
 
 def _maps(model: Any, modules: list[str] | None, blocks: Blocks | None, key: str) -> dict[str, tuple[int, int]]:
