@@ -1,7 +1,6 @@
 """A pool of replicas on Ray: blocks go to whichever is idle, those that die are replaced, new ones join in."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +8,6 @@ from typing import Any, Self
 import ray
 
 from msif_ray.cluster import partials
-from msif_ray.cluster.ahead import Ahead
 from msif_ray.cluster.deaths import DEATHS, answer
 from msif_ray.cluster.jobs import FitJob, Job
 from msif_ray.cluster.outcomes import Outcome
@@ -17,6 +15,7 @@ from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.replica import Destination, Replica
 from msif_ray.cluster.room import RankResources, free_ranks, free_ranks_of
 from msif_ray.cluster.told import Progress
+from msif_ray.cluster.turns import Pass, Turns, Worker
 from msif_ray.config import Cluster
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block
@@ -33,32 +32,6 @@ WAIT_SECONDS = 10.0
 START_SECONDS = 3.0
 
 
-@dataclass(eq=False)
-class _Worker:
-    """A replica, the step that it has said to be ready for (what it has summed belongs there), and the blocks that it
-    has done in passes that see the same as `done_in`: the next of these may find what an earlier one kept. It
-    `has_model` when it was ready for the last step, and is not still loading; `had_room` when it was lent last."""
-
-    actor: Any
-    has_model: bool = False
-    had_room: bool = False
-    ready_for: Destination | None = None
-    done_in: object = None
-    done: set[str] = field(default_factory=set)
-
-    @property
-    def id(self) -> str:
-        return self.actor._actor_id.hex()
-
-
-@dataclass
-class _Turn:
-    """What a worker is asked: to get ready (no block), or to do a block."""
-
-    worker: _Worker
-    block: Block | None = None
-
-
 class ReplicaPool:
     """At most `replicas.max` replicas; those that the cluster has no room for yet wait, and join when it has.
 
@@ -68,7 +41,7 @@ class ReplicaPool:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._resources = RankResources.of(cluster)
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._deaths = 0
 
     def __enter__(self) -> Self:
@@ -173,7 +146,7 @@ class ReplicaPool:
                     "that the storage lists what is written to it, or that replicas live, and run the command again"
                 )
             undone = blocks.left(blocks.ids - left)
-            for _, outcome in self._stream("accumulate", setup, job, undone, progress, destination):
+            for _, outcome in self._stream(Pass("accumulate", setup, job, destination), undone, progress):
                 progress.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
             self._commit(destination)
             found = partials.read_disjoint(step, inputs)
@@ -186,74 +159,46 @@ class ReplicaPool:
         """Each block with what the job gave for it, in the order in which they are done."""
         done: set[str] = set()
         while blocks.ids - done:
-            for block, (outcome, taken) in self._stream("process", setup, job, blocks.left(done), progress):
+            for block, (outcome, taken) in self._stream(Pass("process", setup, job), blocks.left(done), progress):
                 done.add(block.id)
                 progress.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
                 yield block, outcome, taken
 
-    def _stream(
-        self,
-        method: str,
-        setup: ModelSetup,
-        job: Job,
-        blocks: Iterable[Block],
-        progress: Progress,
-        destination: Destination | None = None,
-    ) -> Iterator[tuple[Block, Any]]:
+    def _stream(self, what: Pass, blocks: Iterable[Block], progress: Progress) -> Iterator[tuple[Block, Any]]:
         """One pass over the blocks, begun when `replicas.min` are ready. What a dead replica had is left out."""
         self._fill()
+        fewest, job = self._cluster.replicas.min, what.job
         keeps = isinstance(job, FitJob) and not self._cluster.gpus_per_rank
-        passing = (setup, job.sampled_labels, job.tracked) if keeps else None
-        left = Ahead(iter(blocks), 2 * len(self._workers) if keeps else 1)
-        turns: dict[Any, _Turn] = {}
-
-        def prepare(worker: _Worker) -> None:
-            worker.has_model, worker.ready_for = False, None
-            if worker.done_in != passing:  # blocks of another corpus have the same names
-                worker.done_in, worker.done = passing, set()
-            turns[worker.actor.prepare.remote(setup, job, destination)] = _Turn(worker)
-
+        seen = (what.setup, job.sampled_labels, job.tracked) if keeps else None
+        turns = Turns(what, blocks, 2 * len(self._workers) if keeps else 1, seen)
         for worker in self._workers:
-            prepare(worker)
-        idle: list[_Worker] = []
-        alive: set[_Worker] = set()
-        ready, fewest = 0, self._cluster.replicas.min
-        exhausted = False
-        while not exhausted or any(turn.block is not None for turn in turns.values()):
-            if ready < fewest:
-                progress.wait(self._wanted(ready, fewest))
-            done, _ = ray.wait(list(turns), num_returns=1, timeout=WAIT_SECONDS)
-            if not done:
+            turns.prepare(worker)
+        while not turns.over:
+            if turns.ready < fewest:
+                progress.wait(self._wanted(turns.ready, fewest))
+            turn = turns.next(WAIT_SECONDS)
+            if turn is None:
                 continue
-            turn = turns.pop(done[0])
             try:
-                result = answer(done[0])
+                result = answer(turn.ref)
             except DEATHS as death:
-                prepare(self._replace(turn.worker, death, turn.block))
-                alive.discard(turn.worker)
-                progress.alive(len(alive))
+                turns.lost(turn.worker)
+                turns.prepare(self._replace(turn.worker, death, turn.block))
+                progress.alive(turns.alive)
                 continue
-            if turn.block is None and result is None:  # no room yet
-                prepare(turn.worker)
-                continue
-            if turn.block is None:
-                turn.worker.has_model, turn.worker.ready_for = True, destination
-                ready += 1
-                alive.add(turn.worker)
-                progress.alive(len(alive))
-            else:
+            if turn.block is not None:
                 self._deaths = 0
                 turn.worker.done.add(turn.block.id)
                 yield turn.block, result
-            idle.append(turn.worker)
-            while ready >= fewest and idle and not exhausted:
-                worker = idle.pop()
-                following = left.take(worker.done)
-                exhausted = following is None
-                if following is not None:
-                    turns[getattr(worker.actor, method).remote(following)] = _Turn(worker, following)
-        for waiting in turns:
-            ray.cancel(waiting)  # or a replica that comes later would load one step's model after another's
+                turns.done(turn.worker)
+            elif result is not None:
+                turns.prepared(turn.worker)
+                progress.alive(turns.alive)
+            else:  # no room yet
+                turns.prepare(turn.worker)
+            if turns.ready >= fewest:
+                turns.hand_out()
+        turns.cancel()
 
     def _commit(self, destination: Destination) -> None:
         """Writes what replicas have summed; a dead one's blocks stay uncovered and are done again."""
@@ -273,11 +218,11 @@ class ReplicaPool:
     def _wanted(self, ready: int, fewest: int) -> str:
         return f"{ready} of {fewest} replicas are ready; each takes {self._resources}"
 
-    def _spawn(self) -> _Worker:
+    def _spawn(self) -> Worker:
         resources = self._resources
-        return _Worker(ray.remote(Replica).options(**resources.actor).remote(resources))
+        return Worker(ray.remote(Replica).options(**resources.actor).remote(resources))
 
-    def _replace(self, worker: _Worker, death: Exception, block: Block | None = None) -> _Worker:
+    def _replace(self, worker: Worker, death: Exception, block: Block | None = None) -> Worker:
         self._deaths += 1
         if self._deaths > MOST_DEATHS * self._cluster.replicas.max:
             during = f" (the last one while it did block {block.id})" if block is not None else ""
@@ -291,7 +236,7 @@ class ReplicaPool:
         self._workers.append(replacement)
         return replacement
 
-    def _drop(self, worker: _Worker) -> None:
+    def _drop(self, worker: Worker) -> None:
         ray.kill(worker.actor)
         free_ranks_of(worker.id)
         self._workers.remove(worker)

@@ -45,7 +45,7 @@ def accumulate(
     `covers` gives for the pass's number and its blocks, as replicas leave that may have died."""
     passes: list[list[str]] = []
 
-    def one_pass(self: Any, method: str, setup: Any, job: Any, blocks: Iterator[Block], *_: Any) -> Iterator[Any]:
+    def one_pass(self: Any, what: Any, blocks: Iterator[Block], progress: Any) -> Iterator[Any]:
         done = list(blocks)
         passes.append([block.id for block in done])
         yield from ((block, Outcome({"d": 2}, (), 1)) for block in done)

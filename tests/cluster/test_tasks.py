@@ -12,10 +12,11 @@ import torch
 
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.outcomes import Outcome
-from msif_ray.cluster.pool import ReplicaPool, _Worker
+from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.replica import Replica
 from msif_ray.cluster.room import RankResources
 from msif_ray.cluster.tasks import SMALL_SHARE, SMALL_TASK, for_each_map
+from msif_ray.cluster.turns import Worker
 from msif_ray.config import Cluster
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
@@ -155,7 +156,7 @@ def test_a_replica_that_is_still_loading_when_a_pass_ends_is_not_idle(
     lets = [tmp_path / "first", tmp_path / "second"]
     actors = [ray.remote(Loading).options(num_cpus=0).remote(let) for let in lets]
     spawned = iter(actors)
-    monkeypatch.setattr(ReplicaPool, "_spawn", lambda self: _Worker(next(spawned)))
+    monkeypatch.setattr(ReplicaPool, "_spawn", lambda self: Worker(next(spawned)))
 
     def idle_after_a_pass() -> list[Any]:
         done = pool.map("setup", QueryJob(), Names(), Waiting())  # type: ignore[arg-type]
