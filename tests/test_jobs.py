@@ -107,5 +107,6 @@ runpy.run_path("jobs/attribute.py", run_name="__main__")
 
 
 def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=JOBS.parent, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, cwd=JOBS.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 130 and "Traceback" not in done.stderr
