@@ -55,7 +55,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends what is in the context as an exception does, with a line. By the handler that Ray has put in place
     the process prints a stack of addresses, and aborts in the end.
 
-    Where the whole process group is sent it, as by `timeout` or Slurm, Ray's processes end, too, and Ray's core ends this
+    Where the whole process group is sent it, as by `timeout` or Slurm, Ray's processes end, too, and its core ends this
     one as soon as it sees that, which may be before Python's handler has its turn. So a thread says the line at once.
     """
     if threading.current_thread() is not threading.main_thread():
