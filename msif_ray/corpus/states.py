@@ -1,6 +1,7 @@
 """Whether a file of a corpus is still what the run was checked with, on whichever node and however late it is read."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,8 +90,8 @@ class Watched:
         size = self._file.state[0] if self._file.kind == "jsonl" else None
         if state_of(self._file, size) != self._file.state:
             raise UserError(
-                f"{self._key}.path: {self._file.path} has changed since the run was checked; put it back as it was and "
-                "run the same command again, or name a new run_dir"
+                f"{self._key}.path: {self._file.path} has changed since the run was checked, or is another one on "
+                f"{socket.gethostname()}; put it back as it was and run the same command again, or name a new run_dir"
             )
         self._stamps = stamps
 
