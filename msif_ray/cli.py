@@ -2,14 +2,16 @@
 
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from msif_ray.config import load_run
 from msif_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from msif_ray.config import Run
 
 app = typer.Typer(
     help="Which pre-training documents made a fine-tuned language model say that?",
@@ -22,6 +24,14 @@ app = typer.Typer(
 Description = Annotated[str, typer.Argument(help="The run description, a YAML file.", show_default=False)]
 
 FinishedRun = Annotated[str, typer.Argument(help="The run_dir of a finished run.", show_default=False)]
+
+
+def load_run(description: str) -> "Run":
+    """The run of a description. What takes long to import is imported in commands alone: there Ctrl-C ends without a
+    traceback."""
+    from msif_ray import config
+
+    return config.load_run(description)
 
 
 @app.command("run")

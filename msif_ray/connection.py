@@ -22,6 +22,7 @@ ANSWER_SECONDS = 10.0
 # matter what it takes to start.
 IDLE_SECONDS = 60
 LOG_LEVEL = "RAY_BACKEND_LOG_LEVEL"
+ENDED = "msif: ended by SIGTERM; run the same command again to go on"
 
 
 @contextmanager
@@ -41,30 +42,51 @@ def connected() -> Iterator[None]:
         # Ray ends processes that have been idle for a second; each new one imports torch for some.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", str(1000 * IDLE_SECONDS))
         ray.init(address="local", log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    try:
-        _have_the_core_warn()
-        with _ended_by_sigterm():
+    with _ended_by_sigterm():
+        try:
+            _have_the_core_warn()
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends what is in the context as an exception does, with a line. By the handler that Ray has put in place
-    the process prints a stack of addresses, and aborts in the end."""
+    the process prints a stack of addresses, and aborts in the end.
+
+    Where the whole process group is sent it, as by `timeout` or Slurm, Ray's processes end, too, and its core ends this
+    one as soon as it sees that, which may be before Python's handler has its turn. So a thread says the line at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _end)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)  # as `set_wakeup_fd` asks
+    threading.Thread(target=_tell_of_sigterm, args=(reading,), daemon=True).start()
+    descriptor = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    handler = signal.signal(signal.SIGTERM, _end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+        signal.set_wakeup_fd(descriptor)
+        os.close(writing)  # which ends the thread
+
+
+def _tell_of_sigterm(signals: int) -> None:
+    """Says that a SIGTERM has come, where its number is read; of more of them nothing."""
+    told = False
+    with open(signals, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] == signal.SIGTERM and not told:
+                told = True
+                over_the_bar = "\r\x1b[2K" if os.isatty(2) else ""
+                os.write(2, f"{over_the_bar}{ENDED}\n".encode())
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit("msif: ended by SIGTERM; run the same command again to go on")
+    raise SystemExit(1)
 
 
 def _quieten_core() -> None:

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from msif_ray.errors import UserError
 from msif_ray.paths import filesystem, is_remote, listing, path_of, reason, storage
+from msif_ray.samples import not_here, samples
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
@@ -33,8 +34,6 @@ TOKENIZER_IDENTITY = (
 HUB, LISTED, FOLDER = "hub://", "listed://", "folder://"
 # a model that an adapter is merged into, in one state of both.
 MERGED = "merged://"
-# What tells a file of weights from another of its size, without a pass over it: parts of so many bytes, evenly spread.
-SAMPLES, SAMPLE_BYTES = 16, 4096
 READ_BYTES = 2**22
 # Folders of the cache whose contents this process has read and found as they were made.
 _READ: set[Path] = set()
@@ -112,6 +111,8 @@ def _local(source: str, patterns: Sequence[str]) -> str:
         return str(_hub_folder(name, revision or None, patterns))
     if source.startswith(FOLDER):
         digest, _, folder = source.removeprefix(FOLDER).partition("@")
+        if not os.path.isdir(folder):
+            raise not_here(folder)
         if patterns == MODEL_FILES and _weights(Path(folder)) != digest:
             raise _other_than_begun(folder)
         return folder
@@ -135,10 +136,8 @@ def _weights(folder: Path) -> str:
         for path in sorted(folder.glob("*.safetensors")):
             size = path.stat().st_size
             digest.update(f"{path.name}\0{size}\0".encode(errors="surrogateescape"))
-            with open(path, "rb", buffering=0) as file:
-                for sample in range(SAMPLES):
-                    file.seek(size * sample // SAMPLES)
-                    digest.update(file.read(SAMPLE_BYTES))
+            for sample in samples(path, size):
+                digest.update(sample)
     return digest.hexdigest()[:32]
 
 

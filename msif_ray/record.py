@@ -8,10 +8,10 @@ from typing import Any
 
 from msif_ray import __version__, layout
 from msif_ray.config import Detail, EkfacSolver, Run
-from msif_ray.corpus.census import fingerprint
 from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.queries import asked
 from msif_ray.corpus.reader import Document
+from msif_ray.corpus.states import fingerprint
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.manifests import CONFIG

@@ -1,5 +1,6 @@
 """Models and folders of object storage, fetched once per node, and never another state of them."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_a_folder_whose_weights_are_overwritten_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match=rf"^{saved}: its files have changed since this run was started; put them"):
         fetch.local_model(found.source)
     assert fetch.local_tokenizer(found.tokenizer_source) == str(saved)
+
+
+def test_a_node_that_has_not_the_folder_is_named(tmp_path: Path) -> None:
+    saved = models.save(models.build_model("gpt_neox", 1), models.build_tokenizer(), tmp_path / "model")
+    found = check_checkpoint(Stage(name="s", model=str(saved)), None, "stages.0")
+    saved.rename(tmp_path / "elsewhere")
+    for attempt in (fetch.local_model, fetch.local_tokenizer):
+        with pytest.raises(UserError, match=rf"^{saved}: not there on {socket.gethostname()}; every node reads it"):
+            attempt(found.source)
 
 
 def test_a_node_refuses_what_has_changed_since_the_run_was_started(

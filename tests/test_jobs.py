@@ -1,6 +1,8 @@
 """What jobs say of mistakes, before they do anything."""
 
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,21 @@ def test_no_memory_for_directions_is_not_what_is_free(monkeypatch: pytest.Monkey
     monkeypatch.setitem(main.__globals__, "rank_table", lambda *arguments: given.append(arguments))
     main("folder", 4, 5, 0.0)
     assert given == [("folder", 4, 5, 1)]
+
+
+INTERRUPTED = """
+import runpy, sys
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "pydantic":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["attribute.py", "run.yaml"]
+runpy.run_path("jobs/attribute.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_libraries_are_imported_ends_without_a_traceback() -> None:
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, cwd=JOBS.parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and "Traceback" not in done.stderr

@@ -24,6 +24,8 @@ from msif_ray.cli import app
 from msif_ray.cluster.carry import is_carried
 from msif_ray.cluster.fit import is_fitted
 from msif_ray.config import Documents, parse_run
+from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.census import take_census
 from msif_ray.corpus.files import corpus_files
 from msif_ray.corpus.reader import read_documents
 from msif_ray.errors import UserError
@@ -130,6 +132,23 @@ def test_a_corpus_reads_as_it_does_locally(bucket: str, tmp_path: Path, name: st
     assert found[0] == found[1] and len(found[0][2]) == 6000
     with pytest.raises(UserError, match=r"key: s3://.*rows.* has no column 'nothing'"):
         read_all(f"{url}/{name}", text="nothing")
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows"])
+def test_an_object_that_is_replaced_after_the_run_was_checked_is_refused(
+    bucket: str, tmp_path: Path, name: str
+) -> None:
+    rows = [{"text": f"text {number}"} for number in range(9)]
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / name, rows)
+    documents = Documents(path=f"{object_storage.put_folder(tmp_path / 'in', bucket, 'in')}/{name}", text="text")
+    census = take_census(documents, "key")
+    blocks = CorpusBlocks(tuple(census.files), census.rows, documents, 3, "key")
+    assert [document.text for block in blocks.left(set()) for document in block.documents] == [r["text"] for r in rows]
+    write_rows(tmp_path / "in" / name, rows[::-1])
+    object_storage.put_folder(tmp_path / "in", bucket, "in")
+    with pytest.raises(UserError, match=rf"^key\.path: s3://{bucket}/in/{name} has changed since the run was checked"):
+        next(blocks.left(set()))
 
 
 def read_all(path: str, text: str = "text") -> int:

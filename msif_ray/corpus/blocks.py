@@ -12,6 +12,7 @@ from msif_ray import layout
 from msif_ray.config import Documents
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Block, block_id, document_ids, read_file_blocks
+from msif_ray.corpus.states import Watched
 from msif_ray.errors import UserError
 
 Kind = TypeVar("Kind", bound="CorpusBlocks")
@@ -88,14 +89,17 @@ class CorpusBlocks:
         return kind(**{each.name: getattr(self, each.name) for each in fields(CorpusBlocks)}, **more)
 
     def _read(self, file: int) -> Iterator[Block]:
-        """One file's blocks. Raises UserError where it ends before the documents that were counted in it: those that
-        are missing could never be done."""
+        """One file's blocks. Raises UserError where it is no longer what was counted, before a block is handed out that
+        may have been read since, and where it ends before the documents that were counted in it: those that are missing
+        could never be done."""
+        watched = Watched(self.files[file], self.key)
         left = taken = self._taken[file]
         for block in read_file_blocks(self.files, file, self.documents, self.size, self.key, taken):
             whole = len(block.documents) == min(self.size, left)
             left -= len(block.documents)
             if not whole:
                 break
+            watched.check()
             yield block
         if left:
             raise UserError(

@@ -18,11 +18,11 @@ import pyarrow as pa
 from bm25s.tokenization import Tokenizer
 
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.census import fingerprint
 from msif_ray.corpus.chat import chat_text, turns_fault, turns_text
 from msif_ray.corpus.packed import Part
 from msif_ray.corpus.queries import Query
 from msif_ray.corpus.reader import Block, Document
+from msif_ray.corpus.states import fingerprint
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of
 from msif_ray.tables import read_table

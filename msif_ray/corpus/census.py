@@ -3,12 +3,10 @@
 from array import array
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from time import monotonic
 
 import numpy
-import xxhash
 
 from msif_ray.config import Documents
 from msif_ray.corpus.files import CorpusFile, corpus_files
@@ -20,10 +18,9 @@ from msif_ray.corpus.reader import (
     row_id,
     row_ids,
 )
+from msif_ray.corpus.states import content_of, state_of
 from msif_ray.errors import UserError
-from msif_ray.paths import is_remote, listing, path_of, storage
 
-HASH_BYTES = 2**20
 # Repeated hashes whose ids are looked at; a corpus with so many has a repeated id among them.
 LOOKED_AT = 100_000
 SECONDS_BETWEEN_LINES = 60.0
@@ -50,15 +47,17 @@ def take_census(documents: Documents, key: str, say: Say = _nobody) -> Census:
     Raises UserError, naming `key`, file and row, for a column that is not there, an id that is missing or repeated,
     what cannot be read, and a corpus without a document. `say` is told how far it is, once a minute.
     """
-    files = corpus_files(documents, key)
+    files: list[CorpusFile] = []
+    listed = corpus_files(documents, key)
     ids, told = _Ids(), monotonic()
     rows: list[int] = []
     contents: list[str] = []
-    for number, file in enumerate(files):
+    for number, file in enumerate(listed):
         if monotonic() - told > SECONDS_BETWEEN_LINES:
             told = monotonic()
-            say(f"{key}: {number:,} of {len(files):,} files are checked, {sum(rows):,} documents")
-        contents.append(fingerprint(path_of(file.path)))
+            say(f"{key}: {number:,} of {len(listed):,} files are checked, {sum(rows):,} documents")
+        files.append(replace(file, state=state_of(file)))
+        contents.append(content_of(files[-1]))
         rows.append(_count(file, documents, key, ids))
     if sum(rows) == 0:
         raise UserError(f"{key}.path: {documents.path}: there is no document in it")
@@ -66,31 +65,6 @@ def take_census(documents: Documents, key: str, say: Say = _nobody) -> Census:
     if repeated:
         _refuse_repeat(files, documents, key, repeated)
     return Census(files, tuple(rows), tuple(contents))
-
-
-def fingerprint(path: Path) -> str:
-    """What changes when a file's content does, or that of a saved `datasets` folder.
-
-    Local: a hash of the bytes. XXH3 is not cryptographic, and is not asked to be: whoever can write the corpus needs
-    no collision. It is as fast as the disk, where SHA-256 takes a second per gigabyte. On object storage: sizes and
-    etags (or times) of the listing. Raises UserError for what cannot be read.
-    """
-    digest = xxhash.xxh3_128()
-    if is_remote(path):
-        digest.update(repr(listing(path)).encode())
-        return digest.hexdigest()
-    with storage(path, "read"):
-        for file in _content(path) if path.is_dir() else [path]:
-            digest.update(f"{file.name}\0{file.stat().st_size}\0".encode(errors="surrogateescape"))
-            with open(file, "rb", buffering=0) as content:
-                while chunk := content.read(HASH_BYTES):
-                    digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _content(folder: Path) -> list[Path]:
-    """The files of a saved folder, without what `datasets` keeps of its own there."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith((".", "cache-"))]
 
 
 class _Ids:

@@ -14,11 +14,13 @@ from msif_ray.unicode import is_unicode
 
 @dataclass(frozen=True)
 class CorpusFile:
-    """One file of a corpus (or one saved `datasets` folder) and the name its rows' ids begin with."""
+    """One file of a corpus (or one saved `datasets` folder) and the name its rows' ids begin with. `state` is what
+    `states.state_of` found when the run was checked (None: nothing to be compared with)."""
 
     path: str
     name: str
     kind: Literal["parquet", "jsonl", "datasets"]
+    state: tuple[int, str] | None = None
 
 
 def corpus_files(documents: Documents, key: str) -> list[CorpusFile]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from msif_ray.corpus.census import fingerprint
+from msif_ray.corpus.states import fingerprint
 from msif_ray.corpus.windows import Encoded
 from msif_ray.demo.metrics import Scores
 from msif_ray.demo.questions import Question

@@ -1,12 +1,15 @@
 import json
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpora import write_rows
 
 from msif_ray.config import Documents
 from msif_ray.corpus import reader
 from msif_ray.corpus.blocks import CorpusBlocks
+from msif_ray.corpus.census import take_census
 from msif_ray.corpus.files import CorpusFile, corpus_files
 from msif_ray.errors import UserError
 
@@ -105,3 +108,47 @@ def spy(method, read):
         return method(*arguments, columns=columns, **options)
 
     return called
+
+
+def counted(path, size):
+    documents = Documents(path=str(path), text="text", id="id")
+    census = take_census(documents, "key")
+    return CorpusBlocks(tuple(census.files), census.rows, documents, size, "key")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", ""])
+@pytest.mark.parametrize("handed_out", [0, 1, 2])
+def test_a_file_that_is_replaced_is_named_before_a_block_of_another_content_is_handed_out(tmp_path, kind, handed_out):
+    path = tmp_path / f"corpus.{kind}".rstrip(".")
+    rows = [{"id": f"d{number}", "text": f"text {number}"} for number in range(9)]
+    write_rows(path, rows)
+    read, blocks = [], counted(path, 3).left(set())
+    for _ in range(handed_out):
+        read += next(blocks).documents
+    write_rows(path, rows[::-1])  # of the same size
+    with pytest.raises(
+        UserError, match=f"^key.path: {path} has changed since the run was checked, or is another one on"
+    ):
+        for block in blocks:
+            read += block.documents
+    assert [document.id for document in read] == [f"d{number}" for number in range(3 * handed_out)]
+
+
+def test_lines_that_come_later_are_no_change(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    rows = [{"id": f"d{number}", "text": f"text {number}"} for number in range(7)]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows[:5]))
+    blocks = counted(path, 3)
+    with open(path, "a") as lines:
+        lines.writelines(f"{json.dumps(row)}\n" for row in rows[5:])
+    read = [document.id for block in blocks.left(set()) for document in block.documents]
+    assert read == ["d0", "d1", "d2", "d3", "d4"]
+
+
+def test_a_node_that_has_not_the_file_is_named(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": "d", "text": "text"}\n')
+    blocks = counted(path, 3)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"^key\.path: {path}: not there on {socket.gethostname()}; every node reads"):
+        next(blocks.left(set()))

@@ -14,6 +14,7 @@ from corpora import write_rows
 from msif_ray.config import Documents
 from msif_ray.corpus import census, reader
 from msif_ray.corpus.census import take_census
+from msif_ray.corpus.states import fingerprint
 from msif_ray.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -92,30 +93,30 @@ def test_it_says_how_far_it_is_where_it_takes_long(tmp_path: Path, monkeypatch: 
 def test_another_content_of_the_same_size_is_another_fingerprint(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     write_rows(path, rows(0, 5))
-    before = census.fingerprint(path)
-    assert census.fingerprint(path) == before
+    before = fingerprint(path)
+    assert fingerprint(path) == before
     file = next(path.glob("*.arrow")) if path.is_dir() else path
     content = file.read_bytes()
     file.write_bytes(content.replace(b"text 4", b"text 5"))
     assert len(file.read_bytes()) == len(content) and file.read_bytes() != content
-    assert census.fingerprint(path) != before
+    assert fingerprint(path) != before
 
 
 @pytest.mark.parametrize("name", ["cache-2024.jsonl", ".hidden.parquet"])
 def test_a_file_that_is_named_counts_whatever_it_is_called(tmp_path: Path, name: str) -> None:
     write_rows(tmp_path / name, rows(0, 5))
-    before = census.fingerprint(tmp_path / name)
+    before = fingerprint(tmp_path / name)
     write_rows(tmp_path / name, rows(1, 5))
-    assert census.fingerprint(tmp_path / name) != before
+    assert fingerprint(tmp_path / name) != before
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=rf"{re.escape(name)}: cannot be read: No such file"):
-        census.fingerprint(tmp_path / name)
+        fingerprint(tmp_path / name)
 
 
 def test_what_datasets_keeps_beside_a_saved_corpus_is_not_its_content(tmp_path: Path) -> None:
     write_rows(tmp_path / "a", rows(0, 5))
-    before = census.fingerprint(tmp_path / "a")
+    before = fingerprint(tmp_path / "a")
     (tmp_path / "a" / "cache-0123.arrow").write_bytes(b"x")
-    assert census.fingerprint(tmp_path / "a") == before
+    assert fingerprint(tmp_path / "a") == before
     (tmp_path / "a" / os.fsdecode(b"caf\xe9")).write_bytes(b"x")  # no content, but not known to be none
-    assert census.fingerprint(tmp_path / "a") != before
+    assert fingerprint(tmp_path / "a") != before
