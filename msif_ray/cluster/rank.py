@@ -6,7 +6,7 @@ hold one model together.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -243,8 +243,8 @@ class Rank:
             ) from None
 
     def _sound(self) -> AbstractContextManager[None]:
-        """Turns what the model's code raises into one line; not of shards: when one is lost, the others fail there."""
-        return told(named(self.setup.model), self.setup.dtype) if self.place.world == 1 else nullcontext()
+        """Turns what the model's code raises into one line."""
+        return told(named(self.setup.model), self.setup.dtype)
 
     def _batches(self, windows: Sequence[Window], again: Mapping[WindowKey, bool] | None) -> list[list[Window]]:
         """The batches of all windows, or of those to be processed again: see `process`."""
