@@ -88,8 +88,8 @@ def load_sharded(
     """A causal language model, or a classifier, of which each rank holds its shard; call the module as any other.
 
     Collective: every rank of the group calls it, after `join`. Raises UserError on each of them where the checkpoint
-    lacks a tensor. Values agree with the whole model's up to
-    rounding, not always to the last bit: DeepSpeed multiplies first and adds the bias after.
+    lacks a tensor. Values agree with the whole model's up to rounding, not always to the last bit: DeepSpeed
+    multiplies first and adds the bias after.
     Rank 0 reads the checkpoint through a memory map, whose pages count in its resident size while it loads,
     though the system can drop them. DeepSpeed never lets go of a model: another one wants a new process.
     `offload` keeps a GPU rank's shard in pinned memory of its host; a CPU rank's is there anyway.
