@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from msif_ray.cluster.sharding import is_lost_rank
 from msif_ray.errors import UserError, one_line
 
 # Calls of the model's products pass through here; what fails below is the model's call all the same.
@@ -16,11 +17,14 @@ _MACHINE = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 @contextmanager
 def told(model: str, dtype: str) -> Iterator[None]:
-    """Raises UserError for what the code of a model's class in transformers raises on documents; lets all else out."""
+    """Raises UserError for what the code of a model's class in transformers raises on documents; lets all else out.
+
+    So what a shard's rank fails with there when another one is lost: it gathers weights in the midst of the model.
+    """
     try:
         yield
     except Exception as error:  # a value or a type that its class does not suit fails as anything
-        if isinstance(error, (UserError, *_MACHINE)) or not _raised_by_model(error):
+        if isinstance(error, (UserError, *_MACHINE)) or is_lost_rank(error) or not _raised_by_model(error):
             raise
         raise UserError(
             f"cluster.dtype: {model} fails on documents in {dtype} ({type(error).__name__}: {one_line(error)}); try "

@@ -6,7 +6,7 @@ hold one model together.
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,7 +36,7 @@ from msif_ray.influence.labels import batch_uniforms
 from msif_ray.influence.modules import find_linear_maps
 from msif_ray.influence.padded import check_padding
 from msif_ray.layout import part_file
-from msif_ray.loading import auto_class, undo_inference
+from msif_ray.loading import auto_class, load_pretrained, undo_inference
 from msif_ray.store import save_tensors
 
 
@@ -209,11 +209,7 @@ class Rank:
         if self.place.world > 1:
             join(self.place, self.device)
             return load_sharded(folder, dtype, self.device, self.setup.offload, self.setup.classifies)
-        auto = auto_class(self.setup.classifies)
-        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
-        model, found = auto.from_pretrained(folder, dtype=dtype, **options)
-        if missing := sorted(found["missing_keys"]):  # random now; the run's driver has read other files
-            raise UserError(f"{folder} has no tensor {missing[0]} on this node; put the same files there on every node")
+        model = load_pretrained(auto_class(self.setup.classifies), folder, dtype)
         if self.device.type == "cpu":  # a shard's rank has limits of its own: see sharding.ENVIRONMENT
             keep_freed_memory()
         return model.to(self.device)
@@ -243,8 +239,8 @@ class Rank:
             ) from None
 
     def _sound(self) -> AbstractContextManager[None]:
-        """Turns what the model's code raises into one line; not of shards: when one is lost, the others fail there."""
-        return told(named(self.setup.model), self.setup.dtype) if self.place.world == 1 else nullcontext()
+        """Turns what the model's code raises into one line."""
+        return told(named(self.setup.model), self.setup.dtype)
 
     def _batches(self, windows: Sequence[Window], again: Mapping[WindowKey, bool] | None) -> list[list[Window]]:
         """The batches of all windows, or of those to be processed again: see `process`."""

@@ -17,7 +17,7 @@ from torch import distributed, nn
 
 from msif_ray.cluster.gathered import keep_no_gathered_weights
 from msif_ray.influence.experts import is_fused
-from msif_ray.loading import auto_class
+from msif_ray.loading import auto_class, load_pretrained
 
 # In elements. Smaller weights stay whole on every rank: biases and norms, a few thousandths of a model, whose
 # gathers would cost a round trip each.
@@ -87,8 +87,9 @@ def load_sharded(
 ) -> nn.Module:
     """A causal language model, or a classifier, of which each rank holds its shard; call the module as any other.
 
-    Collective: every rank of the group calls it, after `join`. Values agree with the whole model's up to
-    rounding, not always to the last bit: DeepSpeed multiplies first and adds the bias after.
+    Collective: every rank of the group calls it, after `join`. Raises UserError on each of them where the checkpoint
+    lacks a tensor. Values agree with the whole model's up to rounding, not always to the last bit: DeepSpeed
+    multiplies first and adds the bias after.
     Rank 0 reads the checkpoint through a memory map, whose pages count in its resident size while it loads,
     though the system can drop them. DeepSpeed never lets go of a model: another one wants a new process.
     `offload` keeps a GPU rank's shard in pinned memory of its host; a CPU rank's is there anyway.
@@ -104,7 +105,7 @@ def load_sharded(
     # This context takes the place of transformers' own, which knows only 16 and 32 bits (whence the `[]`) and
     # replaces torch.Tensor's constructor, so that a module first imported inside it can fail.
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]):
-        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = load_pretrained(auto, path, dtype)
     del while_loading
     model.eval().requires_grad_(False)
     for module in model.modules():

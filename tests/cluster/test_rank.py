@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from msif_ray import layout
-from msif_ray.cluster import deaths, fit
+from msif_ray.cluster import deaths, fit, rank
 from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
 from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
 from msif_ray.cluster.rank import ModelSetup, Rank
@@ -182,6 +182,40 @@ def test_what_a_model_s_own_code_fails_at_is_one_line(setup: ModelSetup, tmp_pat
         each.start(CovarianceJob(False))
     assert not single.process(documents(2)).not_finite
     with pytest.raises(UserError, match=r"^cluster\.dtype: .* fails on documents in float64 \(RuntimeError: .*; try"):
+        one.process(documents(2))
+
+
+def of_two(setup: ModelSetup, monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """The first of two ranks, though with all of the model, and by itself."""
+
+    def whole(folder: str, dtype: torch.dtype, *_: object) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    monkeypatch.setattr(rank, "join", lambda *_: None)
+    monkeypatch.setattr(rank, "load_sharded", whole)
+    one = Rank(setup, RankGroup(0, 2, "", 0))
+    one.load()
+    one.start(CovarianceJob(False))
+    return one
+
+
+@pytest.mark.parametrize(
+    ("said", "raised", "match"),
+    [
+        ("a number of another type", UserError, r"^cluster\.dtype: .*stage0 fails on documents in float64 \(Runtime"),
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer", RuntimeError, "by peer"),
+    ],
+)
+def test_what_the_model_s_code_fails_at_on_a_shard_is_one_line_and_a_lost_rank_no_fault_of_it(
+    setup: ModelSetup, monkeypatch: pytest.MonkeyPatch, said: str, raised: type[Exception], match: str
+) -> None:
+    one = of_two(setup, monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(one.model.get_submodule("gpt_neox.layers.0.mlp.act"), "forward", fail)
+    with pytest.raises(raised, match=match):
         one.process(documents(2))
 
 

@@ -11,16 +11,19 @@ import ranks
 import runs
 import spy
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM
 
 from msif_ray.cluster.sharding import RankGroup, _configuration, gathered, join, load_sharded
+from msif_ray.errors import UserError
 from msif_ray.influence.batch import Batch, WindowKey
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.modules import find_linear_maps
 
 pytestmark = pytest.mark.usefixtures("no_shared_cluster")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
+LACKED = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -64,25 +67,30 @@ def as_lists(tensors: dict[str, Tensor]) -> Numbers:
     return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
 
 
-def offloaded(folder: str, mixture: str) -> tuple[Numbers, list[Numbers]]:
+def offloaded(folder: str, mixture: str, lacking: str) -> tuple[Numbers, list[Numbers]]:
     model = load_sharded(folder, torch.float64, CPU, offload=True)
     held = sum(weight.ds_tensor.numel() for weight in model.parameters())
     whole = sum(weight.ds_numel for weight in model.parameters())
     assert held < 0.6 * whole, "the model is too small to be sharded"
     found = as_lists(gradients(model))
+    with pytest.raises(UserError, match=rf"^{lacking} has no tensor {LACKED} on this node"):
+        load_sharded(lacking, torch.float64, CPU)
     spy.shard_small_weights()
     of_rank = zip(UNEVEN[distributed.get_rank()], BEGIN_AT, strict=True)
     return found, [as_lists(each) for each in passes(load_sharded(mixture, torch.float64, CPU), list(of_rank))]
 
 
 def test_ranks_give_the_gradients_of_the_whole_model_and_of_a_mixture_of_experts(tmp_path: Path) -> None:
-    """Whatever tokens the other rank is given."""
+    """Whatever tokens the other rank is given. A checkpoint that lacks a tensor is refused on every rank."""
     runs.save_wide_pair(tmp_path)
-    folder, mixture = str(tmp_path / "stage0"), str(tmp_path / "mixture")
+    folder, mixture, lacking = (str(tmp_path / name) for name in ("stage0", "mixture", "stage1"))
+    tensors = load_file(Path(lacking) / "model.safetensors")
+    del tensors[LACKED]
+    save_file(tensors, Path(lacking) / "model.safetensors", {"format": "pt"})
     models.save(families.build("olmoe", 0), models.build_tokenizer(), mixture)
     whole, many = (AutoModelForCausalLM.from_pretrained(each, dtype=torch.float64) for each in (folder, mixture))
     wanted = gradients(whole.eval())
-    for rank, (found, found_of_mixture) in enumerate(ranks.run(2, offloaded, folder, mixture)):
+    for rank, (found, found_of_mixture) in enumerate(ranks.run(2, offloaded, folder, mixture, lacking)):
         same(found, wanted)
         expected = passes(many.eval(), list(zip(UNEVEN[rank], BEGIN_AT, strict=True)))
         for each, of_pass in zip(found_of_mixture, expected, strict=True):
