@@ -26,8 +26,9 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors
 
 MEANING = {
     "sign": "score > 0: the document supports the completion (training more on it would have made it likelier)",
-    "unit": "nats of completion log-likelihood per unit of weight on the document's summed loss in its stage's "
-    "mean loss; leaving one of N documents out changes the log-likelihood by about -score / N",
+    "unit": "nats of completion log-likelihood per unit of weight on the document's summed loss in its stage's mean "
+    "loss; leaving one of N documents out changes it by about -score / N. If the scored stage's response is the "
+    "identity: a product of gradients, which says nothing of that",
     "margin": "of a query about one completion rather than another, log-likelihood is the difference of the two, so "
     "score > 0: the document supports the completion over the other",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; for several "
