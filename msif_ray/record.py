@@ -138,7 +138,7 @@ def check_record(resolved: Resolved) -> dict[str, Any] | None:
 
 
 def _out_of(resolved: Resolved) -> dict[str, dict[str, int]]:
-    """Of how many documents those of an entry were chosen: of the shares by stage alone, so it may change."""
+    """Of how many documents those of an entry were chosen: of what the report says of them alone, so it may change."""
     found = {entry.label: entry.out_of for entry in resolved.run.score if entry.out_of is not None}
     return {"out_of": found} if found else {}
 

@@ -27,7 +27,6 @@ What a share does not say:
   `score.<n>.out_of`, or the stage's share is too large.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +142,7 @@ def _compared(facts: Facts) -> list[list[str]]:
 
 def _row(facts: Facts, scored: Scored, query: str, row: Mapping[str, Any]) -> Row:
     documents = row["documents"]
-    out_of = scored.out_of or max(documents, scored.documents - facts.skipped.get(scored.label, Counter()).total())
+    out_of = facts.weighed(scored)
     supports, opposes = row["total_positive"] / out_of, row["total_negative"] / out_of
     return Row(scored.label, query, scored.stage, documents, out_of, supports, opposes)
 

@@ -124,6 +124,10 @@ class Facts:
     maps: dict[str, tuple[int, int]]
     skipped: dict[str, Counter[str]]
 
+    def weighed(self, scored: Scored) -> int:
+        """N: of how many documents one that is scored has its weight, 1/N, in the stage's mean loss."""
+        return scored.out_of or scored.documents - self.skipped.get(scored.label, Counter()).total()
+
     def scored_as(self, label: str) -> Scored:
         """Raises UserError for a label that the run does not have."""
         found = next((each for each in self.scored if each.label == label), None)

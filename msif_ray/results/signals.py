@@ -19,6 +19,9 @@ TOKENS_PER_DIMENSION = 10
 LEAST_ENERGY = 0.9
 # Geometric mean probability of a completion's tokens, below which the model would hardly have said it.
 LEAST_PROBABILITY = 0.05
+# What one document's score may say that leaving it out would change the log-likelihood by, in nats for each token of
+# the completion: this much is a factor of e in every token's probability, and no small change.
+LARGEST_CHANGE = 1.0
 # Share of the shown documents' scores in one map, and correlation of |score| with length.
 ONE_MAP = 0.5
 FEWEST_MAPS = 4
@@ -60,7 +63,9 @@ def find_signals(
             key = (scored.label, query.id)
             found = [*_preferred(query), *_energy(scored, query), *_numbers(facts, scored, statistics.get(key, {}))]
             found += [*_modules(*module_shares[key])] if key in module_shares else []
-            found += [*_length(statistics[key])] if key in statistics else []
+            found += (
+                [*_length(statistics[key]), *_size(facts, scored, query, statistics[key])] if key in statistics else []
+            )
             of_queries[key] = found
     return Signals([*_factors(facts), *_skipped(facts, statistics)], of_queries)
 
@@ -170,6 +175,19 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
             "One map carries most of the scores",
             f"{short_names(names)[largest]} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
             "very small eigenvalues can do that; compare a larger damping, or leave it out with `modules`.",
+        )
+
+
+def _size(facts: Facts, scored: Scored, query: Query, row: Mapping[str, Any]) -> Iterator[Signal]:
+    documents, tokens = facts.weighed(scored), query.tokens or 1
+    change = max(-row["lowest"], row["highest"]) / documents
+    if scored.of_weight and change > LARGEST_CHANGE * tokens:
+        yield Signal(
+            "Scores are too large for an estimate of first order",
+            f"by its score, leaving out the strongest document alone, one of {documents:,}, would change the "
+            f"log-likelihood by {change:.3g} nats (over {LARGEST_CHANGE:g} for each token that is explained), which is "
+            "no small change. Take such scores for an order and not for sizes, and compare a larger damping; of a "
+            "sample of the training data the change is as much smaller as there are more documents.",
         )
 
 

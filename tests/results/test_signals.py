@@ -115,6 +115,27 @@ def test_long_documents_dominate(found: Any, documents: int, expected: int) -> N
     assert titles(find_signals(facts, rows, {}))[1] == ["Long documents dominate"] * expected
 
 
+@pytest.mark.parametrize(
+    ("label", "highest", "expected"), [("pretrain", 24.1, 1), ("pretrain", 23.9, 0), ("tune", 99, 0)]
+)
+def test_scores_that_no_first_order_reaches(tmp_path: Path, label: str, highest: float, expected: int) -> None:
+    """Of 12 documents, for a completion of two tokens; products of gradients are no such estimate."""
+    entry = {
+        "stage": label,
+        "documents": {"path": "t.jsonl", "text": "text"},
+        "responses": {"tune": {"kind": "identity"}},
+    }
+    facts = read_facts(Finished(labels=[label], changes={"score": [entry]}).write(tmp_path))
+    for side in ("highest", "lowest"):
+        rows = read_statistics(tmp_path)
+        rows[label, "q0"] |= {"highest": 0.1, "lowest": -0.1, side: highest if side == "highest" else -highest}
+        found = find_signals(facts, rows, {}).queries
+        assert [each.title[:20] for each in found[label, "q0"]] == ["Scores are too large"] * expected
+        assert found[label, "q1"] == []
+        of_more = replace(facts, scored=[replace(facts.scored[0], out_of=120)])
+        assert find_signals(of_more, rows, {}).queries[label, "q0"] == []
+
+
 def test_many_are_skipped(tmp_path: Path) -> None:
     run = Finished(skipped=[("x", "text is null"), ("y", "text is null"), ("z", "fewer than two tokens")])
     run_dir = run.write(tmp_path)
