@@ -18,8 +18,9 @@ from msif_ray.record import read_record
 from msif_ray.store import read_json
 from msif_ray.tables import AGAIN, read_table
 
-# What is said in place of the scores of a corpus whose documents were all skipped.
-NO_SCORE = "no document has a score; skipped.parquet says why"
+# What is said in place of the scores of a query that has none: all documents were skipped, none is its candidate, or
+# what there is are no numbers (`signals.py`).
+NO_SCORE = "no document has a score that is a number; report.html says why"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def find_signals(
     for scored in facts.scored:
         for query in facts.queries:
             key = (scored.label, query.id)
-            found = [*_preferred(query), *_energy(scored, query), *_numbers(facts, scored, statistics.get(key, {}))]
+            found = [*_preferred(query), *_energy(scored, query)]
+            found += [*_candidates(facts, scored, statistics, key), *_numbers(facts, scored, statistics.get(key, {}))]
             found += [*_modules(*module_shares[key])] if key in module_shares else []
             found += (
                 [*_length(statistics[key]), *_size(facts, scored, query, statistics[key])] if key in statistics else []
@@ -99,11 +100,9 @@ def _factors(facts: Facts) -> Iterator[Signal]:
 
 def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[Signal]:
     for scored in facts.scored:
-        # Without a score there is no row.
-        done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
         reasons: Mapping[str, int] = facts.skipped.get(scored.label, {})
         skipped, most = sum(reasons.values()), most_often(reasons)
-        if skipped == scored.documents or (scored.candidates is not None and not done):
+        if skipped and (skipped == scored.documents or _has_no_score(scored, statistics)):
             yield Signal(
                 f"No document of {scored.label} has a score",
                 f"{skipped:,} were skipped{most}. skipped.parquet names each one.",
@@ -113,6 +112,23 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
                 f"Many documents of {scored.label} were skipped",
                 f"{skipped:,} of {scored.documents:,} have no score{most}. skipped.parquet names each one.",
             )
+
+
+def _has_no_score(scored: Scored, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> bool:
+    """Whether no candidate of any query has a score: it has no row then."""
+    return scored.candidates is not None and all(label != scored.label for label, _ in statistics)
+
+
+def _candidates(
+    facts: Facts, scored: Scored, statistics: Mapping[tuple[str, str], Mapping[str, Any]], key: tuple[str, str]
+) -> Iterator[Signal]:
+    skipped = facts.skipped.get(scored.label)
+    if scored.candidates is not None and key not in statistics and not (skipped and _has_no_score(scored, statistics)):
+        yield Signal(
+            "No candidate has a score",
+            "the query has none (no document shares a word with it, or the list has none of it), or all of them were "
+            "skipped, or their scores are no numbers.",
+        )
 
 
 def _numbers(facts: Facts, scored: Scored, row: Mapping[str, Any]) -> Iterator[Signal]:

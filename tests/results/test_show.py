@@ -39,7 +39,9 @@ def test_all_queries_with_both_sides(run_dir: Path) -> None:
 
 def test_without_a_score_it_says_so(tmp_path: Path) -> None:
     printed = shown(str(Finished(documents=0, skipped=[("a", "text is null")]).write(tmp_path)), "--query", "q0")
-    assert "(61% per token), no document has a score; skipped.parquet says why" in " ".join(printed.split())
+    assert "(61% per token), no document has a score that is a number; report.html says why" in " ".join(
+        printed.split()
+    )
 
 
 def test_of_one_token_and_of_a_class_the_probability_is_not_per_token(run_dir: Path) -> None:

@@ -156,6 +156,20 @@ def test_none_has_a_score(tmp_path: Path, candidates: dict[str, Any] | None) -> 
     ]
 
 
+def test_a_query_without_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one, or all, of whose candidates no score is a number: nothing of that is in skipped.parquet."""
+    scores = Finished().scores("pretrain")
+    scores[:, 0] = np.nan
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    entry = {"stage": "pretrain", "candidates": {"method": "bm25"}}
+    run = Finished(changes={"score": [entry]}, skipped=[("x", "text is null")])
+    (line,) = signal_lines(of_run(run.write(tmp_path / "one")))
+    assert line == "No candidate has a score: 1 of 2 queries (q0)"
+    scores[:] = np.nan
+    (line,) = signal_lines(of_run(Finished(changes={"score": [entry]}).write(tmp_path / "all")))
+    assert line == "No candidate has a score: 2 of 2 queries (q0, q1)"
+
+
 def test_lines_name_the_queries_once(tmp_path: Path) -> None:
     queries = [(f"q{n}", "Is it?", " yes") for n in range(9)]
     run = Finished(queries=queries, labels=("one", "two"), log_likelihood=-20.0, skipped=[("x", "text is null")] * 9)
