@@ -58,6 +58,14 @@ def test_one_query_of_other_scores(run_dir: Path) -> None:
     assert f"{scores.max():+.4g}" in printed and f"{scores.min():+.4g}" in printed
 
 
+def test_it_says_once_what_the_numbers_are(run_dir: Path, tmp_path: Path) -> None:
+    printed = " ".join(shown(str(run_dir)).split())
+    assert printed.count("leaving one of N out changes it by about -score/N. share: |score| of the sum") == 1
+    left_out = {"stage": "pretrain", "responses": {"pretrain": {"kind": "identity"}}}
+    printed = shown(str(Finished(changes={"score": [left_out]}).write(tmp_path)))
+    assert "-score/N" not in printed and printed.count("scores: products of gradients") == 1
+
+
 def test_that_there_are_no_more_is_said(run_dir: Path) -> None:
     """The run has three of twelve documents at each end."""
     said = "top.parquet has 3 documents of each side; for more, set `top`"
