@@ -26,8 +26,9 @@ PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors
 
 MEANING = {
     "sign": "score > 0: the document supports the completion (training more on it would have made it likelier)",
-    "unit": "nats of completion log-likelihood per unit of weight on the document's summed loss in its stage's "
-    "mean loss; leaving one of N documents out changes the log-likelihood by about -score / N",
+    "unit": "nats of completion log-likelihood per unit of weight on the document's summed loss in its stage's mean "
+    "loss; leaving one of N documents out changes it by about -score / N. If the scored stage's response is the "
+    "identity: a product of gradients, which says nothing of that",
     "margin": "of a query about one completion rather than another, log-likelihood is the difference of the two, so "
     "score > 0: the document supports the completion over the other",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; for several "
@@ -137,7 +138,7 @@ def check_record(resolved: Resolved) -> dict[str, Any] | None:
 
 
 def _out_of(resolved: Resolved) -> dict[str, dict[str, int]]:
-    """Of how many documents those of an entry were chosen: of the shares by stage alone, so it may change."""
+    """Of how many documents those of an entry were chosen: of what the report says of them alone, so it may change."""
     found = {entry.label: entry.out_of for entry in resolved.run.score if entry.out_of is not None}
     return {"out_of": found} if found else {}
 

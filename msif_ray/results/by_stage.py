@@ -20,13 +20,13 @@ What a share does not say:
 * Noise counts, too: of scores around zero half support. A stage whose highest documents mean nothing has a share.
 * It depends on the stages' damping and α, more than the order of documents within a stage does: a stage's scores
   grow as its damping falls, and all the more where most of its eigenvalues are below it.
-* It is of the stages that were scored; others are not in the sum.
+* It is of the stages that were scored; others are not in the sum. Nor are scores without the curvature of their own
+  stage (its response is the identity): products of gradients are no such nats, and have no row.
 * Where only candidates are scored, what is not one counts as zero, and the stage's share is too small. Where the
   corpus scored was chosen rather than drawn (neighbours of the queries), say of how many documents with
   `score.<n>.out_of`, or the stage's share is too large.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +91,15 @@ class Row:
 def by_stage(facts: Facts, statistics: Mapping[Key, Mapping[str, Any]]) -> dict[Key, Row]:
     """The rows of `stages.parquet` by label and query, from those of `statistics.parquet`: none where the documents of
     one stage alone are scored."""
-    if len({scored.stage for scored in facts.scored}) < 2:
+    weighed = [scored for scored in facts.scored if scored.of_weight]
+    if len({scored.stage for scored in weighed}) < 2:
         return {}
     compared = _compared(facts)
     rows: dict[Key, Row] = {}
     for query in facts.queries:
         found = {
             scored.label: _row(facts, scored, query.id, statistics[scored.label, query.id])
-            for scored in facts.scored
+            for scored in weighed
             if (scored.label, query.id) in statistics
         }
         for labels in compared:
@@ -111,7 +112,8 @@ def stages_beside(facts: Facts, label: str) -> list[str]:
     """The labels whose shares are taken together with those of `label`, or with its stage's: in training order."""
     entries = dict(zip([scored.label for scored in facts.scored], facts.run.score, strict=True))
     own = entries[label].responses
-    return next((labels for labels in _compared(facts) if entries[labels[0]].responses == own), [])
+    found = next((labels for labels in _compared(facts) if entries[labels[0]].responses == own), [])
+    return found if facts.scored_as(label).of_weight else []
 
 
 def write_by_stage(run_dir: str | Path, rows: Iterable[Row]) -> None:
@@ -128,6 +130,8 @@ def _compared(facts: Facts) -> list[list[str]]:
     """
     sets: list[tuple[Any, dict[str, str]]] = []
     for scored, entry in zip(facts.scored, facts.run.score, strict=True):
+        if not scored.of_weight:
+            continue
         own = next((labels for responses, labels in sets if responses == entry.responses), None)
         if own is None:
             sets.append((entry.responses, own := {}))
@@ -138,7 +142,7 @@ def _compared(facts: Facts) -> list[list[str]]:
 
 def _row(facts: Facts, scored: Scored, query: str, row: Mapping[str, Any]) -> Row:
     documents = row["documents"]
-    out_of = scored.out_of or max(documents, scored.documents - facts.skipped.get(scored.label, Counter()).total())
+    out_of = facts.weighed(scored)
     supports, opposes = row["total_positive"] / out_of, row["total_negative"] / out_of
     return Row(scored.label, query, scored.stage, documents, out_of, supports, opposes)
 

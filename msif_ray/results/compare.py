@@ -38,14 +38,17 @@ class Moved:
 class Compared:
     """One query in two sets of scores, over the documents of both.
 
-    `spearman` and `pearson` are None where either side's scores are all equal. `overlap` is the share of the `top`
-    documents with the highest scores that both have, None where there are no more than that many, which would all be
-    in common; `moved` the documents of either top, highest or lowest, the farthest first.
+    `alone` counts the documents of either side alone, and `no_numbers` those of both that are left out, either of whose
+    scores is infinite or not a number. `spearman` and `pearson` are None where either side's scores are all equal.
+    `overlap` is the share of the `top` documents with the highest scores that both have, None where there are no more
+    than that many, which would all be in common; `moved` the documents of either top, highest or lowest, the farthest
+    first.
     """
 
     query_id: str
     documents: int
     alone: tuple[int, int]
+    no_numbers: int
     spearman: float | None
     pearson: float | None
     overlap: float | None
@@ -64,8 +67,9 @@ def compare_scores(
     finite = np.isfinite(scores[0]) & np.isfinite(scores[1])
     ids, scores = ids.filter(pa.array(finite)), (scores[0][finite], scores[1][finite])
     alone = (len(one[0]) - len(common), len(other[0]) - len(common))
+    left_out = len(common) - len(ids)
     if not len(ids):
-        return Compared(query_id, 0, alone, None, None, None, [])
+        return Compared(query_id, 0, alone, left_out, None, None, None, [])
     ranks = [_ranks(each) for each in scores]
     k = min(top, len(ids))
     tops = [set(np.flatnonzero(each <= k).tolist()) for each in ranks]
@@ -82,7 +86,7 @@ def compare_scores(
     mean_ranks = [pd.Series(each).rank().to_numpy() for each in scores]
     spearman, pearson = (_correlation(*pair) for pair in (mean_ranks, scores))
     overlap = len(tops[0] & tops[1]) / top if len(ids) > top else None
-    return Compared(query_id, len(ids), alone, spearman, pearson, overlap, moved)
+    return Compared(query_id, len(ids), alone, left_out, spearman, pearson, overlap, moved)
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
@@ -147,11 +151,7 @@ def compare(
         table.add_row("mean", "", _number(spearman), _number(pearson), _share(overlap), style="bold")
     console.print(table)
     _print_moved(console, found, MOVED if query is None else top)
-    for letter, counts in zip("AB", zip(*(each.alone for each in found), strict=True), strict=True):
-        if most := max(counts):
-            number = f"{most:,}" if min(counts) == most else f"up to {most:,}"
-            words = f"{number} documents of a query have scores in {letter} alone, and are left out."
-            console.print(Text(words, style="yellow"))
+    _print_left_out(console, found)
     if not _same_documents(*sides):
         words = "Documents are called by file and row, and the two corpora differ: equal names may be other documents. "
         console.print(Text(words + "Give them an `id` column to compare by.", style="yellow"))
@@ -193,6 +193,15 @@ def _common(one: Facts, other: Facts, query: str | None) -> list[str]:
 
 def _asked(query: Query) -> tuple[object, ...]:
     return query.prompt, query.completion, query.rather_than, query.span
+
+
+def _print_left_out(console: Console, found: list[Compared]) -> None:
+    left_out = {f"scores in {'AB'[side]} alone": [each.alone[side] for each in found] for side in (0, 1)}
+    left_out["a score that is no number in A or in B"] = [each.no_numbers for each in found]
+    for what, counts in left_out.items():
+        if most := max(counts):
+            number = f"{most:,}" if min(counts) == most else f"up to {most:,}"
+            console.print(Text(f"{number} documents of a query have {what}, and are left out.", style="yellow"))
 
 
 def _print_moved(console: Console, found: list[Compared], count: int) -> None:

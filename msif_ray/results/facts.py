@@ -18,8 +18,9 @@ from msif_ray.record import read_record
 from msif_ray.store import read_json
 from msif_ray.tables import AGAIN, read_table
 
-# What is said in place of the scores of a corpus whose documents were all skipped.
-NO_SCORE = "no document has a score; skipped.parquet says why"
+# What is said in place of the scores of a query that has none: all documents were skipped, none is its candidate, or
+# what there is are no numbers (`signals.py`).
+NO_SCORE = "no document has a score that is a number; report.html says why"
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,14 @@ class Kept:
 class Scored:
     """One entry of `score`. `documents` is the corpus's number, `out_of` the number that it was chosen from, where the
     run says so; `candidates` says which of them are scored for each query (None: all); `passed` is in the order of the
-    query's way back."""
+    query's way back. Unless `of_weight`, its own stage's response is the identity, and a score, the product of two
+    gradients, says nothing of what a document's weight in the mean loss is worth."""
 
     label: str
     stage: str
     documents: int
     out_of: int | None
+    of_weight: bool
     index: str | None
     candidates: str | None
     max_tokens: int | None
@@ -121,6 +124,10 @@ class Facts:
     corpora: dict[str, dict[str, Any]]
     maps: dict[str, tuple[int, int]]
     skipped: dict[str, Counter[str]]
+
+    def weighed(self, scored: Scored) -> int:
+        """N: of how many documents one that is scored has its weight, 1/N, in the stage's mean loss."""
+        return scored.out_of or scored.documents - self.skipped.get(scored.label, Counter()).total()
 
     def scored_as(self, label: str) -> Scored:
         """Raises UserError for a label that the run does not have."""
@@ -193,7 +200,9 @@ def _scored(run: Run, entry: Score, documents: int, record: Mapping[str, Any]) -
         candidates = f"listed in {chosen.path}" if chosen.path is not None else f"the first {chosen.top:,} by BM25"
     kept = _kept(run, entry)
     out_of = record.get("out_of", {}).get(entry.label)
-    return Scored(entry.label, entry.stage, documents, out_of, entry.index, candidates, entry.max_tokens, passed, kept)
+    weight = not stages.is_identity(answering, scored)
+    about = (entry.label, entry.stage, documents, out_of, weight, entry.index, candidates, entry.max_tokens)
+    return Scored(*about, passed, kept)
 
 
 def _passed(run: Run, index: int, scored: int, strengths: Mapping[str, Mapping[str, float]]) -> Passed:
@@ -202,7 +211,8 @@ def _passed(run: Run, index: int, scored: int, strengths: Mapping[str, Mapping[s
     between = (min(used), max(used)) if used else None
     response = stage.response
     if isinstance(response, IdentityResponse):
-        return Passed(stage.name, "identity: its curvature is left out", None)
+        words = "; a score is a product of gradients, and no estimate of leaving a document out"
+        return Passed(stage.name, f"identity: its curvature is left out{words if index == scored else ''}", None)
     if isinstance(response, UnrolledResponse):
         return Passed(stage.name, f"unrolled: {response.steps} steps at rate {response.rate:g}", None)
     if index == scored:

@@ -15,7 +15,8 @@ from msif_ray.results.parts import opened_part, part_files
 Scores = tuple[pa.Array, np.ndarray]
 """Documents' ids and their scores."""
 
-_NO_IDS = pa.array([], pa.string())
+_IDS = pa.large_string()  # an array of the shorter kind ends at 2 GiB
+_NO_IDS = pa.array([], _IDS)
 
 
 def query_scores(run_dir: str | Path, stage: str, queries: Sequence[str]) -> Iterator[tuple[str, Scores]]:
@@ -46,7 +47,7 @@ def _of_queries(path: Path, wanted: Sequence[str]) -> list[tuple[str, Scores]]:
             rows = part.read_row_group(number, columns=["query_id", "doc_id", "score"], use_threads=False)
             for query in some:
                 own = rows.filter(pc.equal(rows["query_id"], query))
-                documents = own["doc_id"].combine_chunks()
+                documents = own["doc_id"].cast(_IDS).combine_chunks()
                 ids = ids if ids.equals(documents) else documents
                 found.append((query, (ids, own["score"].to_numpy())))
     return found

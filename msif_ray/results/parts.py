@@ -29,7 +29,8 @@ SKIPPED_AT_ONCE = 2**16
 
 UNITS = {
     "unit": "score: nats of the completion's log-likelihood per unit of weight on the document's loss inside "
-    "the mean loss of its stage; leaving it out of N documents changes the log-likelihood by about -score/N",
+    "the mean loss of its stage; leaving it out of N documents changes the log-likelihood by about -score/N; "
+    "where the scored stage's own response is the identity, the product of two gradients, which says no such thing",
     "sign": "positive: training more on the document would have made the completion more likely (supports it)",
     "norm": "Frobenius norm of the gradient of the document's summed loss over the tracked maps; "
     "for several windows the root of the sum of their squares; null where the run says `detail: {norm: false}`",

@@ -8,9 +8,10 @@ whatever a document holds.
 import base64
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -98,7 +99,7 @@ def gather(run_dir: str | Path) -> Gathered:
         # Of few documents all are at both ends: each is shown on the side of its sign.
         if row["rank"] > per_side or not (row["score"] > 0 if side == "supports" else row["score"] < 0):
             continue
-        of_query, shares = shown.setdefault(key, Shown()), np.array(row["module_scores"], dtype=np.float64)
+        of_query, shares = shown.setdefault(key, Shown()), _finite(row["module_scores"])
         of_query.documents[side].append(_document(row, shares, float(statistics[key]["total_absolute"]), limit))
         of_query.by_map[side] = of_query.by_map.get(side, 0.0) + shares
         of_query.sizes = of_query.sizes + np.abs(shares)
@@ -107,15 +108,21 @@ def gather(run_dir: str | Path) -> Gathered:
     return Gathered(facts, statistics, shown, modules, signals, by_stage(facts, statistics))
 
 
+def _finite(shares: Sequence[float]) -> np.ndarray:
+    """Shares as numbers: what overflowed, where the score itself did not, counts nothing."""
+    return np.nan_to_num(np.array(shares, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def _document(row: Mapping[str, Any], shares: np.ndarray, total: float, limit: int) -> Json:
-    found: Excerpt = excerpt(row["tokens"], row["token_scores"], limit)
+    found: Excerpt = excerpt(row["tokens"], _finite(row["token_scores"]).tolist(), limit)
     largest = max((abs(score) for segment in found.segments for score in segment.scores), default=0.0) or 1.0
     carried = np.abs(shares).sum() or 1.0
+    norms = {name: row.get(name) for name in ("norm", "curvature_norm")}
     return {
         "id": visible(row["doc_id"], QUERY_CHARACTERS),
         "rank": row["rank"],
         "score": _short(row["score"]),
-        **{name: _short(row[name]) for name in ("norm", "curvature_norm") if row.get(name) is not None},
+        **{name: _short(norm) for name, norm in norms.items() if norm is not None and isfinite(norm)},
         "n_tokens": row["n_tokens"],
         "share": _short(abs(row["score"]) / total if total else 0.0),
         "largest": _short(largest),

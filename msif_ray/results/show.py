@@ -23,6 +23,15 @@ DOCUMENTS = 5
 STRONG = 0.4
 STYLES = {"highest": "blue", "lowest": "dark_orange3"}
 TITLES = {"highest": "supports", "lowest": "opposes"}
+# What the numbers are, said once: of scores per unit of a document's weight, and of products of gradients.
+OF_WEIGHT = (
+    "scores: nats of the log-likelihood per unit of a document's weight in its stage's mean loss; leaving one of N out "
+    "changes it by about -score/N"
+)
+OF_PRODUCTS = (
+    "scores: products of gradients, without the curvature of their stage; no estimate of leaving a document out"
+)
+SHARE = "share: |score| of the sum of |score| of all documents; what is doubtful is in report.html"
 
 
 def show(
@@ -50,6 +59,8 @@ def show(
     for each in queries:
         own = [shares[label, each.id] for label in beside if (label, each.id) in shares]
         _print(console, each, scored.label, wanted[each.id], statistics.get((scored.label, each.id), {}), own)
+    meaning = OF_WEIGHT if scored.of_weight else OF_PRODUCTS
+    console.print(Text(f"{meaning}. {SHARE}", style="dim"))
     most = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
     if (kept := top_k(run_dir)) < min(top, most):
         words = f"top.parquet has {kept} documents of each side; for more, set `top` in the description and run it"

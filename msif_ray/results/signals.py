@@ -19,6 +19,9 @@ TOKENS_PER_DIMENSION = 10
 LEAST_ENERGY = 0.9
 # Geometric mean probability of a completion's tokens, below which the model would hardly have said it.
 LEAST_PROBABILITY = 0.05
+# What one document's score may say that leaving it out would change the log-likelihood by, in nats for each token of
+# the completion: this much is a factor of e in every token's probability, and no small change.
+LARGEST_CHANGE = 1.0
 # Share of the shown documents' scores in one map, and correlation of |score| with length.
 ONE_MAP = 0.5
 FEWEST_MAPS = 4
@@ -58,9 +61,12 @@ def find_signals(
     for scored in facts.scored:
         for query in facts.queries:
             key = (scored.label, query.id)
-            found = [*_preferred(query), *_energy(scored, query), *_numbers(facts, scored, statistics.get(key, {}))]
+            found = [*_preferred(query), *_energy(scored, query)]
+            found += [*_candidates(facts, scored, statistics, key), *_numbers(facts, scored, statistics.get(key, {}))]
             found += [*_modules(*module_shares[key])] if key in module_shares else []
-            found += [*_length(statistics[key])] if key in statistics else []
+            found += (
+                [*_length(statistics[key]), *_size(facts, scored, query, statistics[key])] if key in statistics else []
+            )
             of_queries[key] = found
     return Signals([*_factors(facts), *_skipped(facts, statistics)], of_queries)
 
@@ -94,11 +100,9 @@ def _factors(facts: Facts) -> Iterator[Signal]:
 
 def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[Signal]:
     for scored in facts.scored:
-        # Without a score there is no row.
-        done = max((row["documents"] for (label, _), row in statistics.items() if label == scored.label), default=0)
         reasons: Mapping[str, int] = facts.skipped.get(scored.label, {})
         skipped, most = sum(reasons.values()), most_often(reasons)
-        if skipped == scored.documents or (scored.candidates is not None and not done):
+        if skipped and (skipped == scored.documents or _has_no_score(scored, statistics)):
             yield Signal(
                 f"No document of {scored.label} has a score",
                 f"{skipped:,} were skipped{most}. skipped.parquet names each one.",
@@ -108,6 +112,23 @@ def _skipped(facts: Facts, statistics: Mapping[tuple[str, str], Mapping[str, Any
                 f"Many documents of {scored.label} were skipped",
                 f"{skipped:,} of {scored.documents:,} have no score{most}. skipped.parquet names each one.",
             )
+
+
+def _has_no_score(scored: Scored, statistics: Mapping[tuple[str, str], Mapping[str, Any]]) -> bool:
+    """Whether no candidate of any query has a score: it has no row then."""
+    return scored.candidates is not None and all(label != scored.label for label, _ in statistics)
+
+
+def _candidates(
+    facts: Facts, scored: Scored, statistics: Mapping[tuple[str, str], Mapping[str, Any]], key: tuple[str, str]
+) -> Iterator[Signal]:
+    skipped = facts.skipped.get(scored.label)
+    if scored.candidates is not None and key not in statistics and not (skipped and _has_no_score(scored, statistics)):
+        yield Signal(
+            "No candidate has a score",
+            "the query has none (no document shares a word with it, or the list has none of it), or all of them were "
+            "skipped, or their scores are no numbers.",
+        )
 
 
 def _numbers(facts: Facts, scored: Scored, row: Mapping[str, Any]) -> Iterator[Signal]:
@@ -170,6 +191,19 @@ def _modules(names: list[str], shares: np.ndarray) -> Iterator[Signal]:
             "One map carries most of the scores",
             f"{short_names(names)[largest]} has {shares[largest] / total:.0%} of the top documents' scores. A map with "
             "very small eigenvalues can do that; compare a larger damping, or leave it out with `modules`.",
+        )
+
+
+def _size(facts: Facts, scored: Scored, query: Query, row: Mapping[str, Any]) -> Iterator[Signal]:
+    documents, tokens = facts.weighed(scored), query.tokens or 1
+    change = max(-row["lowest"], row["highest"]) / documents
+    if scored.of_weight and change > LARGEST_CHANGE * tokens:
+        yield Signal(
+            "Scores are too large for an estimate of first order",
+            f"by its score, leaving out the strongest document alone, one of {documents:,}, would change the "
+            f"log-likelihood by {change:.3g} nats (over {LARGEST_CHANGE:g} for each token that is explained), which is "
+            "no small change. Take such scores for an order and not for sizes, and compare a larger damping; of a "
+            "sample of the training data the change is as much smaller as there are more documents.",
         )
 
 

@@ -45,7 +45,8 @@ TOP_SCHEMA = pa.schema(
     ],  # and `curvature_norm`, where the scores have it
     metadata={
         **UNITS,
-        "side": "highest: the documents that support the completion most; lowest: those that oppose it most",
+        "side": "highest: the documents that support the completion most; lowest: those that oppose it most, as far as "
+        "scores have that sign; of few documents the two overlap",
         "rank": "1 is the highest or the lowest score of the query; equal scores are in the order of doc_id",
         "tokens": "a character that several tokens make up stands with the first of them; the others are empty; "
         "a document's label stands with its last token, and what tells two sequences apart with their first",

@@ -63,7 +63,7 @@ def test_without_a_score_it_says_so(tmp_path: Path) -> None:
     arguments = ["aggregate", str(run.write(tmp_path / "run")), "--by", "domain"]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
-    assert result.stdout == "no document has a score; skipped.parquet says why\n"
+    assert result.stdout == "no document has a score that is a number; report.html says why\n"
 
 
 def test_the_command_prints_and_writes(run_dir: Path, tmp_path: Path) -> None:

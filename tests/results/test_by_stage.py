@@ -92,6 +92,24 @@ def test_entries_are_compared_with_those_of_the_same_responses(tmp_path: Path) -
     assert beside["stiff"] == ["stiff", "stiff-tune"] and beside["alone"] == []
 
 
+def test_products_of_gradients_are_no_nats_of_a_document_left_out(tmp_path: Path) -> None:
+    """What leaves the curvature of a later stage out leaves out that of this stage's own documents, too."""
+    left_out = {"responses": {"tune": {"kind": "identity"}}}
+    run = finished(entry("pretrain", "single", **left_out), entry("tune", "product", **left_out))
+    write_report(run.write(tmp_path / "both"))
+    assert not (tmp_path / "both" / STAGES).exists()
+    page = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    assert page.count("identity: its curvature is left out; a score is a product of gradients, and no estimate") == 1
+    run = finished(
+        entry("pretrain"), entry("tune"), entry("pretrain", "single", **left_out), entry("tune", "product", **left_out)
+    )
+    write_report(run.write(tmp_path / "more"))
+    found = rows(tmp_path / "more")
+    assert {label for label, _ in found} == {"pretrain", "tune", "single"} and found["single", "q0"]["share"] is None
+    scored = page_data((tmp_path / "more" / "report.html").read_text(encoding="utf-8"))["scored"]
+    assert [len(each["queries"][0]["stages"]) for each in scored] == [2, 2, 0, 0]
+
+
 def test_one_stage_alone_has_none(tmp_path: Path) -> None:
     write_report(Finished(labels=("pretrain", "again")).write(tmp_path))
     assert not (tmp_path / STAGES).exists()

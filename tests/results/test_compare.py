@@ -181,6 +181,18 @@ def test_documents_of_one_run_alone_are_counted_by_query(tmp_path: Path) -> None
         assert [line for line in lines if "alone" in line] == ([said] if said else [])
 
 
+def test_scores_that_are_no_numbers_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = Finished().scores("pretrain")
+    whole = Finished().write(tmp_path / "whole")
+    scores[:2, 0] = np.nan, np.inf
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    some = Finished().write(tmp_path / "some")
+    said = "up to 2 documents of a query have a score that is no number in A or in B, and are left out."
+    for runs in ((whole, some), (some, whole)):
+        lines = printed_by("compare", *map(str, runs)).splitlines()
+        assert [line for line in lines if "left out" in line] == [said]
+
+
 def test_a_run_of_candidates_has_the_blocks_that_hold_some(tmp_path: Path) -> None:
     """Which of their documents have scores depends on the query."""
     run = of_candidates(tmp_path)

@@ -173,7 +173,9 @@ def test_parts_without_rows_and_queries_without_any_are_read(
         parts.write_part(path, ["b", "a"], names, np.ones((2, 2)), np.ones(2), [3, 3], [], {}, None, np.array(chosen))
     assert [pq.read_metadata(path).num_row_groups for path in paths] == [0, 1, 1]
     assert READERS[reader](paths[0].parent) == 3
-    assert {query: len(ids) for query, (ids, _) in query_scores(tmp_path, "one", ["b", "a"])} == {"b": 2, "a": 1}
+    found = dict(query_scores(tmp_path, "one", ["b", "a"]))
+    assert {query: len(ids) for query, (ids, _) in found.items()} == {"b": 2, "a": 1}
+    assert {ids.type for ids, _ in found.values()} == {pa.large_string()}  # more than 2 GiB of ids of a whole corpus
     if reader != "datasets":  # which has no name for no rows
         paths[1].unlink()
         paths[2].unlink()

@@ -2,6 +2,7 @@
 the two queries that stand elsewhere."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,34 @@ def test_details(result: Any) -> None:
     for _, score, of_tokens, of_modules, strongest in result:
         assert of_tokens == pytest.approx(score, abs=1e-5) and of_modules == pytest.approx(score, abs=1e-5)
         assert strongest == 2
+
+
+def test_scores_that_are_no_numbers_count_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each of the blocks that read the scores of the corpus."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    ids, numbers = ["doc-40", "doc-41"], np.array([[np.nan, np.nan], [np.inf, np.inf]])
+    for label in RUN.labels:
+        path = parts.part_path(tmp_path / "run", label, "00000-0000003")
+        parts.write_part(path, ["q0", "q1"], ids, numbers, np.ones(2), [9, 9], [], {})
+    path = parts.part_path(tmp_path / "detailed", "pretrain", "00000-0000001")
+    shares = parts.Details(tuple(MAPS), np.zeros((2, 2, len(MAPS))), [np.zeros((2, 9))] * 2, curvature_norms=np.ones(2))
+    parts.write_part(path, ["q0", "q1"], ids, numbers, np.ones(2), [9, 9], [], {}, shares)
+    corpus = pq.read_table(tmp_path / "corpus.parquet").to_pylist() + [{"id": name, "domain": "web"} for name in ids]
+    pq.write_table(pa.Table.from_pylist(corpus), tmp_path / "corpus.parquet")
+    for title, language, code in blocks():
+        if "scores/" not in code or "dataset" in title:
+            continue
+        found: list[Any] = []
+        for place in (folder, tmp_path):
+            monkeypatch.chdir(place)
+            names: dict[str, Any] = {}
+            if language == "python":
+                exec(compile(code, str(RECIPES), "exec"), names)
+            shown = [names[name] for name in ("by_length", "top_per_norm", "spearman", "moved") if name in names]
+            found.append(str(shown or sorted(duckdb.sql(code).fetchall(), key=str)))
+        assert found[0] == found[1] and "nan" not in found[0], title
 
 
 def elsewhere(path: str, pattern: str, folder: Path) -> list[tuple[Any, ...]]:

@@ -1,5 +1,6 @@
 """report.html in a real browser: what it shows, what it refuses to run, and how it is used."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 from msif_ray.cli import app
 from msif_ray.errors import UserError
 from msif_ray.results.report import write_report
+from msif_ray.results.top import write_top
 from msif_ray.store import read_json, write_json
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked=1'>"
@@ -106,7 +108,7 @@ def test_a_class_is_called_so(chromium: Any, tmp_path: Path) -> None:
     write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"completion_tokens": {"q0": 1}})
     page = browser.Watched(chromium, write_report(run_dir)[0]).page
     shown = page.locator("body").inner_text()
-    assert "mean probability" not in shown and page.locator("dt", has_text="probability").count() == 1
+    assert "geometric mean" not in shown and page.locator("dt", has_text="probability").count() == 1
     assert "Supports the class" in shown and "the class’s log-likelihood" in shown
     assert "completion" not in shown.replace("completion_tokens", "")
     assert "probability\n37 %" in page.locator("#query-facts").inner_text().replace("\u00a0", " ")
@@ -365,6 +367,19 @@ def test_documents_have_no_norms_where_the_run_has_none(tmp_path: Path) -> None:
     shown = [each for query in page_data(page)["scored"][0]["queries"] for each in query["supports"]]
     assert shown and not any("norm" in each for each in shown)
     assert "per-norm" not in page.partition("<script")[0]
+
+
+def test_a_norm_and_a_share_that_are_no_numbers(tmp_path: Path) -> None:
+    """Of a score that is one: a norm is the root of squares, which overflow far sooner."""
+    path = Finished().write(tmp_path) / "top.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= {"norm": math.inf, "token_scores": [math.nan, 0.5, 0.5], "module_scores": [math.inf] + 8 * [1.0]}
+    write_top(tmp_path, rows, 3)
+    (first, *_) = page_data(write_report(tmp_path)[0].read_text(encoding="utf-8"))["scored"][0]["queries"][0][
+        "supports"
+    ]
+    assert first["id"] == rows[0]["doc_id"] and "norm" not in first
+    assert first["segments"][0][2] == [0, 1000, 1000] and first["maps"] == [[1, 0.125], [2, 0.125], [3, 0.125]]
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def test_all_queries_with_both_sides(run_dir: Path) -> None:
 
 def test_without_a_score_it_says_so(tmp_path: Path) -> None:
     printed = shown(str(Finished(documents=0, skipped=[("a", "text is null")]).write(tmp_path)), "--query", "q0")
-    assert "(61% per token), no document has a score; skipped.parquet says why" in " ".join(printed.split())
+    assert "(61% per token), no document has a score that is a number; report.html says why" in " ".join(
+        printed.split()
+    )
 
 
 def test_of_one_token_and_of_a_class_the_probability_is_not_per_token(run_dir: Path) -> None:
@@ -54,6 +56,14 @@ def test_one_query_of_other_scores(run_dir: Path) -> None:
     scores = Finished(labels=("two", "one")).scores("one")[:, 1]
     assert "Is it?" not in printed and printed.count("doc-") == 2
     assert f"{scores.max():+.4g}" in printed and f"{scores.min():+.4g}" in printed
+
+
+def test_it_says_once_what_the_numbers_are(run_dir: Path, tmp_path: Path) -> None:
+    printed = " ".join(shown(str(run_dir)).split())
+    assert printed.count("leaving one of N out changes it by about -score/N. share: |score| of the sum") == 1
+    left_out = {"stage": "pretrain", "responses": {"pretrain": {"kind": "identity"}}}
+    printed = shown(str(Finished(changes={"score": [left_out]}).write(tmp_path)))
+    assert "-score/N" not in printed and printed.count("scores: products of gradients") == 1
 
 
 def test_that_there_are_no_more_is_said(run_dir: Path) -> None:

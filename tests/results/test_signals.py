@@ -115,6 +115,27 @@ def test_long_documents_dominate(found: Any, documents: int, expected: int) -> N
     assert titles(find_signals(facts, rows, {}))[1] == ["Long documents dominate"] * expected
 
 
+@pytest.mark.parametrize(
+    ("label", "highest", "expected"), [("pretrain", 24.1, 1), ("pretrain", 23.9, 0), ("tune", 99, 0)]
+)
+def test_scores_that_no_first_order_reaches(tmp_path: Path, label: str, highest: float, expected: int) -> None:
+    """Of 12 documents, for a completion of two tokens; products of gradients are no such estimate."""
+    entry = {
+        "stage": label,
+        "documents": {"path": "t.jsonl", "text": "text"},
+        "responses": {"tune": {"kind": "identity"}},
+    }
+    facts = read_facts(Finished(labels=[label], changes={"score": [entry]}).write(tmp_path))
+    for side in ("highest", "lowest"):
+        rows = read_statistics(tmp_path)
+        rows[label, "q0"] |= {"highest": 0.1, "lowest": -0.1, side: highest if side == "highest" else -highest}
+        found = find_signals(facts, rows, {}).queries
+        assert [each.title[:20] for each in found[label, "q0"]] == ["Scores are too large"] * expected
+        assert found[label, "q1"] == []
+        of_more = replace(facts, scored=[replace(facts.scored[0], out_of=120)])
+        assert find_signals(of_more, rows, {}).queries[label, "q0"] == []
+
+
 def test_many_are_skipped(tmp_path: Path) -> None:
     run = Finished(skipped=[("x", "text is null"), ("y", "text is null"), ("z", "fewer than two tokens")])
     run_dir = run.write(tmp_path)
@@ -133,6 +154,20 @@ def test_none_has_a_score(tmp_path: Path, candidates: dict[str, Any] | None) -> 
         "No document of pretrain has a score: 3 were skipped, most often because: text is null. skipped.parquet names "
         "each one."
     ]
+
+
+def test_a_query_without_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one, or all, of whose candidates no score is a number: nothing of that is in skipped.parquet."""
+    scores = Finished().scores("pretrain")
+    scores[:, 0] = np.nan
+    monkeypatch.setattr(Finished, "scores", lambda self, label: scores)
+    entry = {"stage": "pretrain", "candidates": {"method": "bm25"}}
+    run = Finished(changes={"score": [entry]}, skipped=[("x", "text is null")])
+    (line,) = signal_lines(of_run(run.write(tmp_path / "one")))
+    assert line == "No candidate has a score: 1 of 2 queries (q0)"
+    scores[:] = np.nan
+    (line,) = signal_lines(of_run(Finished(changes={"score": [entry]}).write(tmp_path / "all")))
+    assert line == "No candidate has a score: 2 of 2 queries (q0, q1)"
 
 
 def test_lines_name_the_queries_once(tmp_path: Path) -> None:

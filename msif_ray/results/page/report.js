@@ -79,7 +79,7 @@
       if (query.tokens && !margin) {
         const several = query.tokens > 1 && data.said !== "class";
         const probability = percent(Math.exp(query.log_likelihood / query.tokens)) + (several ? `, ${tokens(query.tokens)}` : "");
-        facts.push(...fact(several ? "mean probability of its tokens" : "probability", probability));
+        facts.push(...fact(several ? "geometric mean of its tokens’ probabilities" : "probability", probability));
       }
     }
     if (found.documents) {
@@ -214,7 +214,7 @@
   const orders = {
     rank: (one, other) => one.rank - other.rank,
     length: (one, other) => other.n_tokens - one.n_tokens,
-    norm: (one, other) => other.norm - one.norm,
+    norm: (one, other) => (other.norm ?? 0) - (one.norm ?? 0), // one that is no number is not given
     "per-norm": (one, other) => Math.abs(other.score / (other.norm || 1)) - Math.abs(one.score / (one.norm || 1)),
     "per-curvature-norm": (one, other) => Math.abs(other.score / (other.curvature_norm || 1)) - Math.abs(one.score / (one.curvature_norm || 1)),
     id: (one, other) => one.id < other.id ? -1 : 1,
