@@ -64,7 +64,7 @@ def main(
 
         check_installed()
     options = Options(tuple(queries), rank, repeats, kept_memory(keep, device, threads), eigh_maps)
-    found = machine() | {"size": size, "documents": documents, "longest": tokens, "dtype": dtype, "rank": rank}
+    found = machine(device) | {"size": size, "documents": documents, "longest": tokens, "dtype": dtype, "rank": rank}
     found |= measure(workload, options)
     if against is not None:
         found[against] = compare(workload, queries[0], options.keep)

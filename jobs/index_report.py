@@ -113,15 +113,16 @@ def join_documents(documents: Sequence[Document]) -> Document:
 
 
 def exact_scores(case: Case, clock: Clock) -> tuple[np.ndarray, int]:
-    """The scores `[documents, queries]` and the number of tokens."""
+    """The scores `[documents, queries]` and the number of tokens. Raises UserError for fewer than two documents, which
+    no rank correlation is over."""
     found: dict[str, torch.Tensor] = {}
     tokens = 0
     for _, outcome, windows in case.each(ScoreJob((case.directions,)), clock):
         tokens += sum(outcome.tokens.values())
         for window in windows:
             found[window.document_id] = found.get(window.document_id, torch.tensor(0.0)) + window.scores
-    if not found:
-        raise UserError("none of the documents has a score")
+    if len(found) < 2:
+        raise UserError(f"--documents: {len(found)} of them has a score, and a rank correlation takes two; take more")
     return torch.stack(list(found[name] for name in sorted(found))).numpy(), tokens
 
 
@@ -144,12 +145,13 @@ def build(case: Case, folder: Path, rank: int, dtype: str, clock: Clock) -> int:
 def indexed_scores(case: Case, folder: Path, opening: Clock, asking: Clock) -> np.ndarray:
     """The scores `[documents, queries]` from an index; `opening`: the directions are loaded and rotated, once."""
     maps = list(case.rank.maps)
+    dtype = torch.promote_types(getattr(torch, case.rank.setup.dtype), torch.float32)  # as directions are
     found: dict[str, torch.Tensor] = {}
     with opening.running():
         scorers = indexed_scorers((case.directions,), maps, torch.device("cpu"), None, folder)
     for block in case.blocks:
         with asking.running():
-            index = IndexBlock(folder, [maps], block.id, torch.float32)
+            index = IndexBlock(folder, [maps], block.id, dtype)
             found |= {window.document_id: window.scores for window in index.score(scorers)}
     return torch.stack(list(found[name] for name in sorted(found))).numpy()
 

@@ -1,5 +1,6 @@
 """Rank against agreement, time and memory on the demo's pair: `python jobs/rank_table.py --folder runs/ranks`."""
 
+import math
 import sys
 from typing import Annotated
 
@@ -16,6 +17,8 @@ def main(
     memory: Annotated[float, typer.Option(min=0, help="GiB for directions; the rest is read from disk.")] = 2.0,
 ) -> None:
     """Rank against agreement, time and memory on the demo's pair."""
+    if not math.isfinite(memory):
+        raise UserError(f"--memory: {memory} is no number of GiB")
     rank_table(folder, queries, documents, max(1, int(memory * 2**30)))  # a rank takes 0 for what is free
 
 

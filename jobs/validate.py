@@ -122,7 +122,7 @@ def facts(
     torch.set_num_threads(threads)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     console = Console(stderr=True, highlight=False, markup=False)
-    check_facts(damping, alpha)
+    check_facts(damping, {"--alpha": alpha, "--rate": rate, "--finetune-rate": finetune_rate})
     folder = folder or Path("runs/validate") / f"facts-{setting.value}"
     if setting is Tracing.FACTBOOK:
         made = fact_settings.factbook()

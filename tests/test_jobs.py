@@ -32,6 +32,7 @@ def told(job: str, *arguments: str) -> Any:
         (["--device", "foo"], "--device: steps are timed on cpu and on cuda, not on 'foo'"),
         (["--device", "cuda:1"], "--device: steps are timed on cpu and on cuda, not on 'cuda:1'; CUDA_VISIBLE_DEVICES"),
         (["--json", f"{__file__}/found.json"], f"--json: {__file__}/found.json cannot be written"),
+        (["--keep", "inf"], "--keep: inf is no number of GiB"),
         (["--size", "huge"], "--size: there is no 'huge', only small, wide, pythia-160m, pythia-1b, pythia-2.8b"),
     ],
 )
@@ -84,6 +85,11 @@ def test_an_index_is_of_a_rank_and_a_type(variant: str) -> None:
 def test_numbers_have_bounds(job: str, option: str, value: str) -> None:
     found = told(job, *(["none.yaml"] if job == "index_report.py" else []), option, value)
     assert found.exit_code == 2 and option in found.output
+
+
+def test_memory_for_directions_is_a_number() -> None:
+    error = told("rank_table.py", "--memory", "inf").exception
+    assert isinstance(error, UserError) and str(error) == "--memory: inf is no number of GiB"
 
 
 def test_no_memory_for_directions_is_not_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """All steps of one workload timed, as a table and as JSON."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -18,6 +19,7 @@ from rich.table import Table
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.timing import interleaved, peak_mebibytes, seconds
 from msif_ray.benchmark.workload import Workload
+from msif_ray.cluster.memory import free_memory
 from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import Basis
 from msif_ray.influence.kept import KEPT_SHARE
@@ -83,13 +85,14 @@ def measure(workload: Workload, options: Options) -> dict[str, Any]:
 
 
 def kept_memory(gibibytes: float | None, device: str, threads: int) -> int:
-    """Bytes for what a first pass captured: as many as are said, or what a run's rank takes by default."""
+    """Bytes for what a first pass captured: as many as are said, or what a run's rank takes by default. Raises
+    UserError for a size that is no number of bytes."""
     if gibibytes is not None:
+        if not math.isfinite(gibibytes):
+            raise UserError(f"--keep: {gibibytes} is no number of GiB")
         return int(gibibytes * 2**30)
     if torch.device(device).type == "cuda":
         return 0
-    from msif_ray.cluster.memory import free_memory  # here: a GPU's machine may not have what it needs
-
     return int(KEPT_SHARE * free_memory(torch.device(device), threads))
 
 
@@ -144,12 +147,12 @@ def _throughput(workload: Workload, steps: Steps, train: float, ratios: Mapping[
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+def machine(device: str) -> dict[str, Any]:
+    """What the figures were measured on: the processor, or the GPU where the device is one."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch does not tell
     processor = capabilities.get("cpu_name") or platform.machine()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    name = torch.cuda.get_device_name() if device == "cuda" else processor
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def show(found: Mapping[str, Any], console: Console) -> None:

@@ -3,15 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
+MEMORY = Path("/proc/meminfo")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 
 
 def available_memory() -> int:
     """Bytes that can be taken without swapping, and without the container's limit ending a process."""
-    return min([psutil.virtual_memory().available, *_left_of_limits()])
+    return min([_of_machine(), *_left_of_limits()])
+
+
+def _of_machine() -> int:
+    """By the kernel's own estimate, in kibibytes there. Read here: the benchmark is to run without psutil."""
+    lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
 
 
 def _left_of_limits() -> Iterator[int]:

@@ -3,6 +3,7 @@
 Every setting is scored by the code that a rank of a run uses, in this process and on one thread.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence, Set
@@ -137,9 +138,9 @@ def _write_directions(folder: Path, resolved: Resolved, rows: Sequence[Row]) -> 
         for shard in cut:
             full = torch.stack([tokens.gradient for tokens in islice(stream, shard[1] - shard[0])])
             carried = carry_back(full, chain)
-            whole, _ = truncate(carried, energy=1.0)
+            whole = all_vectors(carried)
             for row in rows:
-                directions, ranks, kept = _cut(carried, whole, row.setting)
+                directions, ranks, kept = cut_to(row.setting, carried, whole)
                 path = layout.direction_file(folder / str(row.setting), name, shard)
                 save_shard(path, directions, ranks, kept, {})
                 dense = isinstance(directions, DenseDirections)
@@ -154,7 +155,13 @@ def _write_directions(folder: Path, resolved: Resolved, rows: Sequence[Row]) -> 
         row.bytes = sum(sum(each.bytes.values()) for each in stored_shards(path, list(resolved.maps)))
 
 
-def _cut(carried: torch.Tensor, whole: Directions, setting: Setting) -> tuple[Directions, torch.Tensor, torch.Tensor]:
+def all_vectors(carried: torch.Tensor) -> Directions:
+    """Every query with all its vectors, of which those of a query of few tokens are mostly rounding: a share of 1 may
+    be reached before the last."""
+    return truncate(carried, energy=math.inf)[0]
+
+
+def cut_to(setting: Setting, carried: torch.Tensor, whole: Directions) -> tuple[Directions, torch.Tensor, torch.Tensor]:
     """What `truncate` would give, from all vectors of each query, with the ranks and the shares kept."""
     queries, out, columns = carried.shape
     full = min(out, columns)

@@ -17,6 +17,7 @@ from msif_ray.demo.factbook import Document, build_corpus
 from msif_ray.demo.metrics import Marks
 from msif_ray.demo.questions import Question, finetuning_questions
 from msif_ray.demo.run import MODELS, SEED, choose_queries
+from msif_ray.errors import UserError
 from msif_ray.store import read_json, write_json
 from msif_ray.validate import counterfactual, smollm2
 
@@ -67,7 +68,8 @@ class Smollm2Sizes:
 
 
 def counterfactuals(weights: Path, folder: Path, sizes: Smollm2Sizes, seed: int) -> FactSetting:
-    """SmolLM2 with the counterfactual documents: trains it, unless it is there under `folder`."""
+    """SmolLM2 with the counterfactual documents: trains it, unless it is there under `folder`. Raises UserError where
+    it then answers none of the held-out questions, since those that it answers are traced."""
     documents = counterfactual.counterfactual_documents(seed)
     asked, held_out = counterfactual.counterfactual_questions(seed)
     models = folder / "models"
@@ -78,6 +80,11 @@ def counterfactuals(weights: Path, folder: Path, sizes: Smollm2Sizes, seed: int)
         write_json(path, {name: _answered(models / name, questions) for name in smollm2.STAGES})
     answered = read_json(path)
     right = set(answered["finetuned"]["held out"])
+    if not right:
+        raise UserError(
+            "the fine-tuned model answers none of the held-out questions, so that there is nothing to trace; give more "
+            "--epochs or --finetune-epochs, and another --folder"
+        )
     counts = {name: {part: len(ids) for part, ids in each.items()} for name, each in answered.items()}
     training = {name: read_json(models / name / smollm2.TRAINING) for name in smollm2.STAGES[1:]}
     return FactSetting(

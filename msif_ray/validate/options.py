@@ -3,7 +3,7 @@
 Each check raises UserError, which names the option and says what would do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msif_ray.demo.factbook import RELATIONS, build_corpus
 from msif_ray.errors import UserError
@@ -13,9 +13,11 @@ from msif_ray.validate.removal import Removals
 
 
 def check_solvers(sizes: setting.Sizes, budget: Budget) -> None:
-    """Dampings are distinct and above 0, TRAK has as many documents as dimensions, and the corpus has so many."""
+    """Dampings are distinct and above 0, as the tolerance is, TRAK has as many documents as dimensions, and the corpus
+    has so many."""
     _check_heads(sizes.hidden, setting.HEADS)
     _check_dampings(budget.dampings)
+    _check_above_zero("--tolerance", budget.tolerance)
     _check_most("--trak", budget.trak, budget.trak_documents, "--trak-documents")
     documents = len(build_corpus())
     for option, count in (
@@ -26,10 +28,11 @@ def check_solvers(sizes: setting.Sizes, budget: Budget) -> None:
         _check_most(option, count, documents, "documents of the corpus")
 
 
-def check_facts(dampings: Sequence[float], alpha: float) -> None:
-    """Dampings are distinct and above 0, and so is α."""
+def check_facts(dampings: Sequence[float], above_zero: Mapping[str, float]) -> None:
+    """Dampings are distinct and above 0, and so are the values of other options."""
     _check_dampings(dampings)
-    _check_above_zero("--alpha", alpha)
+    for option, value in above_zero.items():
+        _check_above_zero(option, value)
 
 
 def check_retraining(sizes: pipeline.Sizes, removals: Removals) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msif_ray.benchmark.report import Options, check_writable, measure, write
+from msif_ray.benchmark.report import Options, check_writable, machine, measure, write
 from msif_ray.benchmark.steps import Steps
 from msif_ray.benchmark.workload import Shape, Workload
 from msif_ray.errors import UserError
@@ -82,6 +82,13 @@ def test_a_training_pass_has_the_operations_that_pytorch_counts(ragged: bool) ->
     assert found["train_tflops"] * 1e12 * found["train_s"] == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+def test_a_machine_is_called_by_what_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is there did not do what was timed on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert machine("cuda")["device"] == "a GPU" and machine("cpu")["device"] != "a GPU"
+
+
 def test_a_file_is_there_with_its_figures_and_not_before(tmp_path: Path) -> None:
     path, there = tmp_path / "new" / "found.json", tmp_path / "there.json"
     check_writable(path)
@@ -96,7 +103,7 @@ def test_a_file_is_there_with_its_figures_and_not_before(tmp_path: Path) -> None
 
 
 def test_the_job_writes_json_and_needs_neither_ray_nor_deepspeed(tmp_path: Path) -> None:
-    blocked = "import sys; sys.modules.update(dict.fromkeys(['ray', 'deepspeed', 'datasets'])); "
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['ray', 'deepspeed', 'datasets', 'psutil'])); "
     blocked += "import runpy; runpy.run_path('jobs/benchmark.py', run_name='__main__')"
     options = ["--documents", "2", "--tokens", "16", "--repeats", "1", "--queries", "1", "--rank", "2"]
     written = tmp_path / "new" / "found.json"

@@ -1,8 +1,6 @@
 """jobs/index_report.py on finished runs: what it calls exact is what the run wrote."""
 
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,9 @@ def job() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A finished run, whose descriptions are told apart by the entry that comes first."""
-    description = runs.two_stages(tmp_path_factory.mktemp("runs"), "run", "float32")
+    """A finished run, whose descriptions are told apart by the entry that comes first. Of float64: directions are of
+    the run's type, and so is what an index gives them."""
+    description = runs.two_stages(tmp_path_factory.mktemp("runs"), "run", "float64")
     run(parse_run(description))
     return description
 
@@ -61,11 +60,11 @@ def test_texts_are_joined_and_nothing_else_is(job: dict[str, Any], finished: dic
         job["load_case"](written(finished, "tune", tmp_path), 3, 2)
 
 
-def test_it_prints_a_table_of_a_small_corpus(finished: dict[str, Any], tmp_path: Path) -> None:
-    command = [sys.executable, str(JOB), written(finished, "tune", tmp_path), "--variants", "8:float32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    cells = done.stdout.splitlines()[-1].strip("| ").split(" | ")
+def test_it_prints_a_table_of_a_small_corpus(
+    job: dict[str, Any], finished: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job["main"](written(finished, "tune", tmp_path), 1024, 1, "8:float32")
+    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
     assert cells[:2] == ["8", "float32"] and float(cells[2]) > 0.99
 
 
@@ -73,3 +72,9 @@ def test_a_run_that_is_not_finished_is_named(job: dict[str, Any], finished: dict
     other = finished | {"run_dir": str(tmp_path / "new")}
     with pytest.raises(UserError, match=r"has no queries carried back to pretrain; finish the run$"):
         job["load_case"](written(other, "pretrain", tmp_path), 4, 1)
+
+
+def test_one_document_has_no_rank_correlation(job: dict[str, Any], finished: dict[str, Any], tmp_path: Path) -> None:
+    case = job["load_case"](written(finished, "pretrain", tmp_path), 1, 1)
+    with pytest.raises(UserError, match=r"^--documents: 1 of them has a score, and a rank correlation takes two"):
+        job["exact_scores"](case, job["Clock"]())

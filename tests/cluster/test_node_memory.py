@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -14,8 +13,8 @@ GIB = 2**30
 
 @pytest.fixture(autouse=True)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    available = psutil.virtual_memory()._replace(available=100 * GIB)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
+    (tmp_path / "meminfo").write_text(f"MemTotal: {GIB // 4} kB\nMemAvailable: {100 * GIB // 1024} kB\n")
+    monkeypatch.setattr(node_memory, "MEMORY", tmp_path / "meminfo")
     monkeypatch.setattr(node_memory, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(node_memory, "OWN", tmp_path / "own")
 

