@@ -4,9 +4,10 @@ Needs PyTorch, transformers and small packages (docs/performance.md), but for `-
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -65,16 +66,22 @@ def main(
         check_installed()
     options = Options(tuple(queries), rank, repeats, kept_memory(keep, device, threads), eigh_maps)
     found = machine(device) | {"size": size, "documents": documents, "longest": tokens, "dtype": dtype, "rank": rank}
-    found |= measure(workload, options)
+    found |= measure(workload, options) | {"ray_overhead": None}
+    _keep(found, json_file)
     if against is not None:
         found[against] = compare(workload, queries[0], options.keep)
-    found["ray_overhead"] = None
+        _keep(found, json_file)
     if ray:
         job = replace(workload, documents=ray_documents)
         found |= {"ray_documents": ray_documents} | through_ray(job, queries[0], threads, options.keep)
+        _keep(found, json_file)
     show(found, Console(width=100))
-    if json_file is not None:
-        write(found, json_file)
+
+
+def _keep(found: Mapping[str, Any], path: Path | None) -> None:
+    """Writes what has been measured so far: a comparison that fails later takes nothing of it away."""
+    if path is not None:
+        write(found, path)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,16 @@ from msif_ray.benchmark.timing import seconds
 from msif_ray.benchmark.workload import Workload
 from msif_ray.errors import UserError
 
+# Kronfluence, and what it takes besides PyTorch.
+PACKAGES = ("kronfluence", "einconv", "opt_einsum")
+
 
 def check_comparable(workload: Workload) -> None:
     """Raises UserError where Kronfluence is not installed, or would be given padded documents, which it has no room
     for here: nothing is timed for a comparison that cannot be made."""
-    if find_spec("kronfluence") is None:
-        raise UserError("--against: kronfluence is not installed; pip install kronfluence==1.0.1")
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"--against: {missing[0]} is not installed; pip install kronfluence==1.0.1")
     if workload.ragged:
         raise UserError("--against: kronfluence is given documents of one length; leave out --ragged")
 
