@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
-from msif_ray.config import Detail, EkfacSolver, Run
+from msif_ray.config import Run
 from msif_ray.corpus.census import fingerprint
 from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.queries import asked
 from msif_ray.corpus.reader import Document
+from msif_ray.described import description_of, named
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.manifests import CONFIG
@@ -49,26 +50,8 @@ _IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "q
 # configuration.
 _LATER = {"indexes": "manifest", "references": "files"}
 
-# Keys of a run, of its `detail` and of a stage that a record does not name where they are as they are by default: a run
-# without is the run that it was before there were such keys.
-_UNNAMED: dict[str, Any] = {"index": [], "detail": Detail().model_dump(), "blocks": None}
-_UNNAMED_DETAIL = Detail().model_dump(include={"curvature_norm", "norm"})
-_UNNAMED_STAGE = {"base": None, "solver": EkfacSolver().model_dump()}
-
 # Results that a run takes for its own where they are there; what it writes in any case is not among them.
 _BELIEVED = ("factors", "references", "index", "candidates", "queries", "scores", TOP, STATISTICS)
-
-# Keys of the cluster that say where a run is computed and not what.
-_PLACEMENT = (
-    "replicas",
-    "ranks_per_replica",
-    "gpus_per_rank",
-    "cpus_per_rank",
-    "offload",
-    "factor_memory",
-    "directions_memory",
-    "activations_memory",
-)
 
 
 def meaning(run: Run) -> dict[str, str]:
@@ -122,7 +105,7 @@ def check_record(resolved: Resolved) -> dict[str, Any] | None:
         return None
     record, device = read_record(path), _device(resolved)
     kept = record["identity"]
-    difference = _first_difference(_named(kept), _named(_comparable(_identity(resolved), kept)))
+    difference = _first_difference(named(kept), named(_comparable(_identity(resolved), kept)))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -189,21 +172,6 @@ def _device(resolved: Resolved) -> str:
     return "cuda" if resolved.run.cluster.gpus_per_rank else "cpu"
 
 
-def _description(run: Run) -> dict[str, Any]:
-    """The run's description without what changes no score, and without later versions' keys where they are not set: a
-    run without such a key is the run that it was before there was one."""
-    found = run.model_dump(mode="json", exclude={"run_dir", "top"})
-    for key in _PLACEMENT:
-        found["cluster"].pop(key)
-    _unname(found, _UNNAMED)
-    _unname(found.get("detail", {}), _UNNAMED_DETAIL)
-    for entry in found["score"]:
-        entry.pop("out_of")
-    for stage in found["stages"]:
-        _unname(stage, _UNNAMED_STAGE)
-    return found
-
-
 def _identity(resolved: Resolved) -> dict[str, Any]:
     indexes = {
         f"score.{i}": _index_identity(read_manifest(index_folder(entry)))
@@ -225,7 +193,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     }
     optional = {"indexes": indexes, "candidates": listed, "references": references}
     return {key: found for key, found in optional.items() if found} | {
-        "run": _description(resolved.run),
+        "run": description_of(resolved.run),
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
             | ({"adapter": stage.adapter} if stage.adapter else {})
@@ -240,18 +208,6 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
-
-
-def _unname(found: dict[str, Any], unnamed: Mapping[str, Any]) -> None:
-    for key in [key for key, default in unnamed.items() if found.get(key) == default]:
-        found.pop(key, None)
-
-
-def _named(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity that names those keys, too, to tell what they were."""
-    run = _UNNAMED | identity["run"]
-    stages = [_UNNAMED_STAGE | stage for stage in run.get("stages", [])]
-    return identity | {"run": run | {"detail": _UNNAMED["detail"] | run["detail"], "stages": stages}}
 
 
 def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
