@@ -10,6 +10,7 @@ from rich.text import Text
 
 from msif_ray.config import load_run
 from msif_ray.errors import UserError
+from msif_ray.streams import open_streams
 
 app = typer.Typer(
     help="Which pre-training documents made a fine-tuned language model say that?",
@@ -149,6 +150,7 @@ def demo_command(
 
 def main() -> None:
     """The `msif` command: a user's mistake is one line on standard error and exit status 2."""
+    open_streams()
     try:
         app()
     except UserError as error:
