@@ -1,7 +1,7 @@
 """run.json: all that a score depends on, written before the first step and compared on every later one."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
 from msif_ray.results.statistics import STATISTICS
 from msif_ray.results.top import TOP
+from msif_ray.shapes import NUMBER, OPTIONAL, Each
 from msif_ray.store import json_hash, read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
@@ -36,15 +37,34 @@ MEANING = {
     "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
+# What to do about a run.json that is damaged.
+PUT_BACK = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
+
 # Of a run with a stage that is an adapter.
 ADAPTER = (
     "the adapter was merged into its base, and influence is of all parameters of the tracked maps: the curvature and "
     "the response of its stage are those of a full fine-tuning that ended there, not of the matrices that were trained"
 )
 
-# What a run.json must have, and its identity, and of which type.
-_RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict, "strengths": dict}
-_IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "queries": list, "maps": dict}
+# What a run.json must have, and may, as far as it is read again; its description is checked as one is.
+_RECORD = {
+    "identity": {
+        "run": {f"stages{OPTIONAL}": [dict], f"detail{OPTIONAL}": dict},
+        "models": Each(dict),
+        "documents": Each(int),
+        "queries": [list],
+        "maps": Each([int, int]),
+        f"corpora{OPTIONAL}": Each(dict),
+        f"indexes{OPTIONAL}": Each(dict),
+        f"references{OPTIONAL}": Each(dict),
+    },
+    "device": str,
+    "versions": Each(str),
+    "strengths": Each(Each(Each(NUMBER))),
+    f"completion_tokens{OPTIONAL}": Each(int),
+    f"out_of{OPTIONAL}": Each(int),
+    f"index{OPTIONAL}": dict,
+}
 
 # What an identity says that a record of an earlier version does not: of an index its manifest, of a reference model its
 # configuration.
@@ -135,16 +155,8 @@ def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any
 
 def read_record(path: Path) -> dict[str, Any]:
     """A whole run.json. No advice to delete it: any configuration would then be taken for that of the results."""
-    mend = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
-    record = read_json(path, mend)
-    if not _has(record, _RECORD) or not _has(record["identity"], _IDENTITY):
-        raise UserError(f"{path}: not the record of a run of this version; {mend}")
-    return dict(record)
-
-
-def _has(found: Any, wanted: Mapping[str, type]) -> bool:
-    """Whether a value of JSON is an object with the wanted keys, each of its type."""
-    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in wanted.items())
+    record: dict[str, Any] = read_json(path, PUT_BACK, _RECORD)
+    return record
 
 
 def _refuse_unrecorded(run_dir: str) -> None:
