@@ -19,8 +19,9 @@ import torch
 import typer
 
 from msif_ray import layout, stages
-from msif_ray.cluster.fit import mean_eigenvalues
-from msif_ray.cluster.index import IndexJob, IndexTask, write_metric
+from msif_ray.cluster.factors import mean_eigenvalues
+from msif_ray.cluster.index import IndexJob, IndexTask
+from msif_ray.cluster.index_metric import write_metric
 from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.jobs import Job
 from msif_ray.cluster.outcomes import Outcome

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from msif_ray.errors import UserError
+from msif_ray.streams import open_streams
 
 if TYPE_CHECKING:
     from msif_ray.config import Run
@@ -159,6 +160,7 @@ def demo_command(
 
 def main() -> None:
     """The `msif` command: a user's mistake is one line on standard error and exit status 2."""
+    open_streams()
     try:
         app()
     except UserError as error:

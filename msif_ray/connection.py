@@ -15,6 +15,7 @@ from msif_ray.config import Cluster
 from msif_ray.errors import UserError
 from msif_ray.machines import check_room, cluster_address, with_gpus
 from msif_ray.paths import reason
+from msif_ray.streams import open_streams
 
 # A cluster that is there answers at once; a name or a route that leads nowhere may never.
 ANSWER_SECONDS = 10.0
@@ -34,6 +35,7 @@ def connected() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    open_streams()
     address = cluster_address()
     if address is not None:
         _join(address)

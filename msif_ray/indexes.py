@@ -15,10 +15,19 @@ from msif_ray.errors import DamagedError, UserError
 from msif_ray.manifests import Warn, check_files, check_type
 from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import all_there, exists, is_remote, path_of
+from msif_ray.shapes import OPTIONAL, Each
 from msif_ray.store import read_json
 
 # What the manifest of every version's index says, and a run that scores from it needs.
-_SAID = {"model_sha256", "computed_in", "corpus", "maps", "groups", "documents_per_block"}
+_SAID = {
+    "model_sha256": str,
+    "computed_in": str,
+    "corpus": dict,
+    "maps": Each([int, int]),
+    "groups": [[str]],
+    "documents_per_block": int,
+    f"files{OPTIONAL}": (dict, type(None)),
+} | {f"{key}{OPTIONAL}": int for key in ("rank", "documents", "tokens", "bytes")}
 
 
 def index_location(run_dir: str | None) -> str | None:
@@ -54,10 +63,8 @@ def _mend(folder: Path) -> str:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a finished index says of itself. Raises UserError for one that is damaged, or not whole."""
-    path = layout.index_manifest(folder)
-    manifest: dict[str, Any] = read_json(path, _mend(folder))
-    if not isinstance(manifest, dict) or not manifest.keys() >= _SAID:
-        raise UserError(f"{path}: not a whole manifest; {_mend(folder)}")
+    about = {"stage": folder.name.removeprefix("stage=")}
+    manifest: dict[str, Any] = read_json(layout.index_manifest(folder), _mend(folder), _SAID, about)
     return manifest
 
 

@@ -193,7 +193,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_alive(lease: dict[str, Any]) -> bool:
     """Whether the process that wrote the lease, on this machine, is there still."""
-    with suppress(psutil.Error, KeyError, TypeError):
+    with suppress(psutil.Error, KeyError, TypeError, ValueError):
         process = psutil.Process(lease["pid"])
         if process.pid == os.getpid():
             return lease["owner"] in _HELD

@@ -1,17 +1,18 @@
 """run.json: all that a score depends on, written before the first step and compared on every later one."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from msif_ray import __version__, layout
-from msif_ray.config import Detail, EkfacSolver, Run
+from msif_ray.config import Run
 from msif_ray.corpus.objectives import Classes
 from msif_ray.corpus.queries import asked
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.states import fingerprint
+from msif_ray.described import description_of, named
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.manifests import CONFIG
@@ -20,6 +21,7 @@ from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
 from msif_ray.results.statistics import STATISTICS
 from msif_ray.results.top import TOP
+from msif_ray.shapes import NUMBER, OPTIONAL, Each
 from msif_ray.store import json_hash, read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
@@ -36,40 +38,41 @@ MEANING = {
     "n_tokens": "tokens of the document, with its prompt, or what comes before it in a packed row, and an appended EOS",
 }
 
+# What to do about a run.json that is damaged.
+PUT_BACK = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
+
 # Of a run with a stage that is an adapter.
 ADAPTER = (
     "the adapter was merged into its base, and influence is of all parameters of the tracked maps: the curvature and "
     "the response of its stage are those of a full fine-tuning that ended there, not of the matrices that were trained"
 )
 
-# What a run.json must have, and its identity, and of which type.
-_RECORD: dict[str, type] = {"identity": dict, "device": str, "versions": dict, "strengths": dict}
-_IDENTITY: dict[str, type] = {"run": dict, "models": dict, "documents": dict, "queries": list, "maps": dict}
+# What a run.json must have, and may, as far as it is read again; its description is checked as one is.
+_RECORD = {
+    "identity": {
+        "run": {f"stages{OPTIONAL}": [dict], f"detail{OPTIONAL}": dict},
+        "models": Each(dict),
+        "documents": Each(int),
+        "queries": [list],
+        "maps": Each([int, int]),
+        f"corpora{OPTIONAL}": Each(dict),
+        f"indexes{OPTIONAL}": Each(dict),
+        f"references{OPTIONAL}": Each(dict),
+    },
+    "device": str,
+    "versions": Each(str),
+    "strengths": Each(Each(Each(NUMBER))),
+    f"completion_tokens{OPTIONAL}": Each(int),
+    f"out_of{OPTIONAL}": Each(int),
+    f"index{OPTIONAL}": dict,
+}
 
 # What an identity says that a record of an earlier version does not: of an index its manifest, of a reference model its
 # configuration.
 _LATER = {"indexes": "manifest", "references": "files"}
 
-# Keys of a run, of its `detail` and of a stage that a record does not name where they are as they are by default: a run
-# without is the run that it was before there were such keys.
-_UNNAMED: dict[str, Any] = {"index": [], "detail": Detail().model_dump(), "blocks": None}
-_UNNAMED_DETAIL = Detail().model_dump(include={"curvature_norm", "norm"})
-_UNNAMED_STAGE = {"base": None, "solver": EkfacSolver().model_dump()}
-
 # Results that a run takes for its own where they are there; what it writes in any case is not among them.
 _BELIEVED = ("factors", "references", "index", "candidates", "queries", "scores", TOP, STATISTICS)
-
-# Keys of the cluster that say where a run is computed and not what.
-_PLACEMENT = (
-    "replicas",
-    "ranks_per_replica",
-    "gpus_per_rank",
-    "cpus_per_rank",
-    "offload",
-    "factor_memory",
-    "directions_memory",
-    "activations_memory",
-)
 
 
 def meaning(run: Run) -> dict[str, str]:
@@ -123,7 +126,7 @@ def check_record(resolved: Resolved) -> dict[str, Any] | None:
         return None
     record, device = read_record(path), _device(resolved)
     kept = record["identity"]
-    difference = _first_difference(_named(kept), _named(_comparable(_identity(resolved), kept)))
+    difference = _first_difference(named(kept), named(_comparable(_identity(resolved), kept)))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -153,16 +156,8 @@ def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any
 
 def read_record(path: Path) -> dict[str, Any]:
     """A whole run.json. No advice to delete it: any configuration would then be taken for that of the results."""
-    mend = "nothing else says whose results these are, so put it back from a copy, or name a new run_dir"
-    record = read_json(path, mend)
-    if not _has(record, _RECORD) or not _has(record["identity"], _IDENTITY):
-        raise UserError(f"{path}: not the record of a run of this version; {mend}")
-    return dict(record)
-
-
-def _has(found: Any, wanted: Mapping[str, type]) -> bool:
-    """Whether a value of JSON is an object with the wanted keys, each of its type."""
-    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in wanted.items())
+    record: dict[str, Any] = read_json(path, PUT_BACK, _RECORD)
+    return record
 
 
 def _refuse_unrecorded(run_dir: str) -> None:
@@ -190,21 +185,6 @@ def _device(resolved: Resolved) -> str:
     return "cuda" if resolved.run.cluster.gpus_per_rank else "cpu"
 
 
-def _description(run: Run) -> dict[str, Any]:
-    """The run's description without what changes no score, and without later versions' keys where they are not set: a
-    run without such a key is the run that it was before there was one."""
-    found = run.model_dump(mode="json", exclude={"run_dir", "top"})
-    for key in _PLACEMENT:
-        found["cluster"].pop(key)
-    _unname(found, _UNNAMED)
-    _unname(found.get("detail", {}), _UNNAMED_DETAIL)
-    for entry in found["score"]:
-        entry.pop("out_of")
-    for stage in found["stages"]:
-        _unname(stage, _UNNAMED_STAGE)
-    return found
-
-
 def _identity(resolved: Resolved) -> dict[str, Any]:
     indexes = {
         f"score.{i}": _index_identity(read_manifest(index_folder(entry)))
@@ -226,7 +206,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
     }
     optional = {"indexes": indexes, "candidates": listed, "references": references}
     return {key: found for key, found in optional.items() if found} | {
-        "run": _description(resolved.run),
+        "run": description_of(resolved.run),
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
             | ({"adapter": stage.adapter} if stage.adapter else {})
@@ -241,18 +221,6 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
     }
-
-
-def _unname(found: dict[str, Any], unnamed: Mapping[str, Any]) -> None:
-    for key in [key for key, default in unnamed.items() if found.get(key) == default]:
-        found.pop(key, None)
-
-
-def _named(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity that names those keys, too, to tell what they were."""
-    run = _UNNAMED | identity["run"]
-    stages = [_UNNAMED_STAGE | stage for stage in run.get("stages", [])]
-    return identity | {"run": run | {"detail": _UNNAMED["detail"] | run["detail"], "stages": stages}}
 
 
 def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:

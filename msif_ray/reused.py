@@ -10,7 +10,16 @@ from msif_ray.errors import UserError
 from msif_ray.manifests import Warn, check_files, check_type
 from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import exists, missing
+from msif_ray.shapes import OPTIONAL, Each
 from msif_ray.store import json_hash, read_json
+
+_MANIFEST = {
+    "model_sha256": str,
+    "maps": Each({"shape": [int, int]}),
+    f"files{OPTIONAL}": (dict, type(None)),
+    f"dtype{OPTIONAL}": str,
+    f"objective{OPTIONAL}": (dict, type(None)),
+}
 
 
 def check_reused_factors(
@@ -43,12 +52,9 @@ def _check_factors(
     path = layout.factors_manifest(folder)
     if not exists(path):
         raise UserError(f"{folder} holds no finished factors; {mend}")
-    manifest = read_json(path, mend)
-    try:
-        model, maps = manifest["model_sha256"], {name: tuple(m["shape"]) for name, m in manifest["maps"].items()}
-    except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path}: not a whole manifest; {mend}") from None
-    if model != checkpoint.model_hash:
+    manifest = read_json(path, mend, _MANIFEST, {"stage": folder.name})
+    maps = {name: tuple(about["shape"]) for name, about in manifest["maps"].items()}
+    if manifest["model_sha256"] != checkpoint.model_hash:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")
     check_files(manifest, checkpoint, f"{folder} was fitted", warn, tokenizer=False)
     if maps != checkpoint.maps:

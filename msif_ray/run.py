@@ -9,7 +9,8 @@ from msif_ray import layout, lease, stages
 from msif_ray.carrying import Carrying
 from msif_ray.checkpoint import load_tokenizer
 from msif_ray.cluster.curvature import Curvature, stage_curvature
-from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted, mean_eigenvalues
+from msif_ray.cluster.factors import mean_eigenvalues
+from msif_ray.cluster.fit import FitTask, drop_partials, fit, is_fitted
 from msif_ray.cluster.index import IndexPlan, build
 from msif_ray.cluster.indexed import indexed_task
 from msif_ray.cluster.metrics import publish
@@ -22,7 +23,7 @@ from msif_ray.cluster.top import Row, TopTask, top_rows
 from msif_ray.config import Documents, Run, Score
 from msif_ray.connection import connected, decide_gpus
 from msif_ray.corpus.blocks import CorpusBlocks
-from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25
+from msif_ray.corpus.candidates import CandidateBlocks, ChosenFile, by_bm25, write_chosen
 from msif_ray.errors import UserError
 from msif_ray.indexes import corpus_identity, describe, index_folder, read_manifest, summary
 from msif_ray.manifests import made_with
@@ -39,7 +40,6 @@ from msif_ray.results.statistics import STATISTICS, write_statistics
 from msif_ray.results.top import has_top, top_pairs, write_top
 from msif_ray.setup import corpus_blocks, factors_folder, model_setup
 from msif_ray.store import sweep
-from msif_ray.tables import write_table
 
 Until = Literal["fit", "index", "score"]
 
@@ -216,7 +216,7 @@ class _Driver:
                 checkpoint = self.resolved.stages[self.config.stage_index(entry.stage)]
                 tokenizer = load_tokenizer(checkpoint.tokenizer_path, "tokenizer")
                 table = by_bm25(blocks, queries, wanted.top, lambda ids: str(tokenizer.decode(list(ids))))
-            write_table(path, table)
+            write_chosen(path, table)
             self.reporter.say(f"{first.label}: {len(table):,} candidates of {len(queries):,} queries")
         return path
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,13 @@ from safetensors.torch import save_file
 
 from msif_ray.errors import DamagedError, UserError
 from msif_ray.paths import filesystem, is_remote, listing, path_of, storage
+from msif_ray.shapes import misfit
 from msif_ray.tensorfile import TensorFile, with_checksums
 
 # Under which a JSON object has the checksum of all else in it: a digit that is flipped is a digit still.
 CHECKSUM = "crc32"
+
+AGAIN = "delete it, and run the same command again"
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 LEFTOVER_SECONDS = 3600.0
@@ -135,11 +138,12 @@ def write_json(path: str | Path, value: Any) -> None:
     write_atomic(path, (text + "\n").encode("utf-8"))
 
 
-def read_json(path: str | Path, mend: str = "delete it, and run the same command again") -> Any:
+def read_json(path: str | Path, mend: str = AGAIN, shape: Any = None, about: Mapping[str, Any] | None = None) -> Any:
     """What `write_json` wrote; one of an earlier version has no checksum.
 
-    Raises DamagedError, which says how to `mend` it, for a file that is not whole JSON or does not fit its checksum,
-    and UserError for a storage that cannot be read.
+    Raises DamagedError, which says how to `mend` it, for a file that is not whole JSON, does not fit its checksum, has
+    not the `shape` of `shapes.misfit`, or says of a key of `about` what is not wanted, as one that was written as
+    another; one of an earlier version may say nothing. Raises UserError for a storage that cannot be read.
     """
     with storage(path, "read"):
         data = path_of(path).read_bytes()
@@ -150,6 +154,11 @@ def read_json(path: str | Path, mend: str = "delete it, and run the same command
         raise DamagedError(f"{path}: not whole JSON: {fault}; {mend}") from None
     if isinstance(found, dict) and CHECKSUM in found and found.pop(CHECKSUM) != _json_checksum(found):
         raise DamagedError(f"{path}: damaged: it does not fit its checksum; {mend}")
+    if shape is not None and (at := misfit(found, shape)) is not None:
+        raise DamagedError(f"{path}: not as this version writes it{f': see {at}' if at else ''}; {mend}")
+    for key, wanted in (about or {}).items():
+        if found.get(key, wanted) != wanted:
+            raise DamagedError(f"{path}: in the wrong place: its {key} is {found[key]}, not {wanted}; {mend}")
     return found
 
 
@@ -205,25 +214,32 @@ def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return separate
 
 
-def load_tensors(path: str | Path, part_of: Path | None = None) -> dict[str, torch.Tensor]:
-    """All tensors of a file of `save_tensors`, on the CPU.
+def load_tensors(
+    path: str | Path,
+    part_of: Path | None = None,
+    about: Mapping[str, str] | None = None,
+    wanted: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
+    """All tensors of a file of `save_tensors`, on the CPU; those `wanted` among them.
 
-    Raises UserError for a file that cannot be read, is not whole or does not fit its checksums. Then what is to
-    be deleted is the file, or the folder that is worthless without it.
+    Raises UserError for a file that cannot be read, is not whole, does not fit its checksums, lacks a tensor, or was
+    written as another, as its metadata say that are named in `about`. Then what is to be deleted is the file, or the
+    folder that is worthless without it.
     """
-    with _damage_to_mend("it" if part_of is None else f"the folder {part_of}"):
-        file = TensorFile(path_of(path))
-        return {name: file.tensor(name) for name in file.names}
+    with damage_to_mend("it" if part_of is None else f"the folder {part_of}"):
+        file = TensorFile(path_of(path), about)
+        return {name: file.tensor(name) for name in dict.fromkeys([*file.names, *wanted])}
 
 
 def checksums(path: str | Path) -> dict[str, int]:
     """Each tensor's checksum, as its file's header has it. Raises UserError as `load_tensors` does."""
-    with _damage_to_mend("it"):
+    with damage_to_mend("it"):
         return TensorFile(path_of(path)).checksums
 
 
 @contextmanager
-def _damage_to_mend(what: str) -> Iterator[None]:
+def damage_to_mend(what: str) -> Iterator[None]:
+    """Says what to delete for a file that is found to be damaged. Raises UserError."""
     try:
         yield
     except DamagedError as error:

@@ -6,7 +6,7 @@ table, or ends the process: ours is between the last page and the footer, where 
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,12 +54,24 @@ def opened(path: Path, fault: str = f"damaged; {AGAIN}") -> Iterator[pq.ParquetF
             raise DamagedError(f"{path}: {fault}") from None
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a whole table. Raises UserError as `opened`, and where one of them is not there."""
+def read_table(path: Path, columns: Sequence[str], about: Mapping[str, str] | None = None) -> pa.Table:
+    """Some columns of a whole table. Raises UserError as `opened` and `check_place`, and where one of them is not
+    there."""
     with opened(path) as file:
+        check_place(path, file, about or {}, AGAIN)
         if not set(columns) <= set(file.schema_arrow.names):
             raise other_version(path)
         return file.read(columns=list(columns))
+
+
+def check_place(path: Path, file: pq.ParquetFile, about: Mapping[str, str], mend: str) -> None:
+    """Raises DamagedError, saying how to `mend` it, for a table that was written as another: its metadata say of a key
+    of `about` what is not wanted. One of an earlier version may say nothing."""
+    said = file.schema_arrow.metadata or {}
+    for key, wanted in about.items():
+        found = said.get(key.encode(), wanted.encode()).decode()
+        if found != wanted:
+            raise DamagedError(f"{path}: in the wrong place: its {key} is {found}, not {wanted}; {mend}")
 
 
 def other_version(path: Path) -> UserError:

@@ -61,13 +61,13 @@ class _Entry:
 
 
 class TensorFile:
-    """A file of `save_tensors` on local disk or object storage.
+    """A file of `save_tensors` on local disk or object storage; `about` is what its metadata are to say.
 
-    Raises DamagedError, here and in `tensor`, for a file that is missing, cut short or fails its checksums, and
-    UserError for a storage that cannot be read.
+    Raises DamagedError, here and in `tensor`, for a file that is missing, cut short, fails its checksums or was written
+    as another, and UserError for a storage that cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, about: Mapping[str, str] | None = None) -> None:
         self.path = path
         with storage(path, "read"):
             self._size = self._length()
@@ -81,6 +81,8 @@ class TensorFile:
         if not whole:
             raise self._damaged("is damaged: its header does not fit its checksum")
         self.metadata: dict[str, str] = metadata
+        for key, wanted in (about or {}).items():
+            self.check(key, wanted)
 
     @property
     def names(self) -> list[str]:
@@ -95,7 +97,9 @@ class TensorFile:
 
     def tensor(self, name: str, verify: bool = True) -> Tensor:
         """One tensor, on the CPU, in memory of its own; without `verify` its checksum is not compared."""
-        entry = self._entries[name]
+        entry = self._entries.get(name)
+        if entry is None:
+            raise self._damaged(f"is in the wrong place: it has no tensor {name}")
         with storage(self.path, "read"):
             content = self._read(entry.start, entry.stop)
         if len(content) != entry.stop - entry.start:

@@ -162,12 +162,16 @@ def without_block(index: Path) -> None:
     layout.index_block(layout.index_group(index, 0), "00000-0000001").unlink()
 
 
-@pytest.mark.parametrize("content", [[], {}, {"model_sha256": "x"}])
-def test_a_manifest_that_says_too_little(folder: Path, tmp_path: Path, resolved: Resolved, content: Any) -> None:
+@pytest.mark.parametrize(
+    ("content", "at"), [([], ""), ({}, ": see model_sha256"), ({"model_sha256": "x"}, ": see computed_in")]
+)
+def test_a_manifest_that_says_too_little(
+    folder: Path, tmp_path: Path, resolved: Resolved, content: Any, at: str
+) -> None:
     index = pretend(tmp_path / "other", manifest(resolved))
     write_json(layout.index_manifest(index), content)
     path, mend = layout.index_manifest(index), f"delete it, and run `msif index` of the run whose index {index} is"
-    assert refusal(asking(folder, tmp_path / "other")) == f"{path}: not a whole manifest; {mend}"
+    assert refusal(asking(folder, tmp_path / "other")) == f"{path}: not as this version writes it{at}; {mend}"
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,11 @@ def test_of_drivers_that_start_together_one_is_let_in(
     assert came.count("held") == 1
     assert sum("another driver is at work" in line for line in came) == 2
     assert not layout.lease(str(tmp_path)).exists()
+
+
+@pytest.mark.parametrize("found", [[], 3, {"pid": -1}, {"pid": "x", "owner": []}, {"pid": 10**30}])
+def test_a_lease_that_was_edited_is_nobodys(tmp_path: Path, found: Any) -> None:
+    about = {"owner": "x", "machine": lease._machine(), "host": "h"} | found if isinstance(found, dict) else found
+    write_json(layout.lease(str(tmp_path)), about)
+    with lease.held(str(tmp_path), quiet):
+        assert read_json(layout.lease(str(tmp_path)))["pid"] > 0

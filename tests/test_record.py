@@ -191,6 +191,23 @@ def test_a_damaged_record_is_not_to_be_deleted(folder: Path, content: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [("run.detail", 3), ("run.stages", ["pre"]), ("run.stages", None), ("models", {"pre": 1}), ("maps", {"m": [1]})],
+)
+def test_a_record_that_was_edited_is_said_by_its_key(folder: Path, key: str, value: Any) -> None:
+    """Without a checksum, which who edits it may take out."""
+    keep(describe(folder))
+    path = folder / "run" / "run.json"
+    record = json.loads(path.read_text())
+    del record["crc32"]
+    *parents, last = key.split(".")
+    (record["identity"][parents[0]] if parents else record["identity"])[last] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rf"run\.json: not as this version writes it: see identity\.{key}.*; .* put it"):
+        keep(describe(folder))
+
+
+@pytest.mark.parametrize(
     "name",
     ["factors", "references", "index", "candidates", "queries", "scores", "top.parquet", "statistics.parquet"],
 )

@@ -73,7 +73,11 @@ FACTORS: dict[str, tuple[Callable[[Path, Resolved], object], str]] = {
     "none": (lambda f, r: None, "{other} holds no finished factors"),
     "half a manifest": (
         lambda f, r: save_factors(f, r, maps=[]),
-        "{other}/manifest.json: not a whole manifest; finish or repeat the run in {run}",
+        "{other}/manifest.json: not as this version writes it: see maps; finish or repeat the run in {run}",
+    ),
+    "another stage's manifest": (
+        lambda f, r: save_factors(f, r, stage="tune"),
+        "{other}/manifest.json: in the wrong place: its stage is tune, not pre; finish or repeat the run in {run}",
     ),
     "a broken manifest": (
         lambda f, r: (save_factors(f, r) / "manifest.json").write_text('{"maps'),

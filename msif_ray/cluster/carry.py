@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster.directions import ShardFile, direction_entries, save_shard
+from msif_ray.cluster.directions import ShardFile, direction_entries, read_directions, save_shard
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import CarryTask, Source, Vector, passed_means, passing, strengths_used
 from msif_ray.cluster.queries import log_likelihoods
@@ -24,7 +24,7 @@ from msif_ray.influence.groups import Shapes, accumulating_bytes
 from msif_ray.influence.queries import carry_back, smaller_form, stays_dense, truncate
 from msif_ray.influence.response import Response
 from msif_ray.paths import all_there, exists
-from msif_ray.store import read_json, write_json
+from msif_ray.store import write_json
 from msif_ray.tables import writing
 
 # Bytes that a task takes for the copies of the queries that it carries at once, beside the factors that they meet
@@ -73,6 +73,7 @@ def carry(
     write_json(
         layout.directions_manifest(task.folder),
         {
+            "scores": task.folder.name,
             "queries": list(task.queries),
             "log_likelihood": log_likelihoods(gradients, task.queries),
             "strengths": strengths,
@@ -126,7 +127,8 @@ def _summary(shape: tuple[int, int], about: Carried) -> dict[str, Any]:
 def _write_energy(path: Path, queries: Sequence[str], done: dict[str, Carried]) -> None:
     """`map`, `query_id`, `rank` and `energy_kept` of every map and query; a row group per map."""
     schema = pa.schema(
-        [("map", pa.string()), ("query_id", pa.string()), ("rank", pa.int32()), ("energy_kept", pa.float64())]
+        [("map", pa.string()), ("query_id", pa.string()), ("rank", pa.int32()), ("energy_kept", pa.float64())],
+        {"scores": path.parent.name},
     )
     with writing(path, schema) as writer:
         for name, about in done.items():
@@ -138,10 +140,9 @@ def _write_energy(path: Path, queries: Sequence[str], done: dict[str, Carried]) 
 
 def is_carried(folder: Path) -> bool:
     """Whether queries are carried back there, and no file that the manifest names has been deleted since."""
-    path = layout.directions_manifest(folder)
-    if not exists(path):
+    if not exists(layout.directions_manifest(folder)):
         return False
-    manifest = read_json(path)
+    manifest = read_directions(folder)
     shards = [(start, stop) for start, stop in manifest["shards"]]
     files = [layout.direction_file(folder, name, shard) for shard in shards for name in manifest["maps"]]
     return all_there([layout.energy_file(folder), *files])
@@ -149,13 +150,13 @@ def is_carried(folder: Path) -> bool:
 
 def carried_solvers(folder: Path) -> dict[str, Any]:
     """What came of each stage that conjugate gradients solved, by its name."""
-    solvers: dict[str, Any] = read_json(layout.directions_manifest(folder)).get("solvers", {})
+    solvers: dict[str, Any] = read_directions(folder).get("solvers", {})
     return solvers
 
 
 def carried_strengths(folder: Path) -> dict[str, dict[str, float]]:
     """The damping and α of each stage at each map, as used (eigenvalue units)."""
-    strengths: dict[str, dict[str, float]] = read_json(layout.directions_manifest(folder))["strengths"]
+    strengths: dict[str, dict[str, float]] = read_directions(folder)["strengths"]
     return strengths
 
 

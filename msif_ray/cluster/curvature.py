@@ -9,7 +9,7 @@ import torch
 
 from msif_ray import layout, stages
 from msif_ray.cluster.directions import STREAM_COPIES, ReadAgain
-from msif_ray.cluster.fit import mean_eigenvalues
+from msif_ray.cluster.factors import BASIS, checksum_of, mean_eigenvalues, said
 from msif_ray.config import Run, Score
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
@@ -46,7 +46,7 @@ class Curvature:
             give_back_freed_memory()
             left -= STREAM_COPIES * max(sizes.values())
         folder = fetched(str(self.factors)) if streams and is_remote(self.factors) else self.factors
-        metrics = _Metrics(folder, self.responses, device, dtype)
+        metrics = _Metrics(folder, self.factors.name, self.responses, device, dtype)
         for name, size in sizes.items():
             if size <= left:
                 metrics.resident[name] = metrics.read(name)
@@ -70,9 +70,10 @@ def stage_curvature(run: Run, entry: Score, factors: Path, shapes: Shapes) -> Cu
 
 @dataclass
 class _Metrics(Mapping[str, CurvatureMetric]):
-    """Metrics by map: those in `resident`, and others read each time."""
+    """Metrics by map: those in `resident`, and others read each time from the `folder` of a `stage`'s factors."""
 
     folder: Path
+    stage: str
     responses: dict[str, Response]
     device: torch.device
     dtype: torch.dtype
@@ -91,8 +92,11 @@ class _Metrics(Mapping[str, CurvatureMetric]):
     def read(self, name: str) -> CurvatureMetric:
         if name not in self._files:
             of_basis, of_values = layout.factor_files(self.folder, [name])
-            self._files[name] = ReadAgain(of_basis), ReadAgain(of_values)
+            about = said(self.stage, name)
+            basis = ReadAgain(of_basis, about)
+            about |= {"basis": checksum_of({name: basis.checksums})}
+            self._files[name] = basis, ReadAgain(of_values, about)
         basis, eigenvalues = self._files[name]
-        sides = (basis.tensor(side).to(self.device, self.dtype) for side in ("activation_basis", "gradient_basis"))
+        sides = (basis.tensor(side).to(self.device, self.dtype) for side in BASIS)
         values = eigenvalues.tensor("eigenvalues").to(self.device, self.dtype)
         return CurvatureMetric(Basis(*sides), self.responses[name](values))

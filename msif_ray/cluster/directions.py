@@ -6,7 +6,7 @@ shards there are and what form each has.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msif_ray import layout
-from msif_ray.errors import DamagedError, UserError
+from msif_ray.errors import DamagedError
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
 from msif_ray.influence.compress import Metric
@@ -23,7 +23,8 @@ from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
 from msif_ray.influence.scoring import DENSE_ENTRIES, Scorer
 from msif_ray.paths import is_remote
-from msif_ray.store import read_json, save_tensors
+from msif_ray.shapes import NUMBER, OPTIONAL, Each
+from msif_ray.store import AGAIN, damage_to_mend, read_json, save_tensors
 from msif_ray.tensorfile import TensorFile
 
 # Queries of a shard at most, and bytes of one map's shard at most, were no query of low rank. A single query may
@@ -36,6 +37,15 @@ SHARDS_IN_MEMORY = 8
 STREAM_COPIES = 3
 # Of `directions_memory`, what is for streaming where not everything fits.
 STREAM_SHARE = 0.5
+
+_MANIFEST = {
+    "shards": [[int, int]],
+    "itemsize": int,
+    "maps": Each({"shape": [int, int], "vectors": [(int, type(None))]}),
+    f"log_likelihood{OPTIONAL}": Each(NUMBER),
+    f"strengths{OPTIONAL}": Each(Each(NUMBER)),
+    f"solvers{OPTIONAL}": Each(dict),
+}
 
 Shard = tuple[int, int]
 """The queries from the first number to before the second."""
@@ -59,9 +69,9 @@ def direction_entries(shape: tuple[int, int], rank: int | None) -> int:
     return out * columns if rank is None or stays_dense(rank, out, columns) else rank * (out + columns)
 
 
-def shard_metadata(map_name: str, shard: Shard) -> dict[str, str]:
-    """What a shard's file says of itself."""
-    return {"map": map_name, "queries": f"{shard[0]}-{shard[1]}"}
+def shard_metadata(map_name: str, shard: Shard, scores: str) -> dict[str, str]:
+    """What a shard's file says of itself; `scores`: what the folder of its directions is called."""
+    return {"map": map_name, "queries": f"{shard[0]}-{shard[1]}", "scores": scores}
 
 
 def save_shard(path: Path, directions: Directions, ranks: Tensor, kept: Tensor, metadata: Mapping[str, str]) -> None:
@@ -85,17 +95,22 @@ class ReadAgain:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the file, on the CPU. Raises UserError, which says what to do, for a damaged file."""
-        try:
-            if self._file is None:
-                file = TensorFile(self.path)
-                for key, wanted in self.about.items():
-                    file.check(key, wanted)
-                self._file = file
-            tensor = self._file.tensor(name, verify=name not in self._verified)
-        except DamagedError as error:
-            raise UserError(f"{error}; delete it, and run the same command again") from None
+        with damage_to_mend("it"):
+            tensor = self._opened.tensor(name, verify=name not in self._verified)
         self._verified.add(name)
         return tensor
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """Each tensor's. Raises UserError as `tensor`."""
+        with damage_to_mend("it"):
+            return self._opened.checksums
+
+    @property
+    def _opened(self) -> TensorFile:
+        if self._file is None:
+            self._file = TensorFile(self.path, self.about)
+        return self._file
 
 
 @dataclass
@@ -103,8 +118,10 @@ class ShardFile(ReadAgain):
     """One map's shard on storage."""
 
     @classmethod
-    def of(cls, folder: Path, map_name: str, shard: Shard) -> Self:
-        return cls(layout.direction_file(folder, map_name, shard), shard_metadata(map_name, shard))
+    def of(cls, folder: Path, map_name: str, shard: Shard, scores: str | None = None) -> Self:
+        """`scores`: what the folder is called of which this one may be a copy."""
+        about = shard_metadata(map_name, shard, scores or folder.name)
+        return cls(layout.direction_file(folder, map_name, shard), about)
 
     def load(self, device: torch.device) -> Directions:
         if self.dense:
@@ -113,16 +130,17 @@ class ShardFile(ReadAgain):
 
     @property
     def dense(self) -> bool:
-        self.tensor("ranks")  # opens the file
-        return self._file is not None and "matrix" in self._file.names
+        with damage_to_mend("it"):
+            return "matrix" in self._opened.names
 
 
 @dataclass(frozen=True)
 class Stored:
     """One shard of a folder of directions, all maps. By map: `vectors` of all its queries together (None: they are
-    dense), and the `bytes` that they take."""
+    dense), and the `bytes` that they take. `scores`: what the folder is called, or that of which it is a copy."""
 
     folder: Path
+    scores: str
     shard: Shard
     vectors: dict[str, int | None]
     bytes: dict[str, int]
@@ -133,7 +151,7 @@ class Stored:
 
 def stored_shards(folder: Path, maps: Sequence[str]) -> list[Stored]:
     """The shards of a folder whose manifest is written, in the order of queries."""
-    manifest = read_json(layout.directions_manifest(folder))
+    manifest = read_directions(folder)
     found = []
     for number, (start, stop) in enumerate(manifest["shards"]):
         about = {name: manifest["maps"][name] for name in maps}
@@ -142,7 +160,16 @@ def stored_shards(folder: Path, maps: Sequence[str]) -> list[Stored]:
             name: entries(stop - start, tuple(of_map["shape"]), vectors[name]) * manifest["itemsize"]
             for name, of_map in about.items()
         }
-        found.append(Stored(folder, (start, stop), vectors, sizes))
+        found.append(Stored(folder, folder.name, (start, stop), vectors, sizes))
+    return found
+
+
+def read_directions(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder of directions. Raises UserError for one that is damaged, or of other scores."""
+    path = layout.directions_manifest(folder)
+    found: dict[str, Any] = read_json(path, AGAIN, _MANIFEST, {"scores": folder.name})
+    if any(len(of_map["vectors"]) != len(found["shards"]) for of_map in found["maps"].values()):
+        raise DamagedError(f"{path}: not as this version writes it: see maps and shards; {AGAIN}")
     return found
 
 
@@ -218,7 +245,7 @@ def load(
         return LoadedDirections([scorer], [sum(map(len, stored))], 0)
     give_back_freed_memory()
     local = {folder: fetched(str(folder)) if is_remote(folder) else folder for folder in folders}
-    stored = [Stored(local[each.folder], each.shard, each.vectors, each.bytes) for each in stored]
+    stored = [replace(each, folder=local[each.folder]) for each in stored]
     groups = _groups(stored, maps, int(STREAM_SHARE * memory) // STREAM_COPIES)
     left = memory - STREAM_COPIES * max(_bytes(group, name) for group in groups for name in maps)
     scorers: list[Scorer] = []
@@ -242,7 +269,7 @@ def kept_entries(total: int, memory: int, itemsize: int) -> int:
 
 
 def _lazy(group: Sequence[Stored], maps: Sequence[str], device: torch.device, metrics: Metrics | None) -> _Lazy:
-    files = {name: [ShardFile.of(each.folder, name, each.shard) for each in group] for name in maps}
+    files = {name: [ShardFile.of(each.folder, name, each.shard, each.scores) for each in group] for name in maps}
     return _Lazy(files, device, metrics)
 
 

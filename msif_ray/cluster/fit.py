@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum, check_bases
+from msif_ray.cluster.factors import bases_checksum, check_bases, read_factors, save_basis, save_eigenvalues
+from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
@@ -27,13 +29,23 @@ from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import eigenbasis
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes, module_groups
 from msif_ray.paths import all_there, exists
-from msif_ray.store import delete, delete_folder, read_json, save_tensors, write_json
+from msif_ray.shapes import NUMBER, OPTIONAL, Each
+from msif_ray.store import AGAIN, delete, delete_folder, read_json, write_json
 
 # Copies of a matrix, in float64, that its eigendecomposition holds at once: itself, its symmetric part, the
 # eigenvectors and LAPACK's work space.
 EIGEN_COPIES = 6
 # Copies of a map's corrected eigenvalues while they are added up: the sum, another one, and both of them.
 MEAN_COPIES = 3
+
+_GROUPS = {"groups": [[str]], f"checksums{OPTIONAL}": [str]}
+_RECORD = {
+    "documents": int,
+    "windows": int,
+    "tokens": int,
+    "skipped": [{"doc_id": str, "reason": str}],
+    "mean_eigenvalues": Each(NUMBER),
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ Say = Callable[[str], None]
 def is_fitted(folder: Path) -> bool:
     """Whether a stage's fit is finished, and no file that its manifest names has been deleted since."""
     manifest = layout.factors_manifest(folder)
-    return exists(manifest) and _are_there(folder, read_json(manifest)["maps"])
+    return exists(manifest) and _are_there(folder, read_factors(folder)["maps"])
 
 
 def _are_there(folder: Path, maps: Iterable[str]) -> bool:
@@ -89,7 +101,7 @@ def fit(task: FitTask, pool: ReplicaPool, steps: Steps, say: Say) -> None:
         if not _is_done(task.folder, group):
             of_group = f", group {group.index + 1} of {len(groups)}" if len(groups) > 1 else ""
             _fit_group(task, pool, steps, group, of_group)
-    _write_manifest(task, [read_json(layout.group_record(task.folder, group.index)) for group in groups])
+    _write_manifest(task, [_group_record(task.folder, group) for group in groups])
     drop_partials(task.folder)
 
 
@@ -99,12 +111,18 @@ def drop_partials(folder: Path) -> None:
 
 
 def _is_done(folder: Path, group: _Group) -> bool:
-    record = layout.group_record(folder, group.index)
     return (
-        exists(record)
-        and set(read_json(record)["mean_eigenvalues"]) == set(group.maps)
+        exists(layout.group_record(folder, group.index))
+        and set(_group_record(folder, group)["mean_eigenvalues"]) == set(group.maps)
         and _are_there(folder, group.maps)
     )
+
+
+def _group_record(folder: Path, group: _Group) -> dict[str, Any]:
+    """What came of a finished group. Raises UserError for a record that is damaged, or of another stage."""
+    path = layout.group_record(folder, group.index)
+    found: dict[str, Any] = read_json(path, shape=_RECORD, about={"stage": folder.name})
+    return found
 
 
 def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[_Group]:
@@ -121,9 +139,13 @@ def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[_Group]:
         groups = [list(group) for group in module_groups(task.maps, budget, itemsize)]
         checksums = [_checksum(group) for group in groups]
         write_json(path, {"factor_memory": budget, "groups": groups, "checksums": checksums})
-    about = read_json(path)
+    about = read_json(path, shape=_GROUPS)
+    if sorted(chain.from_iterable(about["groups"])) != sorted(task.maps):
+        raise UserError(f"{path}: its groups are not of this run's maps, each once; {AGAIN}")
     # Those of an earlier version have no checksums, and nor have the sums that were begun by them.
     checksums = about.get("checksums") or [""] * len(about["groups"])
+    if len(checksums) != len(about["groups"]):
+        raise UserError(f"{path}: not one checksum for each group; {AGAIN}")
     found = zip(about["groups"], checksums, strict=True)
     return [_Group(index, tuple(maps), checksum) for index, (maps, checksum) in enumerate(found)]
 
@@ -168,6 +190,7 @@ def _fit_group(task: FitTask, pool: ReplicaPool, steps: Steps, group: _Group, of
     write_json(
         layout.group_record(folder, index),
         {
+            "stage": folder.name,
             "documents": correction.documents,
             "windows": correction.windows,
             "tokens": correction.tokens,
@@ -214,7 +237,7 @@ def write_basis(map_name: str, folder: Path, covariance: Coverage) -> None:
         tensors[f"{side}_basis"] = vectors.to(summed.dtype).contiguous()
         tensors[f"{side}_eigenvalues"] = values.to(summed.dtype)
     if not exists(layout.basis_file(folder, map_name)):  # nor meanwhile
-        save_tensors(layout.basis_file(folder, map_name), tensors, {"map": map_name})
+        save_basis(folder, map_name, tensors)
 
 
 def write_eigenvalues(map_name: str, folder: Path, correction: Coverage) -> float:
@@ -222,7 +245,7 @@ def write_eigenvalues(map_name: str, folder: Path, correction: Coverage) -> floa
     eigenvalues = correction.total(map_name)["E"] / correction.documents
     if not torch.isfinite(eigenvalues).all():
         raise UserError(f"{map_name}: the corrected eigenvalues are not finite; the model's numbers overflow")
-    save_tensors(layout.eigenvalues_file(folder, map_name), {"eigenvalues": eigenvalues}, {"map": map_name})
+    save_eigenvalues(folder, map_name, eigenvalues)
     return float(eigenvalues.double().mean())
 
 
@@ -238,10 +261,3 @@ def _write_manifest(task: FitTask, groups: Sequence[dict[str, Any]]) -> None:
             "maps": {name: {"shape": list(shape), "mean_eigenvalue": means[name]} for name, shape in task.maps.items()},
         },
     )
-
-
-def mean_eigenvalues(folder: Path) -> dict[str, float]:
-    """The mean corrected eigenvalue of each map of a fitted stage."""
-    return {
-        name: about["mean_eigenvalue"] for name, about in read_json(layout.factors_manifest(folder))["maps"].items()
-    }

@@ -8,14 +8,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from msif_ray import layout
+from msif_ray.cluster.factors import bases_checksum
 from msif_ray.cluster.fit import Steps
-from msif_ray.cluster.jobs import Work, bases_checksum, load_basis
+from msif_ray.cluster.index_metric import load_metric, write_metric
+from msif_ray.cluster.jobs import Work
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.rank import ModelSetup
@@ -27,19 +30,21 @@ from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.reader import Block
 from msif_ray.errors import UserError
 from msif_ray.fetch import named
-from msif_ray.indexes import missing_files, whole
+from msif_ray.indexes import missing_files, read_manifest, whole
 from msif_ray.influence.capture import Captured
 from msif_ray.influence.compress import Metric, Packed, compress, joined_rows, together, truncate_tokens
-from msif_ray.influence.ekfac import Basis, Factor
 from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_groups
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.ordered import in_order
 from msif_ray.paths import all_there, exists, size_of
-from msif_ray.store import delete_folder, load_tensors, read_json, save_tensors, write_json
+from msif_ray.shapes import OPTIONAL
+from msif_ray.store import AGAIN, delete_folder, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
 # What a map's metric takes while it is made, in copies of the map's factors: these, and the logarithms in float64.
 METRIC_COPIES = 3
+
+_GROUPS = {"groups": [[str]], f"bases{OPTIONAL}": str}
 
 
 @dataclass(frozen=True)
@@ -123,30 +128,6 @@ class _IndexWork:
         return taken
 
 
-def write_metric(map_name: str, folder: Path, factors: Path, damping: Mapping[str, float]) -> None:
-    """Writes one map's metric, from a stage's factors and its damping (an eigenvalue), into the folder of an index."""
-    eigenvalues = load_tensors(layout.eigenvalues_file(factors, map_name))["eigenvalues"]
-    metric = Metric.of(Factor(load_basis(factors, map_name, torch.device("cpu")), eigenvalues), damping[map_name])
-    tensors = {
-        "activation_basis": metric.basis.activations,
-        "gradient_basis": metric.basis.gradients,
-        "activation_weights": metric.activation_weights,
-        "gradient_weights": metric.gradient_weights,
-    }
-    save_tensors(layout.metric_file(folder, map_name), tensors, {"map": map_name})
-
-
-def load_metric(folder: Path, map_name: str, device: torch.device) -> Metric:
-    """One map's metric from the folder of an index. Raises UserError, saying what to do, for a file that is damaged or
-    another map's."""
-    with whole(folder):
-        file = TensorFile(layout.metric_file(folder, map_name))
-        file.check("map", map_name)
-        tensors = {name: file.tensor(name).to(device) for name in file.names}
-    basis = Basis(tensors["activation_basis"], tensors["gradient_basis"])
-    return Metric(basis, tensors["gradient_weights"], tensors["activation_weights"])
-
-
 @dataclass(frozen=True)
 class IndexTask:
     """One pass: a stage's corpus over one group of maps, its files in `folder`."""
@@ -184,7 +165,12 @@ class IndexTask:
             whole = self._documents(found, owners, documents)
             tensors |= {f"{each.name}/{name}": getattr(whole, each.name) for each in fields(whole)}
         skipped = [(skip.document_id, skip.reason) for skip in outcome.skipped]
-        about = {"block": block.id, "documents": json.dumps(list(documents)), "skipped": json.dumps(skipped)}
+        about = {
+            "block": block.id,
+            "index": self.folder.parent.name,
+            "documents": json.dumps(list(documents)),
+            "skipped": json.dumps(skipped),
+        }
         save_tensors(layout.index_block(self.folder, block.id), tensors, about)
 
     def _documents(self, found: Packed, owners: Sequence[str], documents: Mapping[str, int]) -> Packed:
@@ -244,6 +230,7 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
             "damping": plan.damping,
             "maps": {name: list(shape) for name, shape in plan.maps.items()},
             "groups": groups,
+            "bases": read_json(layout.groups(plan.folder)).get("bases", ""),
             "documents_per_block": plan.blocks.size,
         }
         | _totals(plan, len(groups)),
@@ -253,22 +240,36 @@ def build(plan: IndexPlan, pool: ReplicaPool, steps: Steps) -> None:
 def _drop_of_other_bases(plan: IndexPlan) -> None:
     """Blocks are in the coordinates of the bases that the metrics were made of. Where a metric is lost and the factors
     have been fitted anew since, no other is that one, and the blocks go with it."""
-    path = layout.groups(plan.folder)
-    if not exists(path) or all_there(layout.metric_file(plan.folder, name) for name in plan.maps):
+    path, manifest = layout.groups(plan.folder), layout.index_manifest(plan.folder)
+    if all_there(layout.metric_file(plan.folder, name) for name in plan.maps):
         return
-    if read_json(path).get("bases", "") not in ("", bases_checksum(plan.factors, list(plan.maps))):
-        delete_folder(plan.folder, first=layout.index_manifest(plan.folder).name)
+    if exists(path):
+        begun_with = read_json(path, shape=_GROUPS).get("bases", "")  # an earlier version's may not say
+    elif exists(manifest):
+        begun_with = read_manifest(plan.folder).get("bases", "not said, and may be any")
+    else:
+        return  # all of it goes
+    if begun_with not in ("", bases_checksum(plan.factors, list(plan.maps))):
+        delete_folder(plan.folder, first=manifest.name)
 
 
 def _groups(plan: IndexPlan) -> list[list[str]]:
     """The maps of each pass, as they were first decided: by the plan's memory, or else as the factors were fitted."""
     path, manifest = layout.groups(plan.folder), layout.index_manifest(plan.folder)
     if not exists(path) and exists(manifest):
-        write_json(path, {"groups": read_json(manifest)["groups"]})
+        about = read_manifest(plan.folder)
+        write_json(path, {key: about[key] for key in ("groups", "bases") if key in about})
     elif not exists(path):
         groups = _decided(plan)
         write_json(path, {"groups": groups, "bases": bases_checksum(plan.factors, list(plan.maps))})
-    found: list[list[str]] = read_json(path)["groups"]
+    return _read_groups(path, plan)
+
+
+def _read_groups(path: Path, plan: IndexPlan) -> list[list[str]]:
+    """Raises UserError for groups that are damaged, or not of the plan's maps."""
+    found: list[list[str]] = read_json(path, shape=_GROUPS)["groups"]
+    if sorted(chain.from_iterable(found)) != sorted(plan.maps):
+        raise UserError(f"{path}: its groups are not of this run's maps, each once; {AGAIN}")
     return found
 
 
@@ -277,8 +278,7 @@ def _decided(plan: IndexPlan) -> list[list[str]]:
     delete_folder(plan.folder)
     fitted = layout.groups(plan.factors)
     if plan.memory is None and exists(fitted):
-        found: list[list[str]] = read_json(fitted)["groups"]
-        return found
+        return _read_groups(fitted, plan)
     itemsize = 8 if plan.setup.dtype == "float64" else 4
     return [list(group) for group in module_groups(plan.maps, plan.memory, itemsize)]
 

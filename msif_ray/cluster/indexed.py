@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from msif_ray import layout
-from msif_ray.cluster.index import load_metric
+from msif_ray.cluster.index_metric import load_metric
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.room import RankResources, own_device
 from msif_ray.cluster.score import ScoreTask, write_scores
@@ -40,11 +40,11 @@ class IndexBlock:
         self._files: dict[str, TensorFile] = {}
         self.device = torch.device("cpu")
         with whole(folder):
-            opened = [TensorFile(layout.index_block(layout.index_group(folder, i), block)) for i in range(len(groups))]
+            paths = [layout.index_block(layout.index_group(folder, number), block) for number in range(len(groups))]
+            opened = [TensorFile(path, {"block": block, "index": folder.name}) for path in paths]
             first = opened[0]
             self.documents: list[str] = json.loads(first.metadata["documents"])
             for file, maps in zip(opened, groups, strict=True):
-                file.check("block", block)
                 of_maps = {*file.names} >= {f"scales/{name}" for name in maps} if self.documents else True
                 if file.metadata["documents"] != first.metadata["documents"] or not of_maps:
                     raise DamagedError(f"{file.path} is in the wrong place: it is of other documents or other maps")

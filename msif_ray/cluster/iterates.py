@@ -16,35 +16,49 @@ from msif_ray.store import load_tensors, save_tensors
 
 # What the queries are after the stage, and what EK-FAC alone makes of them.
 ANSWER, EKFAC = "answer", "ekfac"
+_ITERATE = ("solution", "residual", "preconditioned")
 
 
 def iterate_name(number: int) -> str:
     return f"iterate-{number:04d}"
 
 
+def solve_said(solve: Path) -> dict[str, str]:
+    """What files of a solve say of its place: of which scores, stage and queries it is."""
+    return {"solve": "/".join(solve.parts[-4:])}
+
+
+def _said(solve: Path, what: str, map_name: str) -> dict[str, str]:
+    """What a file of vectors says of itself."""
+    return {"map": map_name, "vectors": what} | solve_said(solve)
+
+
 def save_answer(solve: Path, what: str, map_name: str, answer: Tensor) -> None:
     """`[queries, out, columns]`, as ANSWER or EKFAC."""
-    save_tensors(layout.solve_vectors(solve, what, map_name), {"answer": answer}, {"map": map_name})
+    save_tensors(layout.solve_vectors(solve, what, map_name), {"answer": answer}, _said(solve, what, map_name))
 
 
 def load_answer(solve: Path, what: str, map_name: str) -> Tensor:
-    return load_tensors(layout.solve_vectors(solve, what, map_name), part_of=solve)["answer"]
+    return _load(solve, what, map_name, ["answer"])["answer"]
 
 
 def save_iterate(solve: Path, number: int, map_name: str, iterate: Iterate) -> None:
-    tensors = {
-        "solution": iterate.solution,
-        "residual": iterate.residual,
-        "preconditioned": iterate.preconditioned,
-    }
+    tensors = {name: getattr(iterate, name) for name in _ITERATE}
     if iterate.direction is not None:
         tensors["direction"] = iterate.direction
-    save_tensors(layout.solve_vectors(solve, iterate_name(number), map_name), tensors, {"map": map_name})
+    what = iterate_name(number)
+    save_tensors(layout.solve_vectors(solve, what, map_name), tensors, _said(solve, what, map_name))
 
 
 def load_iterate(solve: Path, number: int, map_name: str) -> Iterate:
-    found = load_tensors(layout.solve_vectors(solve, iterate_name(number), map_name), part_of=solve)
-    return Iterate(found["solution"], found["residual"], found["preconditioned"], found.get("direction"))
+    found = _load(solve, iterate_name(number), map_name, _ITERATE)
+    solution, residual, preconditioned = (found[name] for name in _ITERATE)
+    return Iterate(solution, residual, preconditioned, found.get("direction"))
+
+
+def _load(solve: Path, what: str, map_name: str, wanted: Sequence[str]) -> dict[str, Tensor]:
+    path = layout.solve_vectors(solve, what, map_name)
+    return load_tensors(path, solve, _said(solve, what, map_name), wanted)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ A job is data that travels to the rank; `start` turns it into work that takes ca
 gives back what has gathered.
 """
 
-import json
-import zlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from msif_ray import layout
-from msif_ray.errors import UserError
+from msif_ray.cluster.factors import check_bases, load_basis
 from msif_ray.influence.batch import Batch
 from msif_ray.influence.capture import Capture, Captured
-from msif_ray.influence.ekfac import Basis, CorrectionSums, CovarianceSums
+from msif_ray.influence.ekfac import CorrectionSums, CovarianceSums
 from msif_ray.influence.queries import OTHER, map_tokens, sign
-from msif_ray.store import checksums, load_tensors
 
 
 @runtime_checkable
@@ -192,23 +188,3 @@ class _QueryWork:
         while self.gathered:
             name = next(iter(self.gathered))
             yield name, self.gathered.pop(name)
-
-
-def bases_checksum(factors: Path, maps: Sequence[str]) -> str:
-    """One checksum of the bases of these maps, as they are on storage."""
-    sums = {name: checksums(layout.basis_file(factors, name)) for name in maps}
-    return f"{zlib.crc32(json.dumps(sums, sort_keys=True).encode()):08x}"
-
-
-def check_bases(factors: Path, maps: Sequence[str], expected: str) -> None:
-    """Raises UserError where the bases are no longer those that a step began with."""
-    if bases_checksum(factors, maps) != expected:
-        raise UserError(
-            f"{layout.basis_file(factors, maps[0]).parent}: the bases were replaced while they were in use; see that "
-            "no other run writes there, and run the same command again"
-        )
-
-
-def load_basis(factors: Path, map_name: str, device: torch.device) -> Basis:
-    tensors = load_tensors(layout.basis_file(factors, map_name))
-    return Basis(tensors["activation_basis"].to(device), tensors["gradient_basis"].to(device))

@@ -13,12 +13,21 @@ from pathlib import Path
 import torch
 
 from msif_ray.cluster.outcomes import Counts
-from msif_ray.errors import DamagedError, UserError
+from msif_ray.errors import UserError
 from msif_ray.layout import part_file
 from msif_ray.paths import exists, subfolders
 from msif_ray.store import delete_folder, load_tensors, read_json, write_json
 
 MANIFEST = "manifest.json"
+_MANIFEST = {
+    "parts": [[str]],
+    "blocks": [str],
+    "documents": int,
+    "tokens": int,
+    "windows": int,
+    "skipped": [[str, str]],
+    "inputs": str,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,13 @@ class Partial:
         """One part's tensors from each rank that has it."""
         for rank, written in enumerate(self.parts):
             if part in written:
-                yield load_tensors(part_file(self.folder, part, rank), part_of=self.folder)
+                path, about = part_file(self.folder, part, rank), part_metadata(self.folder, part, rank)
+                yield load_tensors(path, part_of=self.folder, about=about)
+
+
+def part_metadata(folder: Path, part: str, rank: int) -> dict[str, str]:
+    """What the file of a part says of itself: no two partials have folders of one name."""
+    return {"part": part, "rank": str(rank), "partial": folder.name}
 
 
 def new_folder(step: Path, first_block: str) -> Path:
@@ -55,10 +70,11 @@ def publish(
     counts: Sequence[tuple[str, Counts]],
     replaces: Path | None,
     inputs: str = "",
+    stage: str | None = None,
 ) -> None:
     """Makes a folder that all ranks have written count, then drops the partial whose blocks it holds too.
 
-    `parts` names what each rank wrote, `counts` what there was of each block.
+    `parts` names what each rank wrote, `counts` what there was of each block; `stage` is that of the model.
     """
     write_json(
         folder / MANIFEST,
@@ -70,20 +86,27 @@ def publish(
             "windows": sum(each.windows for _, each in counts),
             "skipped": [[skip.document_id, skip.reason] for _, each in counts for skip in each.skipped],
             "inputs": inputs,
-        },
+        }
+        | _said(folder, stage),
     )
     if replaces is not None:
         delete_folder(replaces, first=MANIFEST)
 
 
-def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
+def _said(folder: Path, stage: str | None) -> dict[str, str]:
+    """What a partial's manifest says of its place, and of the stage where that is known."""
+    place = {"partial": folder.name, "step": folder.parent.name}
+    return place if stage is None else place | {"stage": stage}
+
+
+def read_disjoint(step: Path, inputs: str = "", stage: str | None = None) -> list[Partial]:
     """Partials of these inputs that share no block, those of many blocks first: a replica that died between its new
     partial and the end of its old one leaves both.
 
-    Raises UserError for a manifest that is damaged.
+    Raises UserError for a manifest that is damaged, or was written for another folder, step or stage.
     """
     manifests = [path for folder in subfolders(step) if exists(path := folder / MANIFEST)]
-    of_inputs = [partial for path in manifests if (partial := _read(path)) and partial.inputs == inputs]
+    of_inputs = [partial for path in manifests if (partial := _read(path, stage)) and partial.inputs == inputs]
     found = sorted(of_inputs, key=lambda p: (-len(p.blocks), p.folder.name))
     chosen: list[Partial] = []
     covered: set[str] = set()
@@ -94,11 +117,12 @@ def read_disjoint(step: Path, inputs: str = "") -> list[Partial]:
     return sorted(chosen, key=lambda partial: partial.folder.name)
 
 
-def _read(manifest: Path) -> Partial | None:
+def _read(manifest: Path, stage: str | None) -> Partial | None:
     """A partial, unless it has just been replaced, as a replica of a dead driver may do yet. Raises UserError for a
     manifest that is damaged, and for a storage that does not give it."""
+    mend = f"delete the folder {manifest.parent}, and run the same command again: its blocks are done again"
     try:
-        about = read_json(manifest)
+        about = read_json(manifest, mend, _MANIFEST, _said(manifest.parent, stage))
         return Partial(
             manifest.parent,
             tuple(frozenset(written) for written in about["parts"]),
@@ -109,15 +133,10 @@ def _read(manifest: Path) -> Partial | None:
             tuple((document, reason) for document, reason in about["skipped"]),
             about["inputs"],
         )
-    except (UserError, KeyError, TypeError, ValueError) as error:
+    except UserError:
         if not exists(manifest):
             return None
-        if isinstance(error, UserError) and not isinstance(error, DamagedError):
-            raise  # the storage did not give it, and it may be whole
-        raise UserError(
-            f"{manifest}: not the whole manifest of a partial sum; delete the folder {manifest.parent}, and run the "
-            "same command again: its blocks are done again"
-        ) from None
+        raise
 
 
 def covered_blocks(partials: Iterable[Partial]) -> set[str]:

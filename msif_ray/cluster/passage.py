@@ -5,20 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from msif_ray import layout, stages
+from msif_ray import stages
 from msif_ray.cluster.directions import Shard
-from msif_ray.cluster.fit import mean_eigenvalues
+from msif_ray.cluster.factors import load_factor, mean_eigenvalues
 from msif_ray.cluster.iterates import ANSWER, load_answer
-from msif_ray.cluster.jobs import load_basis
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.queries import in_order
 from msif_ray.config import Run
 from msif_ray.influence.ekfac import Factor
 from msif_ray.influence.response import Response
-from msif_ray.store import load_tensors
 
 
 @dataclass(frozen=True)
@@ -115,9 +112,3 @@ def strengths_used(map_name: str, task: CarryTask, means: dict[int, dict[str, fl
             kind = "damping" if index == task.scored else "alpha"
             strengths[f"{task.run.stages[index].name}.{kind}"] = strength
     return strengths
-
-
-def load_factor(folder: Path, map_name: str) -> Factor:
-    """One map's factor as it is on storage, undamped."""
-    eigenvalues = load_tensors(layout.eigenvalues_file(folder, map_name))["eigenvalues"]
-    return Factor(load_basis(folder, map_name, torch.device("cpu")), eigenvalues)

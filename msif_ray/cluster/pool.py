@@ -136,7 +136,7 @@ class ReplicaPool:
         block once. Blocks that partials of the same `inputs` already cover are not done again; what dead replicas
         left uncovered is. Raises UserError where passes in a row leave no block more covered."""
         destination = Destination(step, inputs)
-        found = partials.read_disjoint(step, inputs)
+        found = partials.read_disjoint(step, inputs, setup.stage)
         progress.resume(sum(p.documents for p in found), sum(len(p.skipped) for p in found))
         tries = 0
         while left := blocks.ids - partials.covered_blocks(found):
@@ -149,7 +149,7 @@ class ReplicaPool:
             for _, outcome in self._stream(Pass("accumulate", setup, job, destination), undone, progress):
                 progress.add(len(outcome.tokens), sum(outcome.tokens.values()), len(outcome.skipped))
             self._commit(destination)
-            found = partials.read_disjoint(step, inputs)
+            found = partials.read_disjoint(step, inputs, setup.stage)
             tries = tries + 1 if left.isdisjoint(partials.covered_blocks(found)) else 0
         return partials.Coverage(tuple(found), blocks.ids)
 

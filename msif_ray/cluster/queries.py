@@ -10,6 +10,7 @@ from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.told import Progress
 from msif_ray.corpus.blocks import Blocks
 from msif_ray.corpus.reader import Block, Document, block_id
+from msif_ray.errors import UserError
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import OTHER, QueryTokens
 
@@ -66,6 +67,11 @@ def in_order(gradients: Coverage, map_name: str, queries: Sequence[str]) -> Iter
     for partial in gradients.partials:
         tensors = {name: tensor for part in partial.tensors(map_name) for name, tensor in part.items()}
         for _ in {name.partition("/")[2] for name in tensors}:
-            query = next(left)
-            parts = (query_parts(query, window) for window in (0, OTHER))
-            yield QueryTokens.of([QueryTokens(tensors.pop(a), tensors.pop(g)) for a, g in parts if a in tensors])
+            query = next(left, "")
+            parts = [names for window in (0, OTHER) if (names := query_parts(query, window))[0] in tensors]
+            if not parts:
+                raise UserError(
+                    f"{partial.folder}: of other queries than this run's, or in another order; delete the folder "
+                    f"{partial.folder.parent}, and run the same command again"
+                )
+            yield QueryTokens.of([QueryTokens(tensors.pop(a), tensors.pop(g)) for a, g in parts])

@@ -19,6 +19,7 @@ from msif_ray.cluster.jobs import FitJob, Job, Parts, Products, Sums, Work
 from msif_ray.cluster.memory import free_memory
 from msif_ray.cluster.model_faults import told
 from msif_ray.cluster.outcomes import Passed
+from msif_ray.cluster.partials import part_metadata
 from msif_ray.cluster.sharding import RankGroup, join, load_sharded
 from msif_ray.corpus.batches import pack
 from msif_ray.corpus.objectives import Classes, Objective, empty_window, encode_for
@@ -191,7 +192,8 @@ class Rank:
         if not isinstance(work, Parts):
             raise RuntimeError("there are no sums to write")
         for part, tensors in work.parts():
-            save_tensors(part_file(folder, part, self.place.rank), tensors, {"part": part})
+            about = part_metadata(folder, part, self.place.rank)
+            save_tensors(part_file(folder, part, self.place.rank), tensors, about)
             written.append(part)
         return written
 

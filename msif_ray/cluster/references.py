@@ -16,7 +16,7 @@ from msif_ray.cluster.jobs import Work
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.rank import ModelSetup
 from msif_ray.cluster.workers import ModelReplica
-from msif_ray.corpus.blocks import LOG_RATIOS, CorpusBlocks
+from msif_ray.corpus.blocks import LOG_RATIOS, CorpusBlocks, references_said
 from msif_ray.corpus.preferences import Pairs
 from msif_ray.corpus.reader import Block
 from msif_ray.influence.capture import Captured
@@ -88,4 +88,6 @@ class ReferenceTask:
         ratios = dict.fromkeys(outcome.tokens, 0.0)
         for document, sequence, loss in taken:
             ratios[document] += loss if sequence else -loss
-        write_json(layout.reference_block(self.folder, block.id), {LOG_RATIOS: ratios})
+        write_json(
+            layout.reference_block(self.folder, block.id), {LOG_RATIOS: ratios} | references_said(self.folder, block.id)
+        )

@@ -189,8 +189,12 @@ class Replica:
         began = monotonic()
         folder = partials.new_folder(destination.folder, sums.counts[0][0])
         parts = self._on_ranks("write_sums", folder)
-        partials.publish(folder, parts, sums.counts, sums.folder, destination.inputs)
+        partials.publish(folder, parts, sums.counts, sums.folder, destination.inputs, self._stage)
         self._sums = _Committed(sums.counts, len(sums.counts), folder, monotonic() - began)
+
+    @property
+    def _stage(self) -> str | None:
+        return None if self._setup is None else self._setup.stage
 
     def unload(self) -> None:
         """Frees the model; sharded ranks end, since a process joins one DeepSpeed group in its life."""

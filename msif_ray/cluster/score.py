@@ -69,7 +69,7 @@ def write_scores(task: ScoreTask, block: Block, outcome: Outcome, documents: Seq
             numpy.sqrt(squares) if task.detail.norm else None,
             list(outcome.tokens.values()),
             [(skip.document_id, skip.reason) for skip in outcome.skipped],
-            task.metadata | {"stage": task.setup.stage, "name": label},
+            task.metadata | {"stage": task.setup.stage, "name": label, "block": block.id},
             Details(
                 task.maps,
                 None if by_map is None else by_map[:, own],

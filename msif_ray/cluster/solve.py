@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from msif_ray import layout, stages
-from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, iterate_name
+from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, iterate_name, solve_said
 from msif_ray.cluster.jobs import CovarianceJob
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import Answers, CarryTask, Source
@@ -36,11 +37,19 @@ from msif_ray.cluster.told import Progress
 from msif_ray.config import CgSolver
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.unusable import none_usable
-from msif_ray.errors import UserError
+from msif_ray.errors import DamagedError, UserError
 from msif_ray.influence.conjugate import Numbers, Step, sum_left, sum_met, sum_over_maps
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes
 from msif_ray.paths import all_there, exists
-from msif_ray.store import delete_folder, read_json, write_json
+from msif_ray.shapes import NUMBER, Each, misfit
+from msif_ray.store import AGAIN, delete_folder, read_json, write_json
+
+_RECORD = {
+    "numbers": Each([(int, float, bool, list)]),
+    "relative": [[NUMBER]],
+    "seconds": [NUMBER],
+    "documents": int,
+}
 
 Queries = tuple[int, int]
 """The queries from the first number to before the second."""
@@ -90,16 +99,20 @@ class Record:
 
     def write(self, solve: Path) -> None:
         numbers = {name: value.tolist() for name, value in vars(self.numbers).items()}
-        write_json(layout.solve_record(solve), vars(self) | {"numbers": numbers})
+        write_json(layout.solve_record(solve), vars(self) | {"numbers": numbers} | solve_said(solve))
 
     @classmethod
     def read(cls, solve: Path) -> "Record | None":
         path = layout.solve_record(solve)
         if not exists(path):
             return None
-        found = read_json(path, f"delete the folder {solve}, and run the same command again")
-        if not isinstance(found["numbers"], dict) or found["numbers"].keys() != Numbers.__dataclass_fields__.keys():
+        mend = f"delete the folder {solve}, and run the same command again"
+        found = read_json(path, mend, _RECORD, solve_said(solve))
+        if found["numbers"].keys() != Numbers.__dataclass_fields__.keys():
             return None  # another version's
+        queries = {len(each) for each in (*found["numbers"].values(), *found["numbers"]["beta"], *found["relative"])}
+        if len(queries) != 1 or len(found["relative"]) != len(found["seconds"]) + 1:
+            raise DamagedError(f"{path}: not one number for each query and iteration; {mend}")
         numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in found["numbers"].items()}
         relative = tuple(map(tuple, found["relative"]))
         return cls(Numbers(**numbers), relative, tuple(found["seconds"]), found["documents"])
@@ -144,7 +157,11 @@ class Solver:
             write_json(path, {"queries": [[start, min(start + each, count)] for start in range(0, count, each)]})
         found = read_json(path)
         # That of an earlier version is the list alone.
-        return [(start, stop) for start, stop in (found["queries"] if isinstance(found, dict) else found)]
+        ranges: Any = found.get("queries") if isinstance(found, dict) else found
+        is_list = misfit(ranges, [[int, int]]) is None
+        if not is_list or [*chain(*starmap(range, ranges))] != [*range(len(self.task.queries))]:
+            raise UserError(f"{path}: its groups are not of this run's queries, each once; {AGAIN}")
+        return [(start, stop) for start, stop in ranges]
 
     @property
     def _itemsize(self) -> int:
@@ -200,8 +217,9 @@ class Solver:
         return record
 
     def _product(self, stage: SolvedStage, job: ProductJob, number: int, name: str) -> Coverage:
+        inputs = f"{solve_said(job.solve)['solve']}/{number}"  # those of a solve elsewhere are of a step of that name
         with self.steps(f"queries: {name}", stage.blocks.count) as progress:
-            found = self.pool.accumulate(stage.setup, job, stage.blocks, _partials(job.solve, number), progress)
+            found = self.pool.accumulate(stage.setup, job, stage.blocks, _partials(job.solve, number), progress, inputs)
         if not found.documents:
             reasons = Counter(reason for _, reason in found.skipped)
             raise none_usable(stage.blocks.documents, stage.blocks.key, stage.setup.stage, reasons)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from msif_ray.cluster.factors import load_factor
 from msif_ray.cluster.iterates import ANSWER, EKFAC, load_answer, load_iterate, save_answer, save_iterate
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.passage import CarryTask, Source, load_factor, passing
+from msif_ray.cluster.passage import CarryTask, Source, passing
 from msif_ray.influence.conjugate import Iterate, Left, Met, Step, System, inner_by_query
 from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import carry_back

@@ -14,6 +14,7 @@ from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Block, block_id, document_ids, read_file_blocks
 from msif_ray.corpus.states import Watched
 from msif_ray.errors import UserError
+from msif_ray.shapes import NUMBER, OPTIONAL, Each
 
 Kind = TypeVar("Kind", bound="CorpusBlocks")
 
@@ -122,10 +123,16 @@ class CorpusBlocks:
         return taken
 
 
-def _with_references(block: Block, folder: Path) -> Block:
-    from msif_ray.store import read_json  # here: it imports PyTorch, and who reads blocks needs none
+def references_said(folder: Path, block: str) -> dict[str, str]:
+    """What the file of a block's references says of itself beside them."""
+    return {"block": block, "corpus": folder.name}
 
-    about = read_json(layout.reference_block(folder, block.id))
+
+def _with_references(block: Block, folder: Path) -> Block:
+    from msif_ray.store import AGAIN, read_json  # here: it imports PyTorch, and who reads blocks needs none
+
+    path, said = layout.reference_block(folder, block.id), references_said(folder, block.id)
+    about = read_json(path, AGAIN, {f"{LOG_RATIOS}{OPTIONAL}": Each(NUMBER)}, said)
     found = about.get(LOG_RATIOS, about)  # that of an earlier version has the pairs alone
     return Block(block.id, tuple(replace(each, reference=found.get(each.id)) for each in block.documents))
 

@@ -25,7 +25,7 @@ from msif_ray.corpus.reader import Block, Document
 from msif_ray.corpus.states import fingerprint
 from msif_ray.errors import UserError
 from msif_ray.paths import path_of
-from msif_ray.tables import read_table
+from msif_ray.tables import read_table, write_table
 
 SCHEMA = pa.schema(
     [
@@ -129,10 +129,20 @@ class ChosenFile:
         return cls(str(path), fingerprint(path))
 
 
+def write_chosen(path: Path, table: pa.Table) -> None:
+    """Writes the candidates of a pass, which say of which."""
+    write_table(path, table.replace_schema_metadata((table.schema.metadata or {}) | _said(path)))
+
+
 @lru_cache(maxsize=4)
 def read_chosen(chosen: ChosenFile) -> Chosen:
-    """The candidates in a file, read once per process. Raises UserError for one that is damaged."""
-    return Chosen.of(read_table(path_of(chosen.path), ["query_id", "doc_id", "block"]))
+    """The candidates in a file, read once per process. Raises UserError for one that is damaged, or another pass's."""
+    path = path_of(chosen.path)
+    return Chosen.of(read_table(path, ["query_id", "doc_id", "block"], _said(path)))
+
+
+def _said(path: Path) -> dict[str, str]:
+    return {"scores": path.stem}
 
 
 def by_bm25(blocks: CorpusBlocks, queries: Sequence[Document], top: int, decode: Decode | None = None) -> pa.Table:

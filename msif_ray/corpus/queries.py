@@ -10,6 +10,7 @@ from msif_ray.corpus.chat import chat_fault, turns_text
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Document, document_columns, document_of, read_rows, row_id
 from msif_ray.errors import UserError
+from msif_ray.shapes import OPTIONAL, misfit
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,16 @@ def asked(query: Document) -> list[Any]:
         extra = {name: _plain(value) for name, value in extra.items() if value is not None}
         entry += [extra] if extra else []
     return entry
+
+
+def is_asked(entry: list[Any]) -> bool:
+    """Whether an entry of run.json is one that `asked` may have made."""
+    nothing = type(None)
+    plain = misfit(entry[:3], [str, (str, nothing), (str, list)]) is None
+    extra = {f"rather_than{OPTIONAL}": (str, list), f"span{OPTIONAL}": [int, int]}
+    if len(entry) == 3:
+        return plain
+    return plain and len(entry) == 4 and misfit(entry[3], extra) is None and {*entry[3]} <= {"rather_than", "span"}
 
 
 def query_of(entry: list[Any]) -> Query:

@@ -20,10 +20,10 @@ from rich.table import Table
 from msif_ray import layout, stages
 from msif_ray.cluster import partials
 from msif_ray.cluster.directions import save_shard, stored_shards
-from msif_ray.cluster.fit import is_fitted, mean_eigenvalues
+from msif_ray.cluster.factors import load_factor, mean_eigenvalues
+from msif_ray.cluster.fit import is_fitted
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.partials import Coverage
-from msif_ray.cluster.passage import load_factor
 from msif_ray.cluster.queries import in_order, query_blocks
 from msif_ray.cluster.rank import Rank
 from msif_ray.cluster.score_jobs import ScoreJob

@@ -11,16 +11,21 @@ import pyarrow.compute as pc
 from msif_ray import layout, stages
 from msif_ray.config import IdentityResponse, Run, Score, Strength, UnrolledResponse, parse_run
 from msif_ray.corpus.queries import Query as Asked
-from msif_ray.corpus.queries import query_of
+from msif_ray.corpus.queries import is_asked, query_of
 from msif_ray.errors import UserError
 from msif_ray.paths import exists, path_of
-from msif_ray.record import read_record
+from msif_ray.record import PUT_BACK, read_record
+from msif_ray.shapes import NUMBER, OPTIONAL, Each, misfit
 from msif_ray.store import read_json
 from msif_ray.tables import AGAIN, read_table
 
 # What is said in place of the scores of a query that has none: all documents were skipped, none is its candidate, or
 # what there is are no numbers (`signals.py`).
 NO_SCORE = "no document has a score that is a number; report.html says why"
+
+
+_CARRIED = {f"log_likelihood{OPTIONAL}": Each(NUMBER)}
+_FITTED = {"documents": int, "tokens": int, "skipped": list, "share_covered": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ def read_facts(run_dir: str | Path) -> Facts:
     record = read_record(path)
     identity = record["identity"]
     run = parse_run(identity["run"] | {"run_dir": str(run_dir)}, str(path))
+    _check_whole(path, run, identity)
     about = next((found for entry in run.score if (found := _carried(run, entry)) is not None), {})
     likelihoods = about.get("log_likelihood", {})
     tokens = record.get("completion_tokens", {})
@@ -163,6 +169,19 @@ def read_facts(run_dir: str | Path) -> Facts:
     )
 
 
+def _check_whole(path: Path, run: Run, identity: Mapping[str, Any]) -> None:
+    """Raises UserError for a record that does not say of each stage, entry and query of its own what it should."""
+    wanted = {
+        "models": {stage.name: {"revision": (str, type(None))} for stage in run.stages},
+        "documents": {f"score.{i}": int for i in range(len(run.score))},
+    }
+    at = misfit(identity, wanted)
+    if at is None:
+        at = next((f"queries.{i}" for i, entry in enumerate(identity["queries"]) if not is_asked(entry)), None)
+    if at is not None:
+        raise UserError(f"{path}: not as this version writes it: see identity.{at}; {PUT_BACK}")
+
+
 def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Mapping[str, int]) -> Query:
     return Query(
         query.id,
@@ -177,8 +196,9 @@ def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Map
 
 
 def _carried(run: Run, entry: Score) -> dict[str, Any] | None:
-    path = layout.directions_manifest(layout.directions(run.run_dir, entry.label))
-    return read_json(path, AGAIN) if exists(path) else None
+    folder = layout.directions(run.run_dir, entry.label)
+    path = layout.directions_manifest(folder)
+    return read_json(path, AGAIN, _CARRIED, {"scores": folder.name}) if exists(path) else None
 
 
 def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
@@ -186,7 +206,8 @@ def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
     path = layout.factors_manifest(layout.factors(stage.factors or run.run_dir, stage.name))
     fitted = None
     if exists(path):
-        found = read_json(path, AGAIN if stage.factors is None else f"repeat the run in {stage.factors}")
+        mend = AGAIN if stage.factors is None else f"repeat the run in {stage.factors}"
+        found = read_json(path, mend, _FITTED, {"stage": stage.name})
         fitted = Fitted(found["documents"], found["tokens"], len(found["skipped"]), found["share_covered"])
     return StageFacts(stage.name, stage.model, models[stage.name]["revision"], fitted)
 
@@ -231,7 +252,7 @@ def _kept(run: Run, entry: Score) -> dict[str, Kept]:
     path = layout.energy_file(layout.directions(run.run_dir, entry.label))
     if not exists(path):
         return {}
-    table = read_table(path, ["query_id", "rank", "energy_kept"])
+    table = read_table(path, ["query_id", "rank", "energy_kept"], {"scores": path.parent.name})
     aggregates: list[tuple[str, str]] = [("rank", "mean"), ("energy_kept", "mean"), ("energy_kept", "min")]
     found = table.group_by("query_id").aggregate(aggregates).to_pylist()
     return {row["query_id"]: Kept(row["rank_mean"], row["energy_kept_mean"], row["energy_kept_min"]) for row in found}

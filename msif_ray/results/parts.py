@@ -5,7 +5,7 @@ A part carries its block's skipped documents in its own metadata, so that one re
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from msif_ray.ordered import in_order
 from msif_ray.paths import names_matching, path_of
-from msif_ray.tables import opened, writing
+from msif_ray.tables import check_place, opened, writing
 
 SKIPPED = b"skipped"
 
@@ -274,7 +274,11 @@ def _as_scores(part: pq.ParquetFile, rows: pa.Table, columns: Sequence[str]) -> 
     return found.cast(pa.schema(known, part.schema_arrow.metadata))
 
 
-def opened_part(path: Path) -> AbstractContextManager[pq.ParquetFile]:
-    """A part to be read. Raises UserError for a file that is not one, or is damaged."""
-    fault = "not a part of this run's scores, or damaged; delete it, and its block is scored again"
-    return opened(path, fault)
+@contextmanager
+def opened_part(path: Path) -> Iterator[pq.ParquetFile]:
+    """A part to be read. Raises UserError for a file that is not one, is damaged, or has another block's or entry's
+    scores."""
+    mend = "delete it, and its block is scored again"
+    with opened(path, f"not a part of this run's scores, or damaged; {mend}") as part:
+        check_place(path, part, {"name": path.parent.name.removeprefix("stage="), "block": _block_of(path.name)}, mend)
+        yield part

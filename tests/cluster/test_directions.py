@@ -247,14 +247,20 @@ def test_a_damaged_or_missing_shard_is_named(world: World, tmp_path: Path, memor
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("wrong", ["other queries", "other map"])
+@pytest.mark.parametrize("wrong", ["other queries", "other map", "other scores"])
 def test_a_shard_in_the_place_of_another_is_named(world: World, tmp_path: Path, wrong: str) -> None:
     """Of the same run, so that its checksums fit, and of as many queries."""
     folder = world.write(tmp_path, [(0, 5), (5, 10), (10, 11)], 2**30, rank=2)
     name, other = list(world.maps)[:2]
     path = layout.direction_file(folder, name, (0, 5))
-    of, where = ((name, (5, 10)), "queries") if wrong == "other queries" else ((other, (0, 5)), "map")
-    path.write_bytes(layout.direction_file(folder, *of).read_bytes())
+    if wrong == "other scores":
+        world.write(tmp_path / "other", [(0, 5), (5, 11)], 2**30, rank=2)
+    of, where = {
+        "other queries": ((folder, name, (5, 10)), "queries"),
+        "other map": ((folder, other, (0, 5)), "map"),
+        "other scores": ((tmp_path / "other", name, (0, 5)), "scores"),
+    }[wrong]
+    path.write_bytes(layout.direction_file(*of).read_bytes())
     with pytest.raises(UserError, match=rf"^{path} is in the wrong place: its {where} .*; delete it, and run the same"):
         directions.load([folder], list(world.maps), CPU, 2**30)
 

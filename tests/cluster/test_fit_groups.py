@@ -108,6 +108,35 @@ def test_a_stage_of_which_no_document_can_be_used_is_named(task: FitTask) -> Non
     )
 
 
+def test_groups_of_other_maps_are_refused(task: FitTask) -> None:
+    for groups in ([["a", "b"]], [["a", "b"], ["b", "c"]], [["a", "b", "c", "d"]]):
+        write_json(layout.groups(task.folder), {"groups": groups})
+        with pytest.raises(
+            UserError, match=r"groups\.json: its groups are not of this run's maps, each once; delete it"
+        ):
+            asked(task)
+
+
+def test_a_groups_record_of_another_stage_is_named(task: FitTask) -> None:
+    asked(task)
+    path = layout.group_record(task.folder, 0)
+    write_json(path, read_json(path) | {"stage": "another"})
+    layout.factors_manifest(task.folder).unlink()
+    with pytest.raises(UserError, match=f"^{path}: in the wrong place: its stage is another, not {task.folder.name}; "):
+        asked(task)
+
+
+FINISHED: dict[str, Any] = {
+    "model_sha256": "",
+    "computed_in": "",
+    "corpus": {},
+    "maps": {},
+    "groups": [["a"], ["b"], ["c"]],
+    "documents_per_block": 1,
+}
+"""What the manifest of an index says, as far as it is read here."""
+
+
 class StoppedError(Exception):
     pass
 
@@ -149,7 +178,7 @@ def test_blocks_of_an_index_that_has_lost_its_groups_do_not_count(plan: IndexPla
 
 def test_a_finished_index_says_what_its_groups_were(plan: IndexPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     layout.groups(plan.folder).unlink()
-    write_json(layout.index_manifest(plan.folder), {"groups": [["a"], ["b"], ["c"]]})
+    write_json(layout.index_manifest(plan.folder), FINISHED)
     monkeypatch.setattr(indexing, "missing_files", lambda *_: True)
     assert begin(replace(plan, memory=10**9), "second") == ["block-first", "block-second"]
     assert read_json(layout.groups(plan.folder)) == {"groups": [["a"], ["b"], ["c"]]}
@@ -163,3 +192,26 @@ def test_blocks_go_with_a_lost_metric_of_factors_that_were_fitted_anew(plan: Ind
     assert begin(plan, "third") == ["block-first", "block-second", "block-third"]
     layout.metric_file(plan.folder, "a").unlink()
     assert begin(anew, "fourth") == ["block-fourth"]
+
+
+@pytest.mark.parametrize("said", [{"bases": "factors"}, {}], ids=["this version's", "an earlier version's"])
+def test_a_finished_index_that_lost_its_groups_and_a_metric_is_not_mended_by_other_factors(
+    plan: IndexPlan, monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+) -> None:
+    """Its blocks are in the coordinates of bases that are gone; of an earlier version's that is not known."""
+    write_json(layout.index_manifest(plan.folder), FINISHED | said)
+    monkeypatch.setattr(indexing, "missing_files", lambda *_: True)
+    layout.groups(plan.folder).unlink()
+    layout.metric_file(plan.folder, "a").unlink()
+    assert begin(replace(plan, factors=plan.folder.parent / "anew"), "second") == ["block-second"]
+
+
+def test_a_finished_index_that_lost_its_groups_and_a_metric_is_mended_by_the_same_factors(
+    plan: IndexPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(layout.index_manifest(plan.folder), FINISHED | {"bases": "factors"})
+    monkeypatch.setattr(indexing, "missing_files", lambda *_: True)
+    layout.groups(plan.folder).unlink()
+    layout.metric_file(plan.folder, "a").unlink()
+    assert begin(plan, "second") == ["block-first", "block-second"]
+    assert read_json(layout.groups(plan.folder)) == {"groups": FINISHED["groups"], "bases": "factors"}

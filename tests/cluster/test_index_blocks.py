@@ -17,7 +17,8 @@ from influence import pipeline
 from msif_ray import layout
 from msif_ray.cluster import indexed
 from msif_ray.cluster.directions import save_shard
-from msif_ray.cluster.index import IndexJob, IndexTask, load_metric, write_metric
+from msif_ray.cluster.index import IndexJob, IndexTask
+from msif_ray.cluster.index_metric import load_metric, write_metric
 from msif_ray.cluster.indexed import IndexBlock, indexed_scorers
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.corpus.reader import Block
@@ -256,6 +257,16 @@ def test_a_block_in_the_place_of_another_is_named(case: Any, tmp_path: Path) -> 
     assert refusal([case.maps[:1], case.maps[1:]], "00000-0000000").startswith(f"{path} {of_others}")
     path = layout.index_block(index / "0000", "00000-0000000")
     assert refusal([["of another group"]], "00000-0000000").startswith(f"{path} {of_others}")
+
+
+def test_files_of_another_stages_index_are_named(case: Any, tmp_path: Path) -> None:
+    """Of the same corpus and maps."""
+    build(case, tmp_path)
+    other = (tmp_path / "index").rename(tmp_path / "another")
+    with pytest.raises(UserError, match=r"block-\S+ is in the wrong place: its index is index, not another; delete it"):
+        IndexBlock(other, [case.maps], "00000-0000000", torch.float64)
+    with pytest.raises(UserError, match=rf"{case.maps[0]}\.\S+ is in the wrong place: its index is index, not another"):
+        load_metric(other, case.maps[0], torch.device("cpu"))
 
 
 def test_a_metric_in_the_place_of_another_is_named(case: Any, tmp_path: Path) -> None:

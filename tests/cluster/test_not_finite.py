@@ -14,10 +14,11 @@ from torch import Tensor, distributed
 
 from msif_ray import layout
 from msif_ray.cluster import fit, rank
+from msif_ray.cluster.factors import bases_checksum
 from msif_ray.cluster.index import IndexedBatch, IndexJob, IndexTask, _IndexWork
 from msif_ray.cluster.indexed import IndexBlock
 from msif_ray.cluster.iterates import ProductWork
-from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
+from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob
 from msif_ray.cluster.outcomes import Outcome
 from msif_ray.cluster.partials import Coverage, read_disjoint
 from msif_ray.cluster.rank import ModelSetup, Rank

@@ -23,7 +23,8 @@ def write(step, blocks, value, ranks=1, replaces=None, inputs=""):
     """A partial over blocks of one document each; every rank adds `value` to map `m`."""
     folder = partials.new_folder(step, blocks[0])
     for rank in range(ranks):
-        save_tensors(part_file(folder, "m", rank), {"E": torch.full((2, 3), float(value))})
+        about = partials.part_metadata(folder, "m", rank)
+        save_tensors(part_file(folder, "m", rank), {"E": torch.full((2, 3), float(value))}, about)
     partials.publish(folder, [["m"]] * ranks, [(block, outcome(block).counts) for block in blocks], replaces, inputs)
     return folder
 
@@ -87,14 +88,14 @@ def test_overlapping_missing_and_foreign_blocks_are_refused(tmp_path, written, b
 def test_a_damaged_manifest_is_named(tmp_path, content):
     manifest = write(tmp_path, ["a"], 1.0) / partials.MANIFEST
     manifest.write_text(content)
-    with pytest.raises(UserError, match=rf"{manifest}: not the whole manifest .* delete"):
+    with pytest.raises(UserError, match=rf"^{manifest}: not .*; delete the folder {manifest.parent}, and run"):
         partials.read_disjoint(tmp_path)
 
 
 def test_a_manifest_that_the_storage_does_not_give_is_not_called_damaged(tmp_path, monkeypatch):
     """Who deleted it as a damaged one would lose the work."""
 
-    def fails(path):
+    def fails(path, *_):
         raise UserError(f"{path}: cannot be read: Please reduce your request rate.")
 
     manifest = write(tmp_path, ["a"], 1.0) / partials.MANIFEST
@@ -107,9 +108,9 @@ def test_a_partial_that_is_replaced_while_it_is_read_is_not_there(tmp_path, monk
     old, new = write(tmp_path, ["a"], 1.0), write(tmp_path, ["a", "b"], 3.0)
     read_json = partials.read_json
 
-    def replaced(path):
+    def replaced(path, *how):
         shutil.rmtree(old, ignore_errors=True)
-        return read_json(path)
+        return read_json(path, *how)
 
     monkeypatch.setattr(partials, "read_json", replaced)
     assert [partial.folder for partial in partials.read_disjoint(tmp_path)] == [new]
@@ -124,6 +125,46 @@ def test_a_damaged_or_missing_part_is_named(tmp_path):
     part.unlink()
     with pytest.raises(UserError, match=rf"{part} is .*delete the folder {folder}"):
         cover(tmp_path, "a").total("m")
+
+
+@pytest.mark.parametrize("wrong", ["partial", "rank", "part"])
+def test_a_part_in_the_place_of_another_is_named(tmp_path, wrong):
+    folder, other = write(tmp_path, ["a"], 1.0, ranks=2), write(tmp_path, ["b"], 2.0, ranks=2)
+    place = part_file(folder, "m", 1)
+    if wrong == "part":
+        about = partials.part_metadata(folder, "another map", 1)
+        save_tensors(place, {"E": torch.ones(2, 3)}, about)
+    else:
+        shutil.copy(part_file(other if wrong == "partial" else folder, "m", int(wrong == "partial")), place)
+    with pytest.raises(
+        UserError, match=rf"^{place} is in the wrong place: its {wrong} is .*delete the folder {folder}"
+    ):
+        cover(tmp_path, "a", "b").total("m")
+
+
+def test_a_part_of_an_earlier_version_is_read(tmp_path):
+    folder = write(tmp_path, ["a"], 1.0)
+    save_tensors(part_file(folder, "m", 0), {"E": torch.ones(2, 3)}, {"part": "m"})
+    assert torch.equal(cover(tmp_path, "a").total("m")["E"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("wrong", ["partial", "step", "stage"])
+def test_a_partial_in_the_place_of_another_is_named(tmp_path, wrong):
+    """Sums of another stage over the same maps have the same inputs."""
+    step = tmp_path / "pretrain" / "covariance"
+    folder = write(step, ["a"], 1.0)
+    partials.publish(folder, [["m"]], [("a", outcome("a").counts)], None, stage="pretrain")
+    assert len(partials.read_disjoint(step, stage="pretrain")) == 1
+    moved = {
+        "partial": step / "other-name",
+        "step": step.with_name("correction") / folder.name,
+        "stage": tmp_path / "tune" / "covariance" / folder.name,
+    }[wrong]
+    shutil.copytree(folder, moved)
+    with pytest.raises(
+        UserError, match=f"{moved}/manifest.json: in the wrong place: its {wrong} is .*; delete the fol"
+    ):
+        partials.read_disjoint(moved.parent, stage="tune" if wrong == "stage" else "pretrain")
 
 
 def test_what_a_replica_keeps_of_a_block_has_nothing_of_each_document() -> None:

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from msif_ray import layout
 from msif_ray.cluster import deaths, fit, rank
-from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob, bases_checksum
+from msif_ray.cluster.factors import bases_checksum
+from msif_ray.cluster.jobs import CorrectionJob, CovarianceJob
 from msif_ray.cluster.partials import Coverage, covered_blocks, read_disjoint
 from msif_ray.cluster.rank import ModelSetup, Rank
 from msif_ray.cluster.replica import Destination, Replica

@@ -17,6 +17,7 @@ from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, load_answer, lo
 from msif_ray.cluster.solve import Record
 from msif_ray.config import CgSolver
 from msif_ray.corpus.windows import to_batch
+from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture
 from msif_ray.influence.conjugate import (
     Iterate,
@@ -126,3 +127,17 @@ def test_a_record_of_another_version_does_not_count(tmp_path: Path) -> None:
     numbers = about["numbers"]
     write_json(path, about | {"numbers": numbers | {"met": numbers.pop("first")}})
     assert Record.read(tmp_path) is None
+
+
+@pytest.mark.parametrize("wrong", ["map", "vectors", "solve"])
+def test_vectors_in_the_place_of_others_are_named(tmp_path: Path, wrong: str) -> None:
+    """Of the same queries and a map of the same shape."""
+    own, other = tmp_path / "tune" / "000000-000002", tmp_path / "pretrain" / "000000-000002"
+    save_answer(own, ANSWER, "a", torch.zeros(2, 3, 4))
+    assert load_answer(own, ANSWER, "a").shape == (2, 3, 4)
+    of = {"map": (own, ANSWER, "b"), "vectors": (own, EKFAC, "a"), "solve": (other, ANSWER, "a")}[wrong]
+    save_answer(*of, torch.ones(2, 3, 4))
+    path = layout.solve_vectors(own, ANSWER, "a")
+    path.write_bytes(layout.solve_vectors(*of).read_bytes())
+    with pytest.raises(UserError, match=f"^{path} is in the wrong place: its {wrong} is .*; delete the folder {own}"):
+        load_answer(own, ANSWER, "a")

@@ -110,6 +110,8 @@ def test_a_missing_table_is_of_a_run_to_be_finished(run_dir: Path, name: str) ->
 CHANGES: list[tuple[str, Any]] = [
     ("strengths", None), ("identity.run", None), ("identity.models", None), ("identity.models", []),
     ("identity.documents", None), ("identity.queries", None), ("identity.maps", None),
+    ("identity.documents", {}), ("identity.models", {"pretrain": {}}), ("identity.queries", [["q"]]),
+    ("completion_tokens", 3), ("strengths", {"pretrain": 1}), ("identity.corpora", []),
 ]  # fmt: skip
 
 
@@ -121,4 +123,4 @@ def test_a_record_of_another_version_is_said(run_dir: Path, key: str, value: Any
     (record[parents[0]] if parents else record)[last] = value
     path.write_text(json.dumps(record))
     lines = set(said_by(run_dir).values())
-    assert len(lines) == 1 and f"{path}: not the record of a run of this version; " in str(lines.pop())
+    assert len(lines) == 1 and f"{path}: not as this version writes it: see {key}" in str(lines.pop())

@@ -90,6 +90,19 @@ def test_a_file_that_is_no_part_is_named(tmp_path: Path, content: bytes | None) 
         parts.write_skipped(tmp_path, ["one"])
 
 
+@pytest.mark.parametrize(("key", "place"), [("name", ("two", "b")), ("block", ("one", "c"))])
+def test_a_part_in_the_place_of_another_is_named(tmp_path: Path, key: str, place: tuple[str, str]) -> None:
+    """Of the same run: of a block its file is named after, and of an entry its folder."""
+    path, wrong = parts.part_path(tmp_path, "one", "b"), parts.part_path(tmp_path, *place)
+    about = {"name": "one", "block": "b"}
+    parts.write_part(path, ["q"], ["x"], np.array([[1.0]]), None, [7], [], about)
+    parts.read_part(path)
+    wrong.parent.mkdir(exist_ok=True)
+    path.rename(wrong)
+    with pytest.raises(UserError, match=f"^{wrong}: in the wrong place: its {key} is {about[key]}, not .*; delete it"):
+        parts.skipped_of(wrong)
+
+
 def test_arrays_of_other_shapes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="scores"):
         parts.write_part(tmp_path / "p", ["q"], ["a", "b"], np.zeros((1, 2)), np.zeros(2), [1, 1], [], {})
