@@ -13,6 +13,7 @@ from msif_ray.corpus.queries import asked
 from msif_ray.corpus.reader import Document
 from msif_ray.corpus.states import fingerprint
 from msif_ray.described import description_of, named
+from msif_ray.differences import first_difference
 from msif_ray.errors import UserError
 from msif_ray.indexes import index_folder, is_own, read_manifest
 from msif_ray.manifests import CONFIG
@@ -126,7 +127,7 @@ def check_record(resolved: Resolved) -> dict[str, Any] | None:
         return None
     record, device = read_record(path), _device(resolved)
     kept = record["identity"]
-    difference = _first_difference(named(kept), named(_comparable(_identity(resolved), kept)))
+    difference = first_difference(named(kept), named(_comparable(_identity(resolved), kept)))
     if difference is not None:
         raise UserError(
             f"{path}: this directory holds another run: {difference}; name a new run_dir "
@@ -205,7 +206,8 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         for index, model in resolved.references.items()
     }
     optional = {"indexes": indexes, "candidates": listed, "references": references}
-    return {key: found for key, found in optional.items() if found} | {
+    # The description first, so that a difference is told by the key that was changed and not by what it names.
+    return {
         "run": description_of(resolved.run),
         "models": {
             stage.name: {"revision": stage.revision, "sha256": stage.model_hash, "files": stage.files}
@@ -220,7 +222,7 @@ def _identity(resolved: Resolved) -> dict[str, Any]:
         "documents": resolved.documents,
         "queries": [_asked(resolved, query) for query in resolved.queries],
         "maps": {name: list(shape) for name, shape in resolved.maps.items()},
-    }
+    } | {key: found for key, found in optional.items() if found}
 
 
 def _index_identity(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -247,27 +249,3 @@ def _asked(resolved: Resolved, query: Document) -> list[Any]:
     if not isinstance(classes, Classes):
         return asked(query)
     return [query.id, query.text, classes.name(query.label)]
-
-
-def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *(name for name in new if name not in old)]:
-            where = f"{key}.{name}" if key else name
-            difference = _first_difference(old.get(name), new.get(name), where)
-            if difference is not None:
-                return difference
-        return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return next((d for i, (o, n) in pairs if (d := _first_difference(o, n, f"{key}.{i}"))), None)
-    if old == new:
-        return None
-    where, was, now = key.removeprefix("run."), _short(old), _short(new)
-    if was == now and isinstance(old, list):
-        return f"{where} had {len(old)} entries and has {len(new)}"
-    return f"{where} was {was} and is {now}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import models
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_preflight import BASE, describe, edit_config, folder, pair, write_lines
 from test_reused_factors import reusing, save_factors
@@ -138,6 +140,21 @@ def test_a_longer_list_that_begins_alike_is_told_by_its_length(folder: Path) -> 
     (entry,) = description["score"]
     with pytest.raises(UserError, match=r"another run: score had 1 entries and has 2; name a new run_dir"):
         keep(description | {"score": [entry, entry | {"name": "again"}]})
+
+
+def test_another_list_of_candidates_is_told_by_the_key_that_names_it(folder: Path) -> None:
+    def listing(name: str, document: str) -> dict[str, Any]:
+        path = folder / ("a folder whose name is as long as those of buckets are" * 2) / name
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"doc_id": [document]}), path)
+        return describe(folder) | {"score": [{"stage": "pre", "candidates": {"path": str(path)}}]}
+
+    keep(listing("some.parquet", BASE[0]["id"]))
+    changed = r"score\.0\.candidates\.path was \.\.\..*/some\.parquet' and is \.\.\..*/other\.parquet'"
+    with pytest.raises(UserError, match=changed):
+        keep(listing("other.parquet", BASE[1]["id"]))
+    with pytest.raises(UserError, match=r"another run: candidates\.score\.0 was "):
+        keep(listing("some.parquet", BASE[1]["id"]))
 
 
 def test_what_no_score_depends_on_may_change(folder: Path) -> None:

@@ -82,12 +82,14 @@ def _rows(stage: str, queries: Sequence[str], record: Record, refined: Sequence[
 
 
 def _summary(records: Sequence[Record], stage: SolvedStage, kept: list[str]) -> dict[str, Any]:
-    """`kept_ekfac` are the queries that were not solved, and keep EK-FAC's answer."""
+    """`kept_ekfac` are the queries that were not solved, and keep EK-FAC's answer; `solved_together` how many were, as
+    the memory of a rank allowed: within the tolerance, answers depend on it."""
     before = [r for record in records for r in record.numbers.relative_of_ekfac.tolist()]
     after = [r for record in records for r in record.relative[-1]]
     return {
         "iterations": max(record.iterations for record in records),
         "documents": records[0].documents,
+        "solved_together": [len(record.numbers.right) for record in records],
         "tolerance": stage.solver.tolerance,
         "relative_residual": {
             "ekfac": {"median": median(before), "max": max(before)},

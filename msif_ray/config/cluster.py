@@ -34,7 +34,8 @@ class Cluster(Strict):
     with `detail.curvature_norm` hold a stage's factors in it, by default in what directions leave of that share, half
     of it at least; what does not fit is read from local disk for every batch.
     `directions_memory` is what a rank may use for the carried-back queries that it scores with, in the same units and
-    with the same default; what does not fit is read from local disk for every batch.
+    with the same default; what does not fit is read from local disk for every batch. It also decides how many queries
+    conjugate gradients solve together, which shows in their answers within the tolerance; run.json says how many.
     `activations_memory` is what a rank that holds a whole model on CPUs may use for the activations and gradients of a
     fit's first pass, so that the second need not compute them again: by default a fifth of what is free; 0 keeps none.
     `offload` keeps the shards of a replica of several GPU ranks in the memory of their hosts.

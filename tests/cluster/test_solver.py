@@ -142,6 +142,7 @@ def test_residuals_against_time_are_reported(resumed: tuple[str, Watching, Watch
     assert record["identity"]["run"]["stages"][0]["solver"] == SOLVER
     about = record["solvers"]["pretrain"]["tune"]
     assert about["documents"] == 5 and about["kept_ekfac"] == [] and about["relative_residual"]["cg"]["max"] <= 1e-5
+    assert about["solved_together"] == [2, 1]  # by the memory for directions, which is no part of the run's identity
     assert set(record["strengths"]["pretrain"]) == {"pretrain.damping", "tune.alpha"}
     assert any(line.startswith("queries: pretrain: ") and "relative residual from" in line for line in second.lines)
     assert not layout.solves(folder).exists()
