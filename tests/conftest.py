@@ -23,6 +23,8 @@ os.environ |= {
     # Or Ray's processes, which the longest tests wait for, would leave the cores to the tests in the other process.
     "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # In place of ten seconds, which a test would wait for what its metrics are told.
+    "RAY_metrics_report_interval_ms": "2000",
 }
 sys.path.insert(0, str(Path(__file__).parent))
 

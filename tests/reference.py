@@ -330,25 +330,33 @@ def scores(
 def curvature_norms(stage: StageSpec, fits: dict[str, Fit], documents: Sequence[Document]) -> dict[Any, float]:
     """{document id: root of Σ_windows Σ_maps vec(G)ᵀ (H + c)⁻¹ vec(G)} of documents with a target; c the scored
     stage's damping at each map."""
-    found = {}
+    owners, vectors = [], {name: [] for name in fits}
     for document in documents:
-        cut = windows(stage.tokenizer, document, stage.max_tokens, stage.append_eos)
-        total = 0.0
-        for name, gradient in (pair for w in cut for pair in window_gradients(stage.model, list(fits), *w).items()):
-            vector = gradient.reshape(-1, 1)
-            total += float((vector * stage_respond(stage, fits[name].hessian(), vector, scored=True)).sum())
-        if cut:
-            found[document["id"]] = math.sqrt(total)
-    return found
+        for window in windows(stage.tokenizer, document, stage.max_tokens, stage.append_eos):
+            owners.append(document["id"])
+            for name, gradient in window_gradients(stage.model, list(fits), *window).items():
+                vectors[name].append(gradient.flatten())
+    squares = dict.fromkeys(owners, 0.0)
+    for name, each in vectors.items():
+        columns = torch.stack(each, dim=1)  # of all windows, since a solve takes longer than everything else
+        by_window = (columns * stage_respond(stage, fits[name].hessian(), columns, scored=True)).sum(0)
+        for owner, square in zip(owners, by_window.tolist(), strict=True):
+            squares[owner] += square
+    return {owner: math.sqrt(square) for owner, square in squares.items()}
 
 
 def shares(
-    stages: Sequence[StageSpec], queries: Sequence[Document], documents: Sequence[Document], scored: int = 0
+    stages: Sequence[StageSpec],
+    queries: Sequence[Document],
+    documents: Sequence[Document],
+    scored: int = 0,
+    fits: Sequence[dict[str, Fit]] | None = None,
 ) -> dict[tuple[Any, Any], tuple[dict[str, float], list[float]]]:
     """{(query id, document id): (score by map, score by token)}: Σ_windows ⟨D, G⟩ of each map from autograd's G on
     the weights, and Σ_maps g_tᵀ D a_t of each position, D the query carried back; of documents with a target."""
     names = tracked_names(stages[-1].model)
-    carried = carry_back(stages, [fit(stage, names) for stage in stages], queries, scored)
+    fits = [fit(stage, names) for stage in stages] if fits is None else fits
+    carried = carry_back(stages, fits, queries, scored)
     stage, found = stages[scored], {}
     for document in documents:
         ids, targets = tokenise(stage.tokenizer, document, stage.append_eos)

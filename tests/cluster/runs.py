@@ -3,6 +3,8 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import ray
 import reference
 import torch
+from cluster import spy
 from corpora import write_lines
 
 Pair = tuple[str, str]
@@ -21,16 +24,21 @@ TESTS = Path(__file__).parents[1]
 FLOAT32 = 2e-7
 
 
-def start_cluster(hook: Callable[[], None] | None = None) -> None:
+def start_cluster(hook: Callable[[], None] = spy.shard_small_weights) -> None:
     """A Ray of this machine with two cores, whose workers find the tests' modules, and call `hook` when they start."""
-    environment = {"worker_process_setup_hook": hook} if hook else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{TESTS}:{TESTS / 'cluster'}:{os.environ.get('PYTHONPATH', '')}")
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": hook},
+        )
 
 
 @contextmanager
-def own_cluster(hook: Callable[[], None] | None = None) -> Iterator[None]:
+def own_cluster(hook: Callable[[], None] = spy.shard_small_weights) -> Iterator[None]:
     """Such a cluster that ends with the context; the shared one must not be up."""
     start_cluster(hook)
     try:
@@ -91,29 +99,36 @@ def save_wide_pair(folder: Path) -> None:
     )
 
 
+@cache
+def dense(folder: Path) -> tuple[list[reference.StageSpec], list[dict[str, reference.Fit]]]:
+    """The stages of the run above, and their fits by the dense reference: once for all that is expected of a folder."""
+    stages = specs(folder)
+    with torch.enable_grad():
+        return stages, [reference.fit(stage, reference.tracked_names(stages[-1].model)) for stage in stages]
+
+
 def expected(folder: Path, scored: int, later: str = "proximal") -> dict[Pair, tuple[float, float, int]]:
     """The dense reference's (score, norm, tokens) of every pair of the run above; `later`: what the later stage does
     to the scores of the first."""
-    stages = specs(folder)
-    stages[1].response = later
+    (first, second), fits = dense(folder)
+    stages = [first, replace(second, response=later)]
     with torch.enable_grad():
-        found, _ = reference.scores(stages, QUERIES, stages[scored].documents, scored)
+        found, _ = reference.scores(stages, QUERIES, stages[scored].documents, scored, None, fits)
     return found
 
 
 def expected_shares(folder: Path, scored: int) -> dict[Pair, tuple[dict[str, float], list[float]]]:
     """The dense reference's scores by map and by token of every pair of the run above."""
-    stages = specs(folder)
+    stages, fits = dense(folder)
     with torch.enable_grad():
-        return reference.shares(stages, QUERIES, stages[scored].documents, scored)
+        return reference.shares(stages, QUERIES, stages[scored].documents, scored, fits)
 
 
 def expected_curvature_norms(folder: Path, scored: int) -> dict[str, float]:
     """The dense reference's norm in the scored stage's inverse curvature of every document of the run above."""
-    stage = specs(folder)[scored]
+    stages, fits = dense(folder)
     with torch.enable_grad():
-        fits = reference.fit(stage, reference.tracked_names(stage.model))
-        return reference.curvature_norms(stage, fits, stage.documents)
+        return reference.curvature_norms(stages[scored], fits[scored], stages[scored].documents)
 
 
 def read_curvature_norms(run_dir: str, stage: str) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """Whole runs on a real local Ray: margins, spans and conversations asked of documents in packed rows."""
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import reference
 import reference_solve
 import torch
-from cluster import runs, spy
+from cluster import runs
 from cluster.questions import BAD, GOOD, OTHER_TALK, PROMPT, TALK, completed, last_turn, only
 from corpus.test_chat import PLAIN, tokenizer_of
 from results.finished import page_data
@@ -21,6 +20,7 @@ from msif_ray.config import parse_run
 from msif_ray.run import run
 from msif_ray.store import read_json
 
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 TOKENIZER = tokenizer_of(PLAIN)
 QUERIES = [
     {"id": "plain", "prompt": PROMPT, "completion": GOOD, "rejected": None, "part": None},
@@ -76,12 +76,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models.save_pair(path, "gpt_neox", seed=5, tokenizer=TOKENIZER)
     pq.write_table(pa.Table.from_pylist(packed_rows()), path / "packed.parquet")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cluster(no_shared_cluster: None) -> Iterator[None]:
-    with runs.own_cluster(spy.shard_small_weights):
-        yield
 
 
 def described(folder: Path, run_dir: str, **cluster: Any) -> dict[str, Any]:

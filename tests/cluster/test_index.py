@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def indexing(folder: Path) -> dict[str, Any]:
     """Full rank, in several passes."""
     description = runs.two_stages(folder, "index", factor_memory=90_000)
+    description["stages"][0]["fit"]["documents"] = 12
     return description | {"index": [{"stage": "pretrain", "rank": 64, "dtype": "float64"}]}
 
 
@@ -58,7 +59,7 @@ def modules(run_dir: str, stage: str) -> dict[tuple[str, str], tuple[list[float]
     return {(row["query_id"], row["doc_id"]): (row["module_scores"], row["norm"], row["n_tokens"]) for row in rows}
 
 
-def test_an_index_takes_no_more_than_it_needs(built: Path) -> None:
+def test_an_index_takes_no_more_than_it_needs_and_says_what_was_fitted(built: Path) -> None:
     assert sorted(path.name for path in (built / "factors").iterdir()) == ["pretrain"]
     assert not (built / "queries").exists() and not (built / "scores").exists()
     about = read_json(built / "run.json")["index"]["pretrain"]
@@ -66,7 +67,9 @@ def test_an_index_takes_no_more_than_it_needs(built: Path) -> None:
     assert (about["rank"], about["dtype"], about["documents"]) == (64, "float64", len(usable))
     assert about["tokens"] == sum(len(text.split()) + 1 for text in usable)
     assert about["bytes"] == sum(path.stat().st_size for path in blocks(built))
-    means = read_json(built / "factors" / "pretrain" / "manifest.json")["maps"]
+    fitted = read_json(built / "factors" / "pretrain" / "manifest.json")
+    assert fitted["share_covered"] == 12 / len(runs.BASE)
+    means = fitted["maps"]
     assert about["damping"] == {name: pytest.approx(0.001 * each["mean_eigenvalue"]) for name, each in means.items()}
     groups = read_json(built / "index" / "stage=pretrain" / "manifest.json")["groups"]
     assert len(groups) > 1 and [name for group in groups for name in group] == list(means)

@@ -20,7 +20,7 @@ from msif_ray.config import Cluster, Documents
 from msif_ray.corpus.blocks import CorpusBlocks
 from msif_ray.corpus.files import corpus_files
 
-DOCUMENTS = 30
+DOCUMENTS = 24
 REPLICAS = Cluster(replicas={"min": 1, "max": 2}, cpus_per_rank=1, gpus_per_rank=0)
 
 

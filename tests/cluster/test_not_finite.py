@@ -36,7 +36,6 @@ from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.scoring import Scorer
 from msif_ray.store import save_tensors
 
-pytestmark = pytest.mark.usefixtures("no_shared_cluster")
 REASON = "its loss is not finite"
 WINDOW = 8
 # Its embedding is infinite here, and the first documents have no such token.

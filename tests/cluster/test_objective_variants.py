@@ -1,6 +1,6 @@
 """Stages with other objectives on sharded ranks, from an index, as candidates, and solved by conjugate gradients."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import pytest
 import reference
 import reference_objectives
 import reference_solve
-from cluster import runs, spy
+from cluster import runs
 from cluster.objective_runs import (
     ASKED,
     LABELLED,
@@ -25,15 +25,9 @@ from msif_ray.corpus.blocks import LOG_RATIOS
 from msif_ray.run import run
 from msif_ray.store import read_json
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.long, pytest.mark.timeout(900)]
 # Strong, so that few iterations solve a system.
 STRENGTH = 100.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cluster(no_shared_cluster: None) -> Iterator[None]:
-    with runs.own_cluster(spy.shard_small_weights):
-        yield
 
 
 @pytest.fixture(scope="module")

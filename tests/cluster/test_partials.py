@@ -57,6 +57,12 @@ def test_the_larger_of_two_that_overlap_counts(tmp_path):
     assert torch.equal(cover(tmp_path, "a", "b").total("m")["E"], torch.full((2, 3), 3.0))
 
 
+def test_one_that_overlaps_with_any_of_the_larger_does_not_count(tmp_path):
+    for blocks, value in ((["a"], 8.0), (["b", "c", "d"], 1.0), (["e", "f"], 2.0), (["d"], 4.0)):
+        write(tmp_path, blocks, value)
+    assert torch.equal(cover(tmp_path, *"abcdef").total("m")["E"], torch.full((2, 3), 11.0))
+
+
 def test_what_was_not_published_does_not_count(tmp_path):
     folder = partials.new_folder(tmp_path, "a")
     save_tensors(part_file(folder, "m", 0), {"E": torch.ones(2, 3)})

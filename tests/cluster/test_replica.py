@@ -3,41 +3,28 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import ray
 import runs
+from borrowers import Borrower, Holder, Impatient, Mapper, Working
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.util.placement_group import placement_group_table
 
-from msif_ray.cluster import pool, stream, workers
+from msif_ray.cluster import pool, stream
 from msif_ray.cluster.deaths import NoRoomError
 from msif_ray.cluster.pool import ReplicaPool
 from msif_ray.cluster.replica import Replica
 from msif_ray.cluster.room import RankResources
-from msif_ray.cluster.workers import ModelReplica
 from msif_ray.config import Cluster
-from msif_ray.corpus.reader import Block
 
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cluster(no_shared_cluster: None) -> Iterator[None]:
     with runs.own_cluster():
         yield
-
-
-class Holder:
-    """Stands for the actor in which Ray Data holds a replica until it drops it."""
-
-    def __init__(self) -> None:
-        self.replica: Any = ModelReplica([None], RankResources(2, 1, 0.0), [])
-
-    def drop(self) -> None:
-        self.replica = None
 
 
 def states() -> list[str]:
@@ -53,26 +40,11 @@ def test_a_scoring_replica_that_is_dropped_gives_back_its_ranks_room() -> None:
 
 
 def test_a_replica_without_room_says_so_instead_of_waiting_for_it() -> None:
-    waiting = ray.remote(Replica).options(num_cpus=0).remote(RankResources(4, 1, 0.0))
+    waiting = ray.remote(Impatient).options(num_cpus=0).remote(RankResources(4, 1, 0.0))
     # What it is asked to prepare would fail: without room it does not come to it.
     assert ray.get(waiting.prepare.remote("no setup", "no job"), timeout=60) is None
     assert "PENDING" in states(), "an autoscaler does not see the demand"
     ray.kill(waiting)
-
-
-class Borrower:
-    """Stands for an actor in which Ray Data holds a scoring replica: takes one of those lent, if it can."""
-
-    def __init__(self) -> None:
-        self.replica: Any = None
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def borrow(self, lent: list[Any]) -> str | None:
-        """The id of the lent replica that it has now; None where it had to start one of its own."""
-        self.replica = ModelReplica([None], RankResources(1, 0, 0.0), lent)
-        return None if self.replica._own is not None else self.replica._replica._actor_id.hex()
 
 
 def test_a_lent_replica_is_one_borrowers_until_that_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,24 +70,6 @@ def test_a_lent_replica_that_dies_is_replaced_by_its_borrower_and_then_by_the_po
         assert ray.get(borrower.borrow.remote([lent])) is None
         (again,) = replicas.lend(Progress())
         assert again != lent
-
-
-class Mapper:
-    """Stands for Ray Data's own actor, which is lost and restarted with what it was made from."""
-
-    def __init__(self, lent: list[Any], cpus: int) -> None:
-        workers.UNFILLED_SECONDS = 1.0
-        self.replica = ModelReplica([None], RankResources(1, cpus, 0.0), lent)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def has(self) -> str:
-        """The id of its replica."""
-        return str(self.replica._replica._actor_id.hex())
-
-    def do(self) -> None:
-        self.replica.do(Block("00000-0000000", ()))
 
 
 def test_an_actor_that_is_restarted_takes_its_replica_back() -> None:
@@ -163,7 +117,7 @@ def test_an_actor_that_has_had_no_replica_yet_waits_for_room() -> None:
     with no_room():
         mapper = ray.remote(Mapper).options(num_cpus=0).remote([], 1)
         has = mapper.has.remote()
-        assert not ray.wait([has], timeout=8)[0], "it is no longer the demand that an autoscaler sees"
+        assert not ray.wait([has], timeout=4)[0], "it is no longer the demand that an autoscaler sees"
     assert ray.get(has, timeout=60)
 
 
@@ -219,13 +173,6 @@ def test_scoring_in_which_no_block_is_done_any_more_says_so(monkeypatch: pytest.
     assert seen.block_of("one") == 2 and seen.silence() is None
     now += stream.ALIVE_SECONDS
     assert seen.block_of("one") == 1
-
-
-class Working(Replica):
-    """A replica that can be at work."""
-
-    def work(self, seconds: float) -> None:
-        time.sleep(seconds)
 
 
 @pytest.mark.long

@@ -4,22 +4,23 @@ import json
 import math
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import ray
-from cluster import runs, spy
+from cluster import runs
 from results.finished import page_data
 
-from msif_ray import layout
 from msif_ray.cluster import pool
-from msif_ray.cluster.metrics import GAUGES
+from msif_ray.cluster.metrics import GAUGES, publish
 from msif_ray.config import parse_run
 from msif_ray.errors import UserError
+from msif_ray.progress import Snapshot
 from msif_ray.run import run
 from msif_ray.store import read_json
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cluster(no_shared_cluster: None) -> Iterator[None]:
-    with runs.own_cluster(spy.shard_small_weights):
-        yield
+@pytest.fixture(scope="module")
+def told() -> list[Snapshot]:
+    """What the metrics were told of the run below."""
+    return []
 
 
 @pytest.fixture(scope="module")
-def one_process(folder: Path) -> str:
+def one_process(folder: Path, told: list[Snapshot]) -> str:
+    def tell(now: Snapshot) -> None:
+        told.append(now)
+        publish(now)
+
     description = runs.two_stages(folder, "one")
-    run(parse_run(description))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("msif_ray.run.publish", tell)
+        run(parse_run(description))
     return str(description["run_dir"])
 
 
@@ -92,11 +99,13 @@ def test_the_report_is_there_and_holds_the_top_documents(one_process: str) -> No
     assert "14 of 16" in page and "Few documents for the factors of pretrain" in page
 
 
-def test_progress_is_at_rays_metrics_port(one_process: str) -> None:
+def test_progress_is_at_rays_metrics_port(one_process: str, told: list[Snapshot]) -> None:
     """Which its dashboard and Prometheus read."""
     url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    last = [now for now in told if now.name == "pretrain: scores"][-1]
     of_step: list[str] = []
-    for _ in range(120):  # it is told every ten seconds
+    for _ in range(120):
+        publish(last)  # anew, since Ray forgets what it was not told for two of its intervals (conftest.py)
         with urllib.request.urlopen(url, timeout=5) as answer:
             lines = answer.read().decode().splitlines()
         of_step = [line for line in lines if line.startswith("ray_msif") and 'step="pretrain: scores"' in line]
@@ -173,7 +182,7 @@ def test_shares_of_top_documents_are_those_of_the_scores(one_process: str, two_r
 
 
 def test_two_ranks_that_shard_the_weights_give_the_same_scores(folder: Path, one_process: str) -> None:
-    # All matrices are sharded (spy.shard_small_weights), and the later stage's response is proximal.
+    # All matrices are sharded (runs.start_cluster), and the later stage's response is proximal.
     description = runs.two_stages(folder, "ranks", ranks_per_replica=2)
     description["score"] = [{"stage": "pretrain"}]
     description["detail"] = {"curvature_norm": True}
@@ -205,16 +214,6 @@ def test_a_finished_run_is_not_run_again_and_asks_for_no_machine(
 def test_another_k_is_another_top(one_process: str, folder: Path) -> None:
     run(parse_run(runs.two_stages(folder, "one") | {"top": 2}))
     assert max(row["rank"] for row in pq.read_table(f"{one_process}/top.parquet").to_pylist()) == 2
-
-
-def test_the_manifest_says_what_share_of_the_corpus_was_fitted(folder: Path) -> None:
-    description = runs.two_stages(folder, "share")
-    description["stages"][0]["fit"]["documents"] = 12
-    description["score"] = [{"stage": "pretrain"}]
-    run(parse_run(description), until="fit")
-    assert read_json(layout.factors_manifest(layout.factors(description["run_dir"], "pretrain")))["share_covered"] == (
-        12 / len(runs.BASE)
-    )
 
 
 def test_a_lost_part_is_scored_again_and_only_that(one_process: str, folder: Path) -> None:

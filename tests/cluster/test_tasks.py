@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import ray
-import torch
+from per_map import die, die_once, refuse, threads, where
 
 from msif_ray.cluster.jobs import QueryJob
 from msif_ray.cluster.outcomes import Outcome
@@ -32,33 +32,6 @@ def replicas() -> Iterator[list[Any]]:
     yield actors
     for actor in actors:
         ray.kill(actor)
-
-
-def where(name: str, mark: str) -> tuple[str, str, int]:
-    return name, mark, os.getpid()
-
-
-def threads(name: str) -> int:
-    return torch.get_num_threads()
-
-
-def refuse(name: str) -> None:
-    raise UserError(f"{name}: no good")
-
-
-def die_once(name: str, folder: Path) -> tuple[str, int]:
-    """The first process that gets `a` dies of it."""
-    mark = folder / "died"
-    if name == "a" and not mark.exists():
-        mark.write_text(str(os.getpid()))
-        os._exit(1)
-    return name, os.getpid()
-
-
-def die(name: str, only: frozenset[int]) -> str:
-    if os.getpid() in only:
-        os._exit(1)
-    return name
 
 
 def processes(replicas: list[Any]) -> set[int]:

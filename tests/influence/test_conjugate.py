@@ -12,7 +12,7 @@ import torch
 from msif_ray.corpus.windows import to_batch
 from msif_ray.errors import UserError
 from msif_ray.influence.capture import Capture
-from msif_ray.influence.conjugate import State, System, solve
+from msif_ray.influence.conjugate import Numbers, State, System, solve
 from msif_ray.influence.gauss_newton import ProductSums
 from msif_ray.influence.modules import find_linear_maps
 
@@ -286,3 +286,12 @@ def test_float32_products_and_solves_are_those_of_float64_up_to_rounding():
     assert all(vectors.dtype == torch.float32 for vectors in found.solution.values())
     assert found.residuals[-1].max() <= 1e-4
     assert error({name: vectors.double() for name, vectors in found.solution.items()}, wanted) < 1e-3
+
+
+def test_an_answer_is_refined_where_it_is_within_the_tolerance_and_no_worse_than_ekfac():
+    squares = {"squares": [0.01, 0.01, 0.04, 0.04], "first": [0.02, 0.005, 0.09, 0.03]}  # of residuals; b·b is 1
+    numbers = replace(
+        Numbers.begun(torch.ones(4, dtype=torch.float64)),
+        **{name: torch.tensor(each, dtype=torch.float64) for name, each in squares.items()},
+    )
+    assert numbers.refined(0.15).tolist() == [True, False, False, False]

@@ -16,8 +16,8 @@ __all__ = ["description", "plan"]  # fixtures
 
 
 @pytest.fixture(scope="module")
-def finished(no_shared_cluster: None, description: Description, plan: Plan) -> Path:
-    """The run folder after the run, which the plan was made before, on the Ray that a run starts for itself."""
+def finished(ray_cluster: None, description: Description, plan: Plan) -> Path:
+    """The run folder after the run, which the plan was made before."""
     assert not Path(description["run_dir"]).exists()
     run(parse_run(description))
     return Path(description["run_dir"])
