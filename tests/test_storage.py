@@ -269,12 +269,15 @@ def test_a_deleted_file_of_a_finished_step_is_missed(bucket: str, tmp_path: Path
             for name in ("a.b", "a.c"):
                 store.save_tensors(file(folder, name), {"x": torch.ones(1)})
         assert not is_fitted(folder)
-        store.write_json(layout.factors_manifest(folder), {"maps": {"a.b": {}, "a.c": {}}})
+        about = {"shape": [1, 1], "mean_eigenvalue": 1.0}
+        store.write_json(layout.factors_manifest(folder), {"maps": {"a.b": about, "a.c": about}})
         assert is_fitted(folder)
         store.delete(layout.basis_file(folder, "a.c"))
         assert not is_fitted(folder)
         carried = layout.directions(root, "s")
-        store.write_json(layout.directions_manifest(carried), {"maps": {"a.b": {}}, "shards": [[0, 2], [2, 3]]})
+        maps = {"a.b": {"shape": [1, 1], "vectors": [None, None]}}
+        about = {"maps": maps, "shards": [[0, 2], [2, 3]], "itemsize": 4}
+        store.write_json(layout.directions_manifest(carried), about)
         for shard in ((0, 2), (2, 3)):
             assert not is_carried(carried)
             store.save_tensors(layout.direction_file(carried, "a.b", shard), {"x": torch.ones(1)})

@@ -130,7 +130,8 @@ def test_damping_is_the_scored_stage_s_at_every_map_and_an_unreached_expert_has_
     world: World, tmp_path: Path
 ) -> None:
     means = {"0.up": 2.0, "0.experts.1.up": 0.0, "0.experts.2.up": 4.0}
-    write_json(layout.factors_manifest(tmp_path), {"maps": {n: {"mean_eigenvalue": m} for n, m in means.items()}})
+    maps = {name: {"shape": [3, 2], "mean_eigenvalue": mean} for name, mean in means.items()}
+    write_json(layout.factors_manifest(tmp_path), {"maps": maps})
     shapes = dict.fromkeys(means, (3, 2))
     run = world.run()
     changed = run.model_copy(update={"cluster": run.cluster.model_copy(update={"factor_memory": 77})})
@@ -155,7 +156,7 @@ def test_the_response_is_the_entry_s_where_the_stage_s_own_is_no_damped_inverse(
         parse_run(description)
     description["score"][1]["responses"] = {"tune": {"kind": "proximal"}}
     run = parse_run(description)
-    write_json(layout.factors_manifest(tmp_path), {"maps": {"0.up": {"mean_eigenvalue": 2.0}}})
+    write_json(layout.factors_manifest(tmp_path), {"maps": {"0.up": {"shape": [3, 2], "mean_eigenvalue": 2.0}}})
     found = stage_curvature(run, run.score[1], tmp_path, {"0.up": (3, 2)})
     assert found.responses == {"0.up": DampedInverse(0.02)}
 
