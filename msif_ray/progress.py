@@ -66,6 +66,9 @@ Observer = Callable[[Snapshot], None]
 def _nobody(_: Snapshot) -> None: ...
 
 
+def _nothing() -> None: ...
+
+
 @dataclass
 class Step:
     """One step under way: `add` says what was done."""
@@ -75,6 +78,7 @@ class Step:
     console: Console
     bar: Progress
     observe: Observer = _nobody
+    check: Callable[[], None] = _nothing
     documents: int = 0
     tokens: int = 0
     skipped: int = 0
@@ -93,6 +97,7 @@ class Step:
         self.skipped += skipped
         now = self.snapshot()
         self.bar.update(self._task, completed=now.done, rate=f"{now.tokens_per_second:,.0f} tokens/s")
+        self.check()
         self.observe(now)
 
     def alive(self, replicas: int) -> None:
@@ -114,7 +119,8 @@ class Step:
             self._say(f"{self.name}: waiting: {reason}")
 
     def tell(self) -> None:
-        """A line in a log that has had none for a minute; a terminal has its bar."""
+        """Where it stands: to `observe`, and in a log that has had no line for a minute; a terminal has its bar."""
+        self.observe(self.snapshot())  # Ray forgets a metric that it is not told again for 20 seconds
         if not self.console.is_terminal and monotonic() - self._said > SECONDS_BETWEEN_LINES:
             self._said = monotonic()
             self._say(str(self.snapshot()))
@@ -123,6 +129,7 @@ class Step:
         """Ends the step with a line that sums it up."""
         self.bar.remove_task(self._task)
         last = self.snapshot()
+        self.check()
         self.observe(last)
         self._say(str(last))
         return last
@@ -138,11 +145,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Reporter:
-    """Where a run says what it does. `observe` is told where each step stands, as often as that changes; `finished`
-    gathers the steps."""
+    """Where a run says what it does. `observe` is told where each step stands, as often as that changes and now and
+    then between (in another thread); `check` is called before it is told of a change, and what it raises ends the run;
+    `finished` gathers the steps."""
 
     console: Console = field(default_factory=lambda: Console(stderr=True))
     observe: Observer = _nobody
+    check: Callable[[], None] = _nothing
     finished: list[Snapshot] = field(default_factory=list)
     started: float = field(default_factory=monotonic)
 
@@ -150,14 +159,9 @@ class Reporter:
         _print_line(self.console, line)
 
     def checking(self, check: Callable[[], None]) -> "Reporter":
-        """The same, which calls `check` before it tells `observe` anything: what that raises ends the run."""
-
-        def observe(now: Snapshot) -> None:
-            check()
-            self.observe(now)
-
+        """The same with this `check`."""
         checked = copy(self)  # not `replace`: a subclass may be made of other things
-        vars(checked)["observe"] = observe
+        vars(checked)["check"] = check
         return checked
 
     @contextmanager
@@ -171,7 +175,7 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            step = Step(name, total, self.console, bar, self.observe)
+            step = Step(name, total, self.console, bar, self.observe, self.check)
             # Where the step stands, even while nothing is done.
             with repeated(step.tell, SECONDS_BETWEEN_LINES / 10):
                 yield step

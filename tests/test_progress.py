@@ -69,9 +69,10 @@ def test_time_left_counts_what_this_run_did(clock: Clock) -> None:
 
 def test_a_silent_step_tells_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.1)
-    reporter, written, _ = log()
+    reporter, written, seen = log()
     with reporter.step("slow", 5):
         time.sleep(0.5)
+    assert len(seen) > 3 and {each.documents for each in seen} == {0}
     assert 3 <= written.getvalue().count("slow: 0 of 5 documents") <= 7
 
 
