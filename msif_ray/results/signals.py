@@ -202,8 +202,8 @@ def _size(facts: Facts, scored: Scored, query: Query, row: Mapping[str, Any]) ->
             "Scores are too large for an estimate of first order",
             f"by its score, leaving out the strongest document alone, one of {documents:,}, would change the "
             f"log-likelihood by {change:.3g} nats (over {LARGEST_CHANGE:g} for each token that is explained), which is "
-            "no small change. Take such scores for an order and not for sizes, and compare a larger damping; of a "
-            "sample of the training data the change is as much smaller as there are more documents.",
+            "no small change. Take such scores for an order and not for sizes, and compare a larger damping. Where the "
+            "stage was trained on more documents than these, the change is smaller in proportion.",
         )
 
 
