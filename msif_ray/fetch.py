@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from filelock import FileLock
@@ -16,7 +17,7 @@ from filelock import FileLock
 from msif_ray.errors import UserError
 from msif_ray.paths import filesystem, is_remote, listing, path_of, reason, storage
 from msif_ray.samples import not_here, samples
-from msif_ray.shapes import Each, misfit
+from msif_ray.shapes import Pair, misfit
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
@@ -193,7 +194,7 @@ def _as_made(folder: Path) -> bool:
     by a full disk, or spoilt by a bad one or by a crash. Contents are read once in a process, sizes always."""
     try:
         made = json.loads(_sums(folder).read_bytes())
-        whole = misfit(made, Each([int, str])) is None and all(
+        whole = misfit(made, dict[str, Pair[Any]]) is None and all(
             (folder / name).stat().st_size == size for name, (size, _) in made.items()
         )
         if whole and folder not in _READ:

@@ -6,6 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from msif_ray import layout
 from msif_ray.checkpoint import Checkpoint
 from msif_ray.config import Documents, Index, Run, Score
@@ -15,19 +17,24 @@ from msif_ray.errors import DamagedError, UserError
 from msif_ray.manifests import Warn, check_files, check_type
 from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import all_there, exists, is_remote, path_of
-from msif_ray.shapes import OPTIONAL, Each
+from msif_ray.shapes import Pair
 from msif_ray.store import read_json
 
-# What the manifest of every version's index says, and a run that scores from it needs.
-_SAID = {
-    "model_sha256": str,
-    "computed_in": str,
-    "corpus": dict,
-    "maps": Each([int, int]),
-    "groups": [[str]],
-    "documents_per_block": int,
-    f"files{OPTIONAL}": (dict, type(None)),
-} | {f"{key}{OPTIONAL}": int for key in ("rank", "documents", "tokens", "bytes")}
+
+class _Manifest(BaseModel):
+    """What the manifest of every version's index says, and a run that scores from it needs."""
+
+    model_sha256: str
+    computed_in: str
+    corpus: dict[str, Any]
+    maps: dict[str, Pair[int]]
+    groups: list[list[str]]
+    documents_per_block: int
+    files: dict[str, Any] | None = None
+    rank: int = 0
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
 
 
 def index_location(run_dir: str | None) -> str | None:
@@ -64,7 +71,7 @@ def _mend(folder: Path) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """What a finished index says of itself. Raises UserError for one that is damaged, or not whole."""
     about = {"stage": folder.name.removeprefix("stage=")}
-    manifest: dict[str, Any] = read_json(layout.index_manifest(folder), _mend(folder), _SAID, about)
+    manifest: dict[str, Any] = read_json(layout.index_manifest(folder), _mend(folder), _Manifest, about)
     return manifest
 
 

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from msif_ray import __version__, layout
 from msif_ray.config import Run
 from msif_ray.corpus.objectives import Classes
@@ -22,7 +24,7 @@ from msif_ray.preflight import Resolved
 from msif_ray.results.parts import CURVATURE_NORM
 from msif_ray.results.statistics import STATISTICS
 from msif_ray.results.top import TOP
-from msif_ray.shapes import NUMBER, OPTIONAL, Each
+from msif_ray.shapes import Pair
 from msif_ray.store import json_hash, read_json, write_json
 
 PACKAGES = ("torch", "transformers", "ray", "deepspeed", "pyarrow", "safetensors", "numpy", "datasets")
@@ -48,25 +50,34 @@ ADAPTER = (
     "the response of its stage are those of a full fine-tuning that ended there, not of the matrices that were trained"
 )
 
-# What a run.json must have, and may, as far as it is read again; its description is checked as one is.
-_RECORD = {
-    "identity": {
-        "run": {f"stages{OPTIONAL}": [dict], f"detail{OPTIONAL}": dict},
-        "models": Each(dict),
-        "documents": Each(int),
-        "queries": [list],
-        "maps": Each([int, int]),
-        f"corpora{OPTIONAL}": Each(dict),
-        f"indexes{OPTIONAL}": Each(dict),
-        f"references{OPTIONAL}": Each(dict),
-    },
-    "device": str,
-    "versions": Each(str),
-    "strengths": Each(Each(Each(NUMBER))),
-    f"completion_tokens{OPTIONAL}": Each(int),
-    f"out_of{OPTIONAL}": Each(int),
-    f"index{OPTIONAL}": dict,
-}
+
+class _Described(BaseModel):
+    stages: list[dict[str, Any]] = []
+    detail: dict[str, Any] = {}
+
+
+class _Identity(BaseModel):
+    run: _Described
+    models: dict[str, dict[str, Any]]
+    documents: dict[str, int]
+    queries: list[list[Any]]
+    maps: dict[str, Pair[int]]
+    corpora: dict[str, dict[str, Any]] = {}
+    indexes: dict[str, dict[str, Any]] = {}
+    references: dict[str, dict[str, Any]] = {}
+
+
+class _Record(BaseModel):
+    """What a run.json must have, and may, as far as it is read again; its description is checked as one is."""
+
+    identity: _Identity
+    device: str
+    versions: dict[str, str]
+    strengths: dict[str, dict[str, dict[str, float]]]
+    completion_tokens: dict[str, int] = {}
+    out_of: dict[str, int] = {}
+    index: dict[str, Any] = {}
+
 
 # What an identity says that a record of an earlier version does not: of an index its manifest, of a reference model its
 # configuration.
@@ -157,7 +168,7 @@ def keep_carried(run_dir: str, strengths: dict[str, Any], solvers: dict[str, Any
 
 def read_record(path: Path) -> dict[str, Any]:
     """A whole run.json. No advice to delete it: any configuration would then be taken for that of the results."""
-    record: dict[str, Any] = read_json(path, PUT_BACK, _RECORD)
+    record: dict[str, Any] = read_json(path, PUT_BACK, _Record)
     return record
 
 

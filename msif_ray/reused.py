@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from msif_ray import layout, stages
 from msif_ray.checkpoint import Checkpoint
 from msif_ray.config import Run
@@ -10,16 +12,20 @@ from msif_ray.errors import UserError
 from msif_ray.manifests import Warn, check_files, check_type
 from msif_ray.objectives import objective_identity, same_objective
 from msif_ray.paths import exists, missing
-from msif_ray.shapes import OPTIONAL, Each
+from msif_ray.shapes import Pair
 from msif_ray.store import json_hash, read_json
 
-_MANIFEST = {
-    "model_sha256": str,
-    "maps": Each({"shape": [int, int]}),
-    f"files{OPTIONAL}": (dict, type(None)),
-    f"dtype{OPTIONAL}": str,
-    f"objective{OPTIONAL}": (dict, type(None)),
-}
+
+class _Map(BaseModel):
+    shape: Pair[int]
+
+
+class _Manifest(BaseModel):
+    model_sha256: str
+    maps: dict[str, _Map]
+    files: dict[str, Any] | None = None
+    dtype: str = ""
+    objective: dict[str, Any] | None = None
 
 
 def check_reused_factors(
@@ -52,7 +58,7 @@ def _check_factors(
     path = layout.factors_manifest(folder)
     if not exists(path):
         raise UserError(f"{folder} holds no finished factors; {mend}")
-    manifest = read_json(path, mend, _MANIFEST, {"stage": folder.name})
+    manifest = read_json(path, mend, _Manifest, {"stage": folder.name})
     maps = {name: tuple(about["shape"]) for name, about in manifest["maps"].items()}
     if manifest["model_sha256"] != checkpoint.model_hash:
         raise UserError(f"{folder} was fitted to another model than {checkpoint.model_path}")

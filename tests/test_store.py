@@ -139,11 +139,14 @@ def test_a_file_of_another_program_has_no_checksums(tmp_path: Path) -> None:
 def test_json_and_tensors_that_were_written_as_another_are_named(tmp_path: Path, tensors_file: Path) -> None:
     path = tmp_path / "a.json"
     store.write_json(path, {"stage": "tune", "maps": {}})
-    assert store.read_json(path, shape={"maps": dict}, about={"stage": "tune", "unsaid": "x"})["maps"] == {}
+    assert (
+        store.read_json(path, shape=dict[str, dict[str, int] | str], about={"stage": "tune", "unsaid": "x"})["maps"]
+        == {}
+    )
     with pytest.raises(UserError, match=rf"^{path}: in the wrong place: its stage is tune, not pretrain; mend it$"):
-        store.read_json(path, "mend it", {"maps": dict}, {"stage": "pretrain"})
+        store.read_json(path, "mend it", dict, {"stage": "pretrain"})
     with pytest.raises(UserError, match=rf"^{path}: not as this version writes it: see maps; mend it$"):
-        store.read_json(path, "mend it", {"maps": list})
+        store.read_json(path, "mend it", dict[str, str])
     assert store.load_tensors(tensors_file, about={"unsaid": "x"}, wanted=["a"]).keys() == {"a", "b"}
     with pytest.raises(
         UserError, match=rf"^{tensors_file} is in the wrong place: its about is \[1, 2\], not x; delete"

@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 
 from msif_ray import layout
-from msif_ray.cluster.directions import ShardFile, direction_entries, read_directions, save_shard
+from msif_ray.cluster.direction_manifest import read_directions
+from msif_ray.cluster.directions import ShardFile, direction_entries, save_shard
 from msif_ray.cluster.partials import Coverage
 from msif_ray.cluster.passage import CarryTask, Source, Vector, passed_means, passing, strengths_used
 from msif_ray.cluster.queries import log_likelihoods

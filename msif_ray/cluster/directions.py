@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from msif_ray import layout
-from msif_ray.errors import DamagedError
+from msif_ray.cluster.direction_manifest import read_directions
 from msif_ray.fetch import fetched
 from msif_ray.heap import give_back_freed_memory
 from msif_ray.influence.compress import Metric
@@ -23,8 +23,7 @@ from msif_ray.influence.groups import Shapes
 from msif_ray.influence.queries import stays_dense
 from msif_ray.influence.scoring import DENSE_ENTRIES, Scorer
 from msif_ray.paths import is_remote
-from msif_ray.shapes import NUMBER, OPTIONAL, Each
-from msif_ray.store import AGAIN, damage_to_mend, read_json, save_tensors
+from msif_ray.store import damage_to_mend, save_tensors
 from msif_ray.tensorfile import TensorFile
 
 # Queries of a shard at most, and bytes of one map's shard at most, were no query of low rank. A single query may
@@ -38,14 +37,6 @@ STREAM_COPIES = 3
 # Of `directions_memory`, what is for streaming where not everything fits.
 STREAM_SHARE = 0.5
 
-_MANIFEST = {
-    "shards": [[int, int]],
-    "itemsize": int,
-    "maps": Each({"shape": [int, int], "vectors": [(int, type(None))]}),
-    f"log_likelihood{OPTIONAL}": Each(NUMBER),
-    f"strengths{OPTIONAL}": Each(Each(NUMBER)),
-    f"solvers{OPTIONAL}": Each(dict),
-}
 
 Shard = tuple[int, int]
 """The queries from the first number to before the second."""
@@ -161,15 +152,6 @@ def stored_shards(folder: Path, maps: Sequence[str]) -> list[Stored]:
             for name, of_map in about.items()
         }
         found.append(Stored(folder, folder.name, (start, stop), vectors, sizes))
-    return found
-
-
-def read_directions(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder of directions. Raises UserError for one that is damaged, or of other scores."""
-    path = layout.directions_manifest(folder)
-    found: dict[str, Any] = read_json(path, AGAIN, _MANIFEST, {"scores": folder.name})
-    if any(len(of_map["vectors"]) != len(found["shards"]) for of_map in found["maps"].values()):
-        raise DamagedError(f"{path}: not as this version writes it: see maps and shards; {AGAIN}")
     return found
 
 

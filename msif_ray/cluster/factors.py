@@ -10,15 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from msif_ray import layout
 from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import Basis, Factor
-from msif_ray.shapes import NUMBER, Each
+from msif_ray.shapes import Pair
 from msif_ray.store import checksums, load_tensors, read_json, save_tensors
 
 BASIS = ("activation_basis", "gradient_basis")
-_MAPS = {"maps": Each({"shape": [int, int], "mean_eigenvalue": NUMBER})}
+
+
+class _Map(BaseModel):
+    shape: Pair[int]
+    mean_eigenvalue: float
+
+
+class _Manifest(BaseModel):
+    maps: dict[str, _Map]
 
 
 def said(stage: str, map_name: str) -> dict[str, str]:
@@ -72,7 +81,7 @@ def check_bases(folder: Path, maps: Sequence[str], expected: str) -> None:
 
 def read_factors(folder: Path) -> dict[str, Any]:
     """The manifest of a stage's finished factors. Raises UserError for one that is damaged, or of another stage."""
-    found: dict[str, Any] = read_json(layout.factors_manifest(folder), shape=_MAPS, about={"stage": folder.name})
+    found: dict[str, Any] = read_json(layout.factors_manifest(folder), shape=_Manifest, about={"stage": folder.name})
     return found
 
 

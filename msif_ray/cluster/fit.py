@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from msif_ray import layout
 from msif_ray.cluster.factors import bases_checksum, check_bases, read_factors, save_basis, save_eigenvalues
@@ -29,7 +30,6 @@ from msif_ray.errors import UserError
 from msif_ray.influence.ekfac import eigenbasis
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes, module_groups
 from msif_ray.paths import all_there, exists
-from msif_ray.shapes import NUMBER, OPTIONAL, Each
 from msif_ray.store import AGAIN, delete, delete_folder, read_json, write_json
 
 # Copies of a matrix, in float64, that its eigendecomposition holds at once: itself, its symmetric part, the
@@ -38,14 +38,23 @@ EIGEN_COPIES = 6
 # Copies of a map's corrected eigenvalues while they are added up: the sum, another one, and both of them.
 MEAN_COPIES = 3
 
-_GROUPS = {"groups": [[str]], f"checksums{OPTIONAL}": [str]}
-_RECORD = {
-    "documents": int,
-    "windows": int,
-    "tokens": int,
-    "skipped": [{"doc_id": str, "reason": str}],
-    "mean_eigenvalues": Each(NUMBER),
-}
+
+class _Grouping(BaseModel):
+    groups: list[list[str]]
+    checksums: list[str] = []
+
+
+class _Skip(BaseModel):
+    doc_id: str
+    reason: str
+
+
+class _Record(BaseModel):
+    documents: int
+    windows: int
+    tokens: int
+    skipped: list[_Skip]
+    mean_eigenvalues: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def _is_done(folder: Path, group: _Group) -> bool:
 def _group_record(folder: Path, group: _Group) -> dict[str, Any]:
     """What came of a finished group. Raises UserError for a record that is damaged, or of another stage."""
     path = layout.group_record(folder, group.index)
-    found: dict[str, Any] = read_json(path, shape=_RECORD, about={"stage": folder.name})
+    found: dict[str, Any] = read_json(path, shape=_Record, about={"stage": folder.name})
     return found
 
 
@@ -139,7 +148,7 @@ def _groups(task: FitTask, pool: ReplicaPool, say: Say) -> list[_Group]:
         groups = [list(group) for group in module_groups(task.maps, budget, itemsize)]
         checksums = [_checksum(group) for group in groups]
         write_json(path, {"factor_memory": budget, "groups": groups, "checksums": checksums})
-    about = read_json(path, shape=_GROUPS)
+    about = read_json(path, shape=_Grouping)
     if sorted(chain.from_iterable(about["groups"])) != sorted(task.maps):
         raise UserError(f"{path}: its groups are not of this run's maps, each once; {AGAIN}")
     # Those of an earlier version have no checksums, and nor have the sums that were begun by them.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel
 
 from msif_ray import layout
 from msif_ray.cluster.factors import bases_checksum
@@ -37,14 +38,16 @@ from msif_ray.influence.groups import accumulating_bytes, factor_bytes, module_g
 from msif_ray.influence.scoring import squared_norms
 from msif_ray.ordered import in_order
 from msif_ray.paths import all_there, exists, size_of
-from msif_ray.shapes import OPTIONAL
 from msif_ray.store import AGAIN, delete_folder, read_json, save_tensors, write_json
 from msif_ray.tensorfile import TensorFile
 
 # What a map's metric takes while it is made, in copies of the map's factors: these, and the logarithms in float64.
 METRIC_COPIES = 3
 
-_GROUPS = {"groups": [[str]], f"bases{OPTIONAL}": str}
+
+class _Grouping(BaseModel):
+    groups: list[list[str]]
+    bases: str = ""
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def _drop_of_other_bases(plan: IndexPlan) -> None:
     if all_there(layout.metric_file(plan.folder, name) for name in plan.maps):
         return
     if exists(path):
-        begun_with = read_json(path, shape=_GROUPS).get("bases", "")  # an earlier version's may not say
+        begun_with = read_json(path, shape=_Grouping).get("bases", "")  # an earlier version's may not say
     elif exists(manifest):
         begun_with = read_manifest(plan.folder).get("bases", "not said, and may be any")
     else:
@@ -267,7 +270,7 @@ def _groups(plan: IndexPlan) -> list[list[str]]:
 
 def _read_groups(path: Path, plan: IndexPlan) -> list[list[str]]:
     """Raises UserError for groups that are damaged, or not of the plan's maps."""
-    found: list[list[str]] = read_json(path, shape=_GROUPS)["groups"]
+    found: list[list[str]] = read_json(path, shape=_Grouping)["groups"]
     if sorted(chain.from_iterable(found)) != sorted(plan.maps):
         raise UserError(f"{path}: its groups are not of this run's maps, each once; {AGAIN}")
     return found

@@ -11,23 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from msif_ray.cluster.outcomes import Counts
 from msif_ray.errors import UserError
 from msif_ray.layout import part_file
 from msif_ray.paths import exists, subfolders
+from msif_ray.shapes import Pair
 from msif_ray.store import delete_folder, load_tensors, read_json, write_json
 
 MANIFEST = "manifest.json"
-_MANIFEST = {
-    "parts": [[str]],
-    "blocks": [str],
-    "documents": int,
-    "tokens": int,
-    "windows": int,
-    "skipped": [[str, str]],
-    "inputs": str,
-}
+
+
+class _Manifest(BaseModel):
+    parts: list[list[str]]
+    blocks: list[str]
+    documents: int
+    tokens: int
+    windows: int
+    skipped: list[Pair[str]]
+    inputs: str
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def _read(manifest: Path, stage: str | None) -> Partial | None:
     manifest that is damaged, and for a storage that does not give it."""
     mend = f"delete the folder {manifest.parent}, and run the same command again: its blocks are done again"
     try:
-        about = read_json(manifest, mend, _MANIFEST, _said(manifest.parent, stage))
+        about = read_json(manifest, mend, _Manifest, _said(manifest.parent, stage))
         return Partial(
             manifest.parent,
             tuple(frozenset(written) for written in about["parts"]),

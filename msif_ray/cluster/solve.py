@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from msif_ray import layout, stages
 from msif_ray.cluster.iterates import ANSWER, EKFAC, ProductJob, iterate_name, solve_said
@@ -41,15 +42,23 @@ from msif_ray.errors import DamagedError, UserError
 from msif_ray.influence.conjugate import Numbers, Step, sum_left, sum_met, sum_over_maps
 from msif_ray.influence.groups import FREE_SHARE, Shapes, accumulating_bytes
 from msif_ray.paths import all_there, exists
-from msif_ray.shapes import NUMBER, Each, misfit
+from msif_ray.shapes import Pair, misfit
 from msif_ray.store import AGAIN, delete_folder, read_json, write_json
 
-_RECORD = {
-    "numbers": Each([(int, float, bool, list)]),
-    "relative": [[NUMBER]],
-    "seconds": [NUMBER],
-    "documents": int,
-}
+
+class _Said(BaseModel):
+    numbers: dict[str, Any]  # another version's are others
+    relative: list[list[float]]
+    seconds: list[float]
+    documents: int
+
+
+class _Numbers(BaseModel):
+    right: list[float]
+    squares: list[float]
+    first: list[float]
+    beta: list[list[float]]
+
 
 Queries = tuple[int, int]
 """The queries from the first number to before the second."""
@@ -107,9 +116,12 @@ class Record:
         if not exists(path):
             return None
         mend = f"delete the folder {solve}, and run the same command again"
-        found = read_json(path, mend, _RECORD, solve_said(solve))
+        found = read_json(path, mend, _Said, solve_said(solve))
         if found["numbers"].keys() != Numbers.__dataclass_fields__.keys():
             return None  # another version's
+        at = misfit(found["numbers"], _Numbers)
+        if at is not None:
+            raise DamagedError(f"{path}: not as this version writes it: see numbers.{at}; {mend}")
         queries = {len(each) for each in (*found["numbers"].values(), *found["numbers"]["beta"], *found["relative"])}
         if len(queries) != 1 or len(found["relative"]) != len(found["seconds"]) + 1:
             raise DamagedError(f"{path}: not one number for each query and iteration; {mend}")
@@ -158,7 +170,7 @@ class Solver:
         found = read_json(path)
         # That of an earlier version is the list alone.
         ranges: Any = found.get("queries") if isinstance(found, dict) else found
-        is_list = misfit(ranges, [[int, int]]) is None
+        is_list = misfit(ranges, list[Pair[int]]) is None
         if not is_list or [*chain(*starmap(range, ranges))] != [*range(len(self.task.queries))]:
             raise UserError(f"{path}: its groups are not of this run's queries, each once; {AGAIN}")
         return [(start, stop) for start, stop in ranges]

@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from pydantic import BaseModel
+
 from msif_ray import layout
 from msif_ray.config import Documents
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Block, block_id, document_ids, read_file_blocks
 from msif_ray.corpus.states import Watched
 from msif_ray.errors import UserError
-from msif_ray.shapes import NUMBER, OPTIONAL, Each
 
 Kind = TypeVar("Kind", bound="CorpusBlocks")
 
@@ -128,11 +129,15 @@ def references_said(folder: Path, block: str) -> dict[str, str]:
     return {"block": block, "corpus": folder.name}
 
 
+class _References(BaseModel):
+    log_ratios: dict[str, float] = {}  # LOG_RATIOS
+
+
 def _with_references(block: Block, folder: Path) -> Block:
     from msif_ray.store import AGAIN, read_json  # here: it imports PyTorch, and who reads blocks needs none
 
     path, said = layout.reference_block(folder, block.id), references_said(folder, block.id)
-    about = read_json(path, AGAIN, {f"{LOG_RATIOS}{OPTIONAL}": Each(NUMBER)}, said)
+    about = read_json(path, AGAIN, _References, said)
     found = about.get(LOG_RATIOS, about)  # that of an earlier version has the pairs alone
     return Block(block.id, tuple(replace(each, reference=found.get(each.id)) for each in block.documents))
 

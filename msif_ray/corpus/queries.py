@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from msif_ray.config import Queries
 from msif_ray.corpus.chat import chat_fault, turns_text
 from msif_ray.corpus.files import CorpusFile
 from msif_ray.corpus.reader import Document, document_columns, document_of, read_rows, row_id
 from msif_ray.errors import UserError
-from msif_ray.shapes import OPTIONAL, misfit
+from msif_ray.shapes import Pair, misfit
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,22 @@ def asked(query: Document) -> list[Any]:
     return entry
 
 
+class _Extra(BaseModel, extra="forbid"):
+    rather_than: str | list[Any] = ""
+    span: Pair[int] = [0, 0]
+
+
+class _Asked(BaseModel):
+    name: str
+    prompt: str | None
+    text: str | list[Any]
+    extra: _Extra = _Extra()
+
+
 def is_asked(entry: list[Any]) -> bool:
     """Whether an entry of run.json is one that `asked` may have made."""
-    nothing = type(None)
-    plain = misfit(entry[:3], [str, (str, nothing), (str, list)]) is None
-    extra = {f"rather_than{OPTIONAL}": (str, list), f"span{OPTIONAL}": [int, int]}
-    if len(entry) == 3:
-        return plain
-    return plain and len(entry) == 4 and misfit(entry[3], extra) is None and {*entry[3]} <= {"rather_than", "span"}
+    parts = dict(zip(_Asked.model_fields, entry, strict=False))
+    return len(entry) <= len(_Asked.model_fields) and misfit(parts, _Asked) is None
 
 
 def query_of(entry: list[Any]) -> Query:

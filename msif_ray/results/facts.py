@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
+from pydantic import BaseModel
 
 from msif_ray import layout, stages
 from msif_ray.config import IdentityResponse, Run, Score, Strength, UnrolledResponse, parse_run
@@ -15,7 +16,7 @@ from msif_ray.corpus.queries import is_asked, query_of
 from msif_ray.errors import UserError
 from msif_ray.paths import exists, path_of
 from msif_ray.record import PUT_BACK, read_record
-from msif_ray.shapes import NUMBER, OPTIONAL, Each, misfit
+from msif_ray.shapes import misfit
 from msif_ray.store import read_json
 from msif_ray.tables import AGAIN, read_table
 
@@ -24,8 +25,23 @@ from msif_ray.tables import AGAIN, read_table
 NO_SCORE = "no document has a score that is a number; report.html says why"
 
 
-_CARRIED = {f"log_likelihood{OPTIONAL}": Each(NUMBER)}
-_FITTED = {"documents": int, "tokens": int, "skipped": list, "share_covered": NUMBER}
+class _Carried(BaseModel):
+    log_likelihood: dict[str, float] = {}
+
+
+class _Fitted(BaseModel):
+    documents: int
+    tokens: int
+    skipped: list[Any]
+    share_covered: float
+
+
+class _Model(BaseModel):
+    revision: str | None
+
+
+class _Identity(BaseModel):
+    models: dict[str, _Model]
 
 
 @dataclass(frozen=True)
@@ -171,14 +187,11 @@ def read_facts(run_dir: str | Path) -> Facts:
 
 def _check_whole(path: Path, run: Run, identity: Mapping[str, Any]) -> None:
     """Raises UserError for a record that does not say of each stage, entry and query of its own what it should."""
-    wanted = {
-        "models": {stage.name: {"revision": (str, type(None))} for stage in run.stages},
-        "documents": {f"score.{i}": int for i in range(len(run.score))},
-    }
-    at = misfit(identity, wanted)
-    if at is None:
-        at = next((f"queries.{i}" for i, entry in enumerate(identity["queries"]) if not is_asked(entry)), None)
-    if at is not None:
+    faults = [misfit(identity, _Identity)]
+    faults += [f"models.{stage.name}" for stage in run.stages if stage.name not in identity["models"]]
+    faults += [f"documents.score.{i}" for i in range(len(run.score)) if f"score.{i}" not in identity["documents"]]
+    faults += [f"queries.{i}" for i, entry in enumerate(identity["queries"]) if not is_asked(entry)]
+    if (at := next(filter(None, faults), None)) is not None:
         raise UserError(f"{path}: not as this version writes it: see identity.{at}; {PUT_BACK}")
 
 
@@ -198,7 +211,7 @@ def _query(run: Run, query: Asked, likelihoods: Mapping[str, float], tokens: Map
 def _carried(run: Run, entry: Score) -> dict[str, Any] | None:
     folder = layout.directions(run.run_dir, entry.label)
     path = layout.directions_manifest(folder)
-    return read_json(path, AGAIN, _CARRIED, {"scores": folder.name}) if exists(path) else None
+    return read_json(path, AGAIN, _Carried, {"scores": folder.name}) if exists(path) else None
 
 
 def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
@@ -207,7 +220,7 @@ def _stage(run: Run, index: int, models: Mapping[str, Any]) -> StageFacts:
     fitted = None
     if exists(path):
         mend = AGAIN if stage.factors is None else f"repeat the run in {stage.factors}"
-        found = read_json(path, mend, _FITTED, {"stage": stage.name})
+        found = read_json(path, mend, _Fitted, {"stage": stage.name})
         fitted = Fitted(found["documents"], found["tokens"], len(found["skipped"]), found["share_covered"])
     return StageFacts(stage.name, stage.model, models[stage.name]["revision"], fitted)
 
